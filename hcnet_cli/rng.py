@@ -1,0 +1,55 @@
+"""Randomness as a pure function of who asks for it: (seed, epoch, sample), never of what was drawn before.
+
+A sample carries a `key`. Its augmentation, drop path, dropout and proposal sampling depend on that key alone, so
+worker count, accumulation, process count and the step at which a run was resumed cannot change a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def derive(*parts: int | str) -> int:
+    """A 63-bit key from its parts; the same on every machine and Python."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextlib.contextmanager
+def seeded(key: int) -> Iterator[None]:
+    """Python's, numpy's and torch's (CPU) global generators start at `key` inside, and are as before outside."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.default_generator.manual_seed(key)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+def keyed_uniform(keys: Tensor, n: int, stream: int = 0) -> Tensor:
+    """`n` uniform numbers in [0, 1) for each key: keys [B] int64 -> [n, B] float32, on the keys' device.
+
+    Column b depends on keys[b] (and `stream`) alone. SplitMix64's mixing function, counter mode; int64 arithmetic
+    wraps around, and `>>` is made logical with a mask.
+    """
+
+    def shift(x: Tensor, by: int) -> Tensor:
+        return (x >> by) & ((1 << (64 - by)) - 1)
+
+    counter = torch.arange(1, n + 1, dtype=torch.int64, device=keys.device)[:, None] + stream * 1_000_003
+    x = keys.to(torch.int64)[None, :] + counter * -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+    x = (x ^ shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    x = (x ^ shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    x = x ^ shift(x, 31)
+    return shift(x, 40).to(torch.float32) * 2**-24
