@@ -1,0 +1,283 @@
+"""The run folder: its name, its record (run.json), its log (metrics.jsonl), and writes that are whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError
+from hcnet_cli.recipe import Recipe
+
+SCHEMA = 1
+
+
+class DataInfo(BaseModel):
+    """The data a run saw. `name` is what tables group by; `digest` covers the list of files and classes."""
+
+    name: str
+    digest: str
+    path: str
+    num_train: int
+    num_val: int
+    num_classes: int
+    split: str = "val"
+
+
+class RunInfo(BaseModel):
+    """run.json. Metrics are in per cent and belong to best.safetensors (step `best_step`); counts are plain numbers."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    schema_version: int = SCHEMA
+    status: Literal["running", "interrupted", "failed", "finished"] = "running"
+    task: str
+    protocol: str  # shipped recipe followed, such as "pretrain/imagenet"
+    changes: dict[str, Any] = {}  # where the recipe departs from it (dotted key -> value)
+    size: str
+    variant: str = ""  # "", "no-refinement", "kernel_size=3" ...
+    seed: int
+    fingerprint: str
+    data: DataInfo
+    steps_done: int = 0
+    steps_total: int
+    batch_size: int
+    metrics: dict[str, float] = {}
+    metric_notes: dict[str, str] = {}  # such as {"mIoU": "single scale, whole image, 150 of 150 classes"}
+    best_step: int | None = None
+    params: int | None = None
+    macs: int | None = None
+    macs_input: str = ""  # "3x224x224"
+    img_size: int | None = None
+    images_per_second: float | None = None  # inference, see speed_notes
+    speed_notes: str = ""
+    train_images_per_second: float | None = None
+    data_wait_share: float | None = None  # of the training time, 0..1
+    peak_memory_mb: float | None = None
+    device: str = ""
+    precision: str = ""
+    processes: int = 1
+    init: dict[str, Any] = {}
+    unreadable_images: int = 0
+    git_commit: str = ""
+    git_dirty: bool = False
+    argv: list[str] = []
+    versions: dict[str, str] = {}
+    machine: str = ""
+    started: str = ""
+    finished: str = ""
+    train_seconds: float = 0.0
+    error: str = ""
+
+
+def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
+    """<task>-<data>-<size>[-<variant>]-s<seed>-<fingerprint>."""
+    shape = rcp.variant(recipe)
+    parts = [
+        recipe.task,
+        data_name,
+        recipe.model.size,
+        *([shape] if shape else []),
+        f"s{recipe.train.seed}",
+        fingerprint,
+    ]
+    return re.sub(r"[^A-Za-z0-9._=+-]", "_", "-".join(parts))
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+# --- writing whole files ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns the system's refusals to write `path` into one sentence for people."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(existing_parent(path)).free // 2**20
+            raise UserError(
+                f"The disk is full ({free} MiB free): {path} could not be written.",
+                hint="What was saved before is intact. Free some space and run the same command again.",
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}.", hint="Choose another place with --out."
+            ) from None
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def sync(path: Path) -> None:
+    """Pushes a file or folder entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` with `text`: temp file, fsync, rename. Readers see the old or the new file, never half of one."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            temp.write_bytes(text.encode())
+            sync(temp)
+            os.replace(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+        sync(path.parent)
+
+
+# --- the folder -----------------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """One run's folder. Only the main process writes; `lock` keeps a second command out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = path / "run.json"
+        self.recipe_file = path / "recipe.yaml"
+        self.log_file = path / "metrics.jsonl"
+        self.best = path / "best.safetensors"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while a command works in the folder; a second one gets a UserError at once."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"Another process is working in {self.path}.",
+                    hint="Wait for it, stop it, or give this run another --name.",
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def read(self) -> RunInfo | None:
+        """The record, or None for a folder without one. UserError for one that cannot be understood."""
+        if not self.record.exists():
+            return None
+        return read_record(self.record)
+
+    def write(self, info: RunInfo) -> None:
+        write_text(self.record, info.model_dump_json(indent=2) + "\n")
+
+    def clear(self) -> None:
+        """Forgets an earlier run in this folder (--fresh); only files a run writes."""
+        for name in (
+            "run.json",
+            "recipe.yaml",
+            "metrics.jsonl",
+            "best.safetensors",
+            "nonfinite.json",
+            "log.txt",
+        ):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("last", "previous", "final"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def append(self, **entry: Any) -> None:
+        """One line of metrics.jsonl."""
+        with writing(self.log_file), self.log_file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`: the run goes on from there and will log it again."""
+        if self.log_file.exists():
+            kept = [json.dumps(entry) for entry in read_log(self.log_file) if entry.get("step", 0) <= step]
+            write_text(self.log_file, "".join(f"{line}\n" for line in kept))
+
+
+def read_record(path: Path) -> RunInfo:
+    """A run.json as RunInfo, or a UserError saying why it cannot be."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA:
+        raise UserError(f"{path} is of version {version}; this program reads version {SCHEMA}.")
+    try:
+        return RunInfo.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl; a last line cut short by a crash is left out."""
+    entries = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    entries.append(entry)
+    return entries
+
+
+def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Path, str]]]:
+    """All runs under results/runs, sorted by folder name; and the folders that hold none, each with its reason."""
+    good: list[tuple[Path, RunInfo]] = []
+    broken: list[tuple[Path, str]] = []
+    root = results / "runs"
+    for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []:
+        try:
+            info = RunFolder(folder).read()
+        except UserError as error:
+            broken.append((folder, str(error)))
+            continue
+        if info is None:
+            broken.append((folder, f"{folder} has no run.json."))
+        else:
+            good.append((folder, info))
+    return good, broken
+
+
+def git_state() -> tuple[str, bool]:
+    """Commit of the code that runs and whether it was changed since; ("", False) outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+
+    try:
+        top = Path(git("rev-parse", "--show-toplevel").strip())
+        if not (top / "hcnet_cli").is_dir():  # an environment that lies inside someone else's repository
+            return "", False
+        return git("rev-parse", "HEAD").strip(), bool(
+            git("status", "--porcelain", "--untracked-files=no").strip()
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "", False
