@@ -1,0 +1,650 @@
+"""HcNet: a vision backbone whose blocks take explicit steps of the heat equation.
+
+Paper: "HcNet: Image Modeling with Heat Conduction Equation", IJCAI 2025, https://arxiv.org/abs/2408.05901
+Authors' code: https://github.com/ZheminZhang1/HcNet (`remap_official_state_dict` reads its checkpoints)
+
+An image is a temperature field u. A block advances it by one finite-difference step of du/dt = div(k grad u) and
+then refines the solution pointwise:
+
+    heat conduction            u'  = u  + r(u) . (S * u)
+    refinement approximation   u'' = u' + drop_path(fc2(filters(gelu(fc1(norm(u'))))))
+
+Dimension letters: B batch, C channels, H x W feature map, K stencil size, R mlp ratio. Feature maps have the shape
+[B, C, H, W] and stay in memory as channels_last from the stem to the head, so that [B, H, W, C] is a view for which
+the 1x1 convolutions are plain matrix products.
+
+This file depends on torch and timm alone and can be lifted into another project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, get_act_layer, get_norm_layer, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# What `disable` may name, and what is left without it.
+DISABLE = {
+    "conduction": "no heat conduction step: u' = u",
+    "refinement": "no depthwise filters between the two 1x1 convolutions: a plain feed-forward network",
+    "gate": "the rate does not see the image: r = sigmoid(a), one learned number per channel",
+    "anisotropy": "the fixed 5-point Laplacian (1, 1, -4, 1, 1) / 4 for every channel",
+    "conservation": "the raw kernel w instead of the zero-sum stencil: an ordinary depthwise convolution",
+}
+
+
+@register_notrace_module  # torch.fx cannot follow a branch on the device
+class GroupNorm1(nn.GroupNorm):
+    """GroupNorm with one group that leaves channels_last tensors in channels_last on every device.
+
+    PyTorch's own kernel does so on the CPU only; elsewhere it converts to the contiguous layout, two hidden copies
+    per norm, so there the same arithmetic is spelt out (float32 statistics, one pass to read and one to write).
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-5) -> None:
+        super().__init__(1, num_channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return F.group_norm(x, 1, self.weight, self.bias, self.eps)
+        return _group_norm_any_layout(x, self.weight, self.bias, self.eps)
+
+
+def _group_norm_any_layout(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    var, mean = torch.var_mean(x.float(), dim=(1, 2, 3), correction=0, keepdim=True)  # [B, C, H, W] -> [B, 1, 1, 1]
+    scale = torch.rsqrt(var + eps) * weight.float()[:, None, None]  # [B, C, 1, 1]
+    shift = bias.float()[:, None, None] - mean * scale
+    # The weight's type: float32 under autocast, as autocast does for group_norm, and bf16 for a model in bf16.
+    return torch.addcmul(shift, x, scale).to(weight.dtype)
+
+
+class HeatConduction(nn.Module):
+    """One explicit step of the heat equation: u' = u + r(u) . (S * u)    (paper, section "Heat Conduction layer").
+
+    S is the learned depthwise kernel w with its sum taken off the centre tap, so it sums to zero and a constant field
+    is at rest. r(u) = sigmoid(A mean_HW(u)) is the coefficient k dt / dx^2 of each image and channel. The authors
+    compute conv(u, w) - u * sum(w); with the sum folded into the stencil it is one convolution and one `addcmul`.
+
+    Args:
+        dim: C.
+        kernel_size: K, odd. The fixed Laplacian (without `anisotropy`) is 3 x 3 whatever K.
+        gate: False: r = sigmoid(a), a learned number per channel that does not see the image.
+        anisotropy: False: the 5-point Laplacian / 4 for every channel, nothing learned.
+        conservation: False: w itself instead of S.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 5,
+        *,
+        gate: bool = True,
+        anisotropy: bool = True,
+        conservation: bool = True,
+    ) -> None:
+        super().__init__()
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be odd and at least 3, so that a stencil has a centre; got {kernel_size}."
+            )
+        if not anisotropy and not conservation:
+            raise ValueError(
+                "Without anisotropy the stencil is a fixed Laplacian: there is no conservation to disable."
+            )
+        self.dim = dim
+        self.conservation = conservation
+        self.weight: Tensor
+        if anisotropy:
+            self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, kernel_size))
+            trunc_normal_(self.weight, std=0.02)
+        else:
+            laplacian = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]) / 4
+            self.register_buffer("weight", laplacian.expand(dim, 1, 3, 3).contiguous(), persistent=False)
+        self.padding = self.weight.shape[-1] // 2
+        self.gate = nn.Linear(dim, dim, bias=False) if gate else nn.Identity()
+        self.rate = None if gate else nn.Parameter(torch.zeros(dim))
+
+    def stencil(self) -> Tensor:
+        """S: [C, 1, K, K], each channel's sum is zero (unless conservation is disabled)."""
+        if not self.conservation:
+            return self.weight
+        p = self.padding
+        return self.weight - F.pad(self.weight.sum(dim=(2, 3), keepdim=True), (p, p, p, p))
+
+    def conduction_rate(self, u: Tensor) -> Tensor:
+        """r(u): [B, C, H, W] -> [B, C, 1, 1] in (0, 1); [1, C, 1, 1] without the gate."""
+        if self.rate is not None:
+            return torch.sigmoid(self.rate)[None, :, None, None]
+        return torch.sigmoid(self.gate(u.mean(dim=(2, 3))))[:, :, None, None]
+
+    def forward(self, u: Tensor) -> Tensor:
+        flow = F.conv2d(u, self.stencil(), padding=self.padding, groups=self.dim)
+        return torch.addcmul(u, self.conduction_rate(u), flow)
+
+
+class RefinementApproximation(nn.Module):
+    """The branch fc2(filters(gelu(fc1(norm(u)))))    (paper, section "Refinement Approximation layer").
+
+    Args:
+        dim: C.
+        hidden_dim: R * C.
+        filters: False: no depthwise 3x3 filters, a plain feed-forward network.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        filters: bool = True,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = GroupNorm1,
+    ) -> None:
+        super().__init__()
+        self.norm = norm_layer(dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = act_layer()
+        self.filters = (
+            nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False) if filters else None
+        )
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, u: Tensor) -> Tensor:
+        # The 1x1 convolutions are linear layers on [B, H, W, C], a view of channels_last: no copy, one matrix product.
+        x = self.norm(u).permute(0, 2, 3, 1)  # [B, C, H, W] -> [B, H, W, C]
+        x = self.act(self.fc1(x))  # [B, H, W, C] -> [B, H, W, RC]
+        if self.filters is not None:
+            x = self.filters(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(x).permute(0, 3, 1, 2)  # [B, H, W, RC] -> [B, C, H, W]
+
+
+class HcBlock(nn.Module):
+    """A heat conduction step, then its refinement. Drop path falls on the refinement only."""
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 5,
+        mlp_ratio: float = 4.0,
+        disable: Sequence[str] = (),
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = GroupNorm1,
+    ) -> None:
+        super().__init__()
+        self.conduction: nn.Module = nn.Identity()
+        if "conduction" not in disable:
+            self.conduction = HeatConduction(
+                dim,
+                kernel_size,
+                gate="gate" not in disable,
+                anisotropy="anisotropy" not in disable,
+                conservation="conservation" not in disable,
+            )
+        self.refinement = RefinementApproximation(
+            dim,
+            int(mlp_ratio * dim),
+            filters="refinement" not in disable,
+            act_layer=act_layer,
+            norm_layer=norm_layer,
+        )
+
+    def forward(self, u: Tensor, keep: Tensor | None = None) -> Tensor:
+        """u: [B, C, H, W]; keep: [B], the factor of each sample's refinement (0 where its path is dropped)."""
+        u = self.conduction(u)
+        if keep is None:
+            return u + self.refinement(u)
+        return torch.addcmul(u, self.refinement(u), keep[:, None, None, None].to(u.dtype))
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2: an image at 1/4 of its size."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = GroupNorm1,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1)
+        self.norm1 = norm_layer(dim // 2)
+        self.act = act_layer()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+        self.norm2 = norm_layer(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The one layout conversion of the network; from here on every operation keeps channels_last.
+        x = self.conv1(x).contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] -> [B, C/2, H/2, W/2]
+        x = self.act(self.norm1(x))
+        return self.norm2(self.conv2(x))  # [B, C/2, H/2, W/2] -> [B, C, H/4, W/4]
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2 between two stages."""
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable[..., nn.Module] = GroupNorm1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, bias=False)
+        self.norm = norm_layer(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))  # [B, C, H, W] -> [B, C', H/2, W/2], odd sizes rounded up
+
+
+class HcStage(nn.Module):
+    """Downsampling (but for the first stage) and the blocks of one resolution.
+
+    `drop_path_rates` has a number per block. The draws of drop path are arguments, not a generator's state, so the
+    recomputation of gradient checkpointing sees the same ones.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        drop_path_rates: Sequence[float],
+        *,
+        downsample: bool = True,
+        kernel_size: int = 5,
+        mlp_ratio: float = 4.0,
+        disable: Sequence[str] = (),
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = GroupNorm1,
+    ) -> None:
+        super().__init__()
+        self.downsample = Downsample(in_dim, dim, norm_layer) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList(
+            HcBlock(dim, kernel_size, mlp_ratio, disable, act_layer, norm_layer) for _ in drop_path_rates
+        )
+        self.drop_path_rates: Tensor
+        self.register_buffer("drop_path_rates", torch.tensor(drop_path_rates), persistent=False)
+        self.has_drop_path = max(drop_path_rates, default=0.0) > 0
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x: [B, C, H, W]; noise: [blocks, B] uniform in [0, 1), the draws of drop path, made here if absent."""
+        x = self.downsample(x)
+        keep = None
+        if self.training and self.has_drop_path:
+            rates = self.drop_path_rates[:, None]
+            if noise is None:
+                noise = torch.rand(len(self.blocks), x.shape[0], device=x.device)
+            keep = (noise >= rates) / (1 - rates)  # [blocks, B]
+        for i, block in enumerate(self.blocks):
+            block_keep = None if keep is None else keep[i]
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, block_keep, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, block_keep)
+        return x
+
+
+class HcNet(nn.Module):
+    """HcNet with timm's backbone contract. Takes images [B, in_chans, H, W] of any size from 8 x 8 up.
+
+    Args:
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear head; 0: no head, pooled features come out.
+        global_pool: "avg", or "" for unpooled features (with num_classes 0).
+        depths: Blocks of each stage.
+        dims: C of each stage.
+        kernel_size: K of the stencils.
+        mlp_ratio: R, hidden channels of the refinement over C.
+        drop_rate: Dropout before the head, from torch's generator (the paper's recipe has none).
+        drop_path_rate: Drop path of the last block; it grows linearly from 0 over all blocks.
+        act_layer: Activation, timm name or class.
+        norm_layer: Norm, timm name or class taking the number of channels.
+        disable: Components left out, see `DISABLE`.
+
+    Raises:
+        ValueError: an argument, or a combination of disabled components, has no meaning.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: Sequence[int] = (5, 5, 14, 5),
+        dims: Sequence[int] = (64, 128, 320, 512),
+        kernel_size: int = 5,
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        act_layer: str | Callable[..., nn.Module] = "gelu",
+        norm_layer: str | Callable[..., nn.Module] | None = None,
+        disable: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if len(depths) != len(dims) or not depths:
+            raise ValueError(f"depths and dims must name the same stages; got {len(depths)} and {len(dims)} of them.")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1); got {drop_path_rate}.")
+        self.disable = _check_disable(disable)
+        act = get_act_layer(act_layer)
+        norm = GroupNorm1 if norm_layer is None else get_norm_layer(norm_layer)
+
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.stem = Stem(in_chans, dims[0], act, norm)
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        self.stages: Any = nn.Sequential(
+            *(
+                HcStage(
+                    dims[max(i - 1, 0)],
+                    dims[i],
+                    rates[i].tolist(),
+                    downsample=i > 0,
+                    kernel_size=kernel_size,
+                    mlp_ratio=mlp_ratio,
+                    disable=self.disable,
+                    act_layer=act,
+                    norm_layer=norm,
+                )
+                for i in range(len(depths))
+            )
+        )
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.norm = norm(self.num_features)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.stages.apply(_init_block_weights)
+        self.head.apply(_init_block_weights)
+
+    @property
+    def num_blocks(self) -> int:
+        """Rows of `noise`."""
+        return sum(len(stage.blocks) for stage in self.stages)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for timm's layer-wise learning-rate decay: one per block, or one per stage."""
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """None by name: the authors spare 1-D parameters alone, and every optimizer builder knows those by shape."""
+        return set()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes` (0: none), optionally with another pooling ("" : none)."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+        self.head.apply(_init_block_weights)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        noise: Tensor | None = None,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The feature maps of chosen stages, and the final one.
+
+        Args:
+            x: Images [B, in_chans, H, W].
+            indices: The last n stages if an int, these stages if a list, all if None.
+            norm: Apply the final norm to the last stage's map among the intermediates.
+            stop_early: Leave out the stages behind the last one asked for.
+            output_fmt: "NCHW" ([B, C, H, W]), or "NLC" ([B, HW, C]) for the intermediates.
+            intermediates_only: Return the list alone.
+            noise: [num_blocks, B] uniform in [0, 1), the draws of drop path.
+
+        Returns:
+            The list of intermediates, or (final map, list). The final map is normed if the last stage was computed.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'output_fmt must be "NCHW" or "NLC"; got "{output_fmt}".')
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        intermediates = []
+        stage_noise = self._split_noise(noise)
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            if stop_early and i > max_index:
+                break
+            x = stage(x, stage_noise[i])
+            if i == last:
+                normed = self.norm(x)
+            if i in take_indices:
+                y = normed if norm and i == last else x
+                intermediates.append(y if output_fmt == "NCHW" else y.flatten(2).transpose(1, 2))
+        if intermediates_only:
+            return intermediates
+        return (normed if i == last else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages behind the last one of `indices` (and norm, and head); returns the indices kept."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[B, in_chans, H, W] -> [B, C, H/32, W/32], normed. noise: as in `forward`."""
+        x = self.stem(x)
+        stage_noise = self._split_noise(noise)
+        for i, stage in enumerate(self.stages):
+            x = stage(x, stage_noise[i])
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, C, H, W] -> [B, num_classes]; the pooled features [B, C] with `pre_logits`."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Logits [B, num_classes] of images [B, in_chans, H, W].
+
+        noise: [num_blocks, B] uniform in [0, 1). In training, block i leaves out the refinement of sample b where
+        noise[i, b] < its drop path rate. The model draws it from torch's generator if it is None; evaluation
+        ignores it.
+        """
+        return self.forward_head(self.forward_features(x, noise))
+
+    def _split_noise(self, noise: Tensor | None) -> list[Tensor | None]:
+        """[num_blocks, B] -> a [blocks, B] for each stage."""
+        if noise is None or not self.training or not any(stage.has_drop_path for stage in self.stages):
+            return [None] * len(self.stages)
+        if noise.shape[0] != self.num_blocks:
+            raise ValueError(f"noise must have a row for each of {self.num_blocks} blocks; got {list(noise.shape)}.")
+        return list(noise.split([len(stage.blocks) for stage in self.stages]))
+
+
+def _check_disable(disable: Sequence[str]) -> tuple[str, ...]:
+    """The disabled components once each, in the order of `DISABLE`; ValueError where they have no meaning."""
+    names = [disable] if isinstance(disable, str) else list(disable)
+    for name in names:
+        if name not in DISABLE:
+            close = difflib.get_close_matches(name, DISABLE, n=1)
+            hint = f' Did you mean "{close[0]}"?' if close else ""
+            raise ValueError(f'Unknown component "{name}" to disable; there are {", ".join(DISABLE)}.{hint}')
+    inner = [name for name in ("gate", "anisotropy", "conservation") if name in names]
+    if "conduction" in names and inner:
+        raise ValueError(f"Without conduction there is no {' or '.join(inner)} to disable: name conduction alone.")
+    if "anisotropy" in names and "conservation" in names:
+        raise ValueError(
+            "Without anisotropy the stencil is a fixed Laplacian that sums to zero: there is no raw kernel that "
+            "disabling conservation could use."
+        )
+    return tuple(name for name in DISABLE if name in names)
+
+
+def _init_block_weights(module: nn.Module) -> None:
+    """As the authors do: normal weights, zero biases inside blocks and head; stem and downsampling keep PyTorch's."""
+    if isinstance(module, Downsample):
+        module.conv.reset_parameters()
+    elif isinstance(module, (nn.Linear, nn.Conv2d)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# The authors' names (left) and ours. Their downsampling ends a stage, ours begins the next one.
+_OFFICIAL_NAMES = (
+    (r"patch_embed\.(conv1|norm1|conv2|norm2)\.", r"stem.\1."),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.Anisotropic_conv\.", r"stages.\1.blocks.\2.conduction."),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.DeltaT_DeltaD\.", r"stages.\1.blocks.\2.conduction.gate."),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.norm2\.", r"stages.\1.blocks.\2.refinement.norm."),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.mlp\.Filters\.", r"stages.\1.blocks.\2.refinement.filters."),
+    (r"layers\.(\d+)\.blocks\.(\d+)\.mlp\.(fc1|fc2)\.", r"stages.\1.blocks.\2.refinement.\3."),
+    (r"layers\.(\d+)\.downsample\.reduction\.", r"stages.\1.downsample.conv."),
+    (r"layers\.(\d+)\.downsample\.norm\.", r"stages.\1.downsample.norm."),
+    (r"norm\.", r"norm."),
+    (r"head\.", r"head.fc."),
+)
+
+
+def remap_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the authors' released checkpoint (`HcNet/models/HcNet.py`, 2025) under this file's names.
+
+    Takes the state dict or the training checkpoint that holds it under "model". Prefixes of DataParallel and
+    torch.compile go; `mean_num` buffers go; 1x1 convolutions become linear layers; unknown names stay as they are, for
+    the loader to report.
+
+    Raises:
+        ValueError: the tensors belong to the 2024 file or to the 3x3 file, which use other operators, or not to HcNet.
+    """
+    if isinstance(state_dict.get("model"), Mapping):
+        state_dict = state_dict["model"]
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in state_dict.items()}
+    kernels = [tensor for name, tensor in tensors.items() if name.endswith(".Anisotropic_conv.weight")]
+    if any(name.endswith((".fc_0.weight", ".mlp.dwconv.weight")) for name in tensors) and not kernels:
+        raise ValueError(
+            "This checkpoint is of the authors' 2024 single-file version (HcNet.py), which conducts heat by a fixed "
+            "3x3 mean and has no learned stencil: its weights mean nothing here."
+        )
+    if any(name.endswith(".fc_0.weight") for name in tensors) or any(k.shape[-1] == 3 for k in kernels):
+        raise ValueError(
+            "This checkpoint is of the authors' 3x3 version (HcNet-architecture.py), whose stencil has another centre "
+            "tap: its weights mean nothing here. Only the 5x5 version (HcNet/models/HcNet.py) can be read."
+        )
+    if not kernels:
+        raise ValueError("This is not an official HcNet checkpoint: it has no Anisotropic_conv weights.")
+
+    remapped = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".mean_num"):
+            continue
+        for pattern, ours in _OFFICIAL_NAMES:
+            new_name, found = re.subn("^" + pattern, ours, name)
+            if found:
+                break
+        else:
+            new_name = name
+        if ".downsample." in new_name and new_name != name:
+            new_name = re.sub(r"^stages\.(\d+)", lambda match: f"stages.{int(match[1]) + 1}", new_name)
+        if new_name.endswith((".gate.weight", ".fc1.weight", ".fc2.weight")) and tensor.ndim == 4:
+            tensor = tensor.flatten(1)  # [out, in, 1, 1] -> [out, in]
+        remapped[new_name] = tensor
+    return remapped
+
+
+def _checkpoint_filter(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """For timm's `checkpoint_path`: our names as they are, the authors' remapped."""
+    return state_dict if "stem.conv1.weight" in state_dict else remap_official_state_dict(state_dict)
+
+
+def _create_hcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> HcNet:
+    return build_model_with_cfg(
+        HcNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=_checkpoint_filter,
+        # "getter" runs forward_intermediates, so drop path works in training as in the classifier
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "head.fc",
+        "license": "mit",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "hcnet_pico.untrained": _cfg(),
+        "hcnet_tiny.untrained": _cfg(),
+        "hcnet_tiny_release.untrained": _cfg(),
+        "hcnet_small.untrained": _cfg(),
+        "hcnet_base.untrained": _cfg(),
+    }
+)
+
+
+@register_model
+def hcnet_pico(pretrained: bool = False, **kwargs: Any) -> HcNet:
+    """1.66 M parameters, 0.31 G MACs at 224: this project's, for the embedded data sets."""
+    model_args = {"depths": (2, 2, 4, 2), "dims": (32, 64, 128, 160)}
+    return _create_hcnet("hcnet_pico", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def hcnet_tiny(pretrained: bool = False, **kwargs: Any) -> HcNet:
+    """28.62 M parameters, 4.22 G MACs at 224: the example of the authors' model file, the abstract's "28M, 4.1G"."""
+    model_args = {"depths": (5, 5, 14, 5), "dims": (64, 128, 320, 512)}
+    return _create_hcnet("hcnet_tiny", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def hcnet_tiny_release(pretrained: bool = False, **kwargs: Any) -> HcNet:
+    """27.99 M parameters, 4.76 G MACs at 224: the authors' training configuration `HcNet-T.yaml`."""
+    model_args = {"depths": (3, 8, 18, 3), "dims": (64, 128, 320, 512)}
+    return _create_hcnet("hcnet_tiny_release", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def hcnet_small(pretrained: bool = False, **kwargs: Any) -> HcNet:
+    """49.84 M parameters, 8.16 G MACs at 224: this project's, to the budget of Swin-S."""
+    model_args = {"depths": (5, 8, 36, 5), "dims": (64, 128, 320, 512)}
+    return _create_hcnet("hcnet_small", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def hcnet_base(pretrained: bool = False, **kwargs: Any) -> HcNet:
+    """87.22 M parameters, 14.65 G MACs at 224: this project's, to the budget of Swin-B."""
+    model_args = {"depths": (5, 8, 31, 5), "dims": (96, 192, 448, 704)}
+    return _create_hcnet("hcnet_base", pretrained, **(model_args | kwargs))

@@ -1,0 +1,100 @@
+"""What a model costs: parameters, multiply-accumulates, images per second, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def count_params(model: nn.Module) -> int:
+    """Numbers in the model's parameters (buffers are not counted, shared parameters once)."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, *inputs: Any) -> int:
+    """Multiply-accumulates of `model(*inputs)` in evaluation: convolutions, linear layers and matrix products.
+
+    Norms, pooling, biases and element-wise work are not counted, as in the tables of papers. Nothing is computed:
+    tensors among `inputs`, parameters and buffers are replaced by meta tensors, so any size takes milliseconds.
+    """
+    state = {
+        name: tensor.to("meta")
+        for tensors in (model.named_parameters(), model.named_buffers())
+        for name, tensor in tensors
+    }
+    meta_inputs = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
+    with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
+        torch.func.functional_call(model, state, meta_inputs)
+    return counter.get_total_flops() // 2  # the counter's convention is two operations per multiply-accumulate
+
+
+def throughput(
+    model: nn.Module,
+    image_size: int | tuple[int, int],
+    *,
+    batch_size: int = 64,
+    seconds: float = 5.0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+) -> float:
+    """Images per second of inference on random images: the median over rounds of about half a second each.
+
+    precision: "fp32", or "bf16" / "fp16" under autocast. The model is moved to `device` and stays there.
+    """
+    device = torch.device(device)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    model.to(device)
+    images = torch.randn(batch_size, getattr(model, "in_chans", 3), height, width, device=device)
+    dtype = DTYPES[precision]
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype, enabled=dtype is not torch.float32),
+    ):
+
+        def timed(repeats: int) -> float:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                model(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - start
+
+        timed(1)  # allocations, kernel choice, compilation
+        repeats = max(1, round(0.5 / timed(1)))
+        rates: list[float] = []
+        stop = time.perf_counter() + seconds
+        while not rates or time.perf_counter() < stop:
+            rates.append(batch_size * repeats / timed(repeats))
+    return statistics.median(rates)
+
+
+def peak_memory_mb(device: str | torch.device | None = None) -> float:
+    """MiB at the peak: allocated by PyTorch on a CUDA device, else the resident set of this process since its start."""
+    if torch.device(device or "cpu").type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode inside, each module's own mode restored outside."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
