@@ -47,6 +47,11 @@ def is_distributed() -> bool:
     return td.is_available() and td.is_initialized()
 
 
+def processes() -> int:
+    """Processes that work together right now."""
+    return td.get_world_size() if is_distributed() else 1
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over processes (x itself on one process)."""
     if is_distributed():
@@ -59,7 +64,7 @@ def gather(item: Any) -> list[Any]:
     """Every process's picklable item, in rank order, on all processes."""
     if not is_distributed():
         return [item]
-    items: list[Any] = [None] * td.get_world_size()
+    items: list[Any] = [None] * processes()
     td.all_gather_object(items, item)
     return items
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -24,6 +25,7 @@ SIZES = {  # what `--size` takes -> the name in timm's registry; defined in mode
     "s": "hcnet_small",
     "b": "hcnet_base",
 }
+DROP_PATH = {"pico": 0.05, "t": 0.2, "t-release": 0.2, "s": 0.3, "b": 0.5}  # from scratch on ImageNet (digits: pico)
 Triple = tuple[float, float, float]
 Quad = tuple[int, int, int, int]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -37,7 +39,9 @@ class Part(BaseModel):
 
 
 class Model(Part):
-    """The backbone. A field left at null is the size's own (MODEL table in models/hcnet.py)."""
+    """The backbone. Shape fields left at null are the size's own (models/hcnet.py); so is the drop path of a recipe
+    that says nothing, filled in when it is resolved.
+    """
 
     size: str = "pico"
     depths: Quad | None = None
@@ -51,9 +55,7 @@ class Model(Part):
     @model_validator(mode="after")
     def _known_names(self) -> Model:
         if self.size not in SIZES:
-            raise ValueError(
-                f'unknown size "{self.size}" (known: {", ".join(SIZES)}).{did_you_mean(self.size, SIZES)}'
-            )
+            raise ValueError(f'unknown size "{self.size}" (known: {", ".join(SIZES)}).{did_you_mean(self.size, SIZES)}')
         for name in self.disable:
             if name not in COMPONENTS:
                 raise ValueError(
@@ -164,9 +166,7 @@ class Train(Part):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     eval_every: PositiveInt = 1
     eval_batch_size: PositiveInt | None = None
-    save_every: Annotated[float, Field(gt=0)] = (
-        10.0  # minutes between checkpoints besides those at evaluations
-    )
+    save_every: Annotated[float, Field(gt=0)] = 10.0  # minutes between checkpoints besides those at evaluations
     log_every: PositiveInt = 50
     workers: Annotated[int, Field(ge=0)] = 8
     compile: bool = False
@@ -193,9 +193,7 @@ class Recipe(Part):
             "finetune-seg": ("upernet", "scene-parsing"),
         }
         if (self.head.kind, self.data.format) != parts[self.task]:
-            raise ValueError(
-                f"{self.task} takes head {parts[self.task][0]} and data format {parts[self.task][1]}"
-            )
+            raise ValueError(f"{self.task} takes head {parts[self.task][0]} and data format {parts[self.task][1]}")
         return self
 
 
@@ -228,16 +226,12 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key "{key}" stands twice', node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f'the key "{key}" stands twice', node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
@@ -251,7 +245,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, origin: str) -> Any:
     """Plain data from YAML text; `origin` names the source in the UserError for text that is not YAML."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
@@ -275,27 +269,21 @@ def recipes_dir() -> Path:
 def shipped() -> list[str]:
     """Names of the shipped recipes, such as "pretrain/imagenet"."""
     root = recipes_dir()
-    return sorted(
-        str(file.relative_to(root).with_suffix("")).replace("\\", "/") for file in root.glob("*/*.yaml")
-    )
+    return sorted(str(file.relative_to(root).with_suffix("")).replace("\\", "/") for file in root.glob("*/*.yaml"))
 
 
 def recipe_file(name: str, task: str = "") -> Path:
     """The file of a recipe given by path, by full name or (with `task`) by short name."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
-            raise UserError(
-                f"There is no recipe file {name}.", hint="`hcnet recipes ls` lists the shipped ones."
-            )
+            raise UserError(f"There is no recipe file {name}.", hint="`hcnet recipes ls` lists the shipped ones.")
         return Path(name)
     for candidate in (name, f"{task}/{name}"):
         if candidate in shipped():
             return recipes_dir() / f"{candidate}.yaml"
     known = [full for full in shipped() if not task or full.startswith(f"{task}/")]
     short = {**{full: full for full in known}, **{full.split("/", 1)[1]: full for full in known}}
-    raise UserError(
-        f'There is no recipe "{name}".{did_you_mean(name, short)}', hint=f"Shipped: {', '.join(known)}."
-    )
+    raise UserError(f'There is no recipe "{name}".{did_you_mean(name, short)}', hint=f"Shipped: {', '.join(known)}.")
 
 
 # --- from data to a checked recipe -------------------------------------------------------------------------------------
@@ -346,9 +334,7 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
     for key, value, source in overrides:
         if key not in known:
             section = [k for k in known if k.startswith(f"{key}.")]
-            tip = (
-                f" It is a section: set one of {', '.join(section)}." if section else did_you_mean(key, known)
-            )
+            tip = f" It is a section: set one of {', '.join(section)}." if section else did_you_mean(key, known)
             raise UserError(
                 f'{source}: unknown recipe key "{key}".{tip}',
                 hint="`hcnet recipes show NAME` prints a recipe.",
@@ -359,22 +345,30 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
             node = node.setdefault(section_name, {})
         node[last] = value
         sources[key] = source
-    return Resolved(check(data, "the recipe with its overrides" if sources else str(file)), sources)
+    recipe = check(data, str(file), sources)
+    if recipe.model.drop_path_rate is None:
+        sources["model.drop_path_rate"] = f"size {recipe.model.size}"
+        model = recipe.model.model_copy(update={"drop_path_rate": DROP_PATH[recipe.model.size]})
+        recipe = recipe.model_copy(update={"model": model})
+    return Resolved(recipe, sources)
 
 
-def check(data: Mapping[str, Any], origin: str) -> Recipe:
-    """A Recipe from plain data, or a UserError about the first thing that is wrong."""
+def check(data: Mapping[str, Any], origin: str, sources: Mapping[str, str] = MappingProxyType({})) -> Recipe:
+    """A Recipe from plain data, or a UserError about the first thing that is wrong, naming the flag it came from."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError(_one_sentence(error, data, origin)) from None
+        raise UserError(_one_sentence(error, data, origin, sources)) from None
 
 
-def _one_sentence(error: ValidationError, data: Mapping[str, Any], origin: str) -> str:
+def _one_sentence(error: ValidationError, data: Mapping[str, Any], origin: str, sources: Mapping[str, str]) -> str:
     first = error.errors()[0]
     tags = {"linear", "mask-rcnn", "upernet", "image-folder", "coco", "scene-parsing"}
     loc = [str(part) for part in first["loc"] if str(part) not in tags]
     key = ".".join(loc)
+    for name, source in sources.items():
+        if first["type"] == "value_error" and name.startswith(f"{key}.") or key.startswith(name):
+            origin = source
     if first["type"] == "extra_forbidden":
         return f'{origin}: unknown key "{key}".{did_you_mean(key, _known_keys(data))}'
     if first["type"] == "missing":
@@ -409,22 +403,16 @@ def _known_keys(data: Mapping[str, Any]) -> list[str]:
 def fingerprint(recipe: Recipe, **contents: str) -> str:
     """8 hex digits over what can change a number: the recipe without NOT_IN_FINGERPRINT, and digests of data and weights."""
     flat = {
-        key: value
-        for key, value in flatten(recipe.model_dump(mode="json")).items()
-        if key not in NOT_IN_FINGERPRINT
+        key: value for key, value in flatten(recipe.model_dump(mode="json")).items() if key not in NOT_IN_FINGERPRINT
     }
     text = json.dumps({**flat, **contents}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def differences(
-    ours: Recipe, theirs: Recipe, but: frozenset[str] = frozenset()
-) -> dict[str, tuple[Any, Any]]:
+def differences(ours: Recipe, theirs: Recipe, but: frozenset[str] = frozenset()) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ (ours, theirs), except those in `but`."""
     a, b = flatten(ours.model_dump(mode="json")), flatten(theirs.model_dump(mode="json"))
-    return {
-        key: (a.get(key), b.get(key)) for key in {**a, **b} if key not in but and a.get(key) != b.get(key)
-    }
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if key not in but and a.get(key) != b.get(key)}
 
 
 def changes(recipe: Recipe) -> dict[str, Any]:
@@ -434,7 +422,7 @@ def changes(recipe: Recipe) -> dict[str, Any]:
     """
     if recipe.protocol not in shipped():
         return {}
-    base = resolve(recipes_dir() / f"{recipe.protocol}.yaml").recipe
+    base = resolve(recipes_dir() / f"{recipe.protocol}.yaml", [("model.size", recipe.model.size, "--size")]).recipe
     shape = frozenset(f"model.{name}" for name in ("depths", "dims", "kernel_size", "mlp_ratio"))
     return {key: ours for key, (ours, _) in sorted(differences(recipe, base, FREE | shape).items())}
 
@@ -449,11 +437,32 @@ def variant(recipe: Recipe) -> str:
     return "+".join(parts)
 
 
-def steps_per_epoch(recipe: Recipe, num_train: int) -> int:
-    """Whole batches in one pass over `num_train` samples (the remainder waits for the next shuffle)."""
-    return num_train // recipe.train.batch_size
+@dataclass(frozen=True)
+class Steps:
+    """A schedule in optimizer steps; `epoch` is the steps of one pass over the data."""
+
+    epoch: int
+    total: int
+    warmup: int
+    milestones: tuple[int, ...]
+    eval_every: int
+    shortened: bool  # the warm-up was cut to half of a short run
 
 
-def to_steps(amount: float, unit: str, epoch: int) -> int:
-    """A duration in optimizer steps; `epoch` is the steps of one epoch."""
-    return round(amount * epoch) if unit == "epochs" else round(amount)
+def steps(recipe: Recipe, epoch: int) -> Steps:
+    """Durations of the schedule, given the steps of one epoch. A warm-up takes at most half of the run."""
+    plan = recipe.schedule
+
+    def count(amount: float, unit: str) -> int:
+        return round(amount * epoch) if unit == "epochs" else round(amount)
+
+    total = count(plan.length, plan.unit)
+    warmup = count(plan.warmup, plan.warmup_unit)
+    return Steps(
+        epoch=epoch,
+        total=total,
+        warmup=min(warmup, total // 2),
+        milestones=tuple(count(milestone, plan.unit) for milestone in plan.milestones),
+        eval_every=count(recipe.train.eval_every, plan.unit),
+        shortened=warmup > total // 2,
+    )

@@ -1,0 +1,308 @@
+"""The only translator from a recipe to objects: data, model, task, loaders, optimizer, an engine.Job."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import hcnet_cli.models  # registers the sizes with timm
+from hcnet_cli import dist, optim, profile, rng
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError
+from hcnet_cli.data import embedded, imagenet, loader
+from hcnet_cli.engine import Job, to_device
+from hcnet_cli.recipe import Recipe, Steps
+from hcnet_cli.runs import DataInfo
+from hcnet_cli.tasks.classification import ClassificationTask
+from hcnet_cli.weights import Account, load_into, read_weights
+
+
+@dataclass
+class Data:
+    """Training and validation samples of a recipe, and what is known of them."""
+
+    info: DataInfo
+    train: Any  # Dataset, see data/loader.py
+    val: Any
+    class_names: list[str]
+    img_size: tuple[int, int]  # what MACs and images/s are given for
+    collate: loader.Collate | None = None
+    groups: Any = None
+
+    def steps(self, recipe: Recipe) -> Steps:
+        return rcp.steps(recipe, loader.steps_per_epoch(len(self.train), recipe.train.batch_size, self.groups))
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is CUDA (this process's own), else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'There is no device "{name}".', hint="Known: auto, cpu, cuda, cuda:N, mps.") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("PyTorch sees no CUDA device here.", hint="Use --device cpu, or install a CUDA build.")
+        device = torch.device("cuda", device.index if device.index is not None else dist.local_rank())
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"There is no device {device}: PyTorch sees {torch.cuda.device_count()}.")
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("This machine has no MPS device.", hint="Use --device cpu.")
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f'The device "{name}" is not supported.', hint="Known: auto, cpu, cuda, cuda:N, mps.")
+    return device
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """"auto" is bf16 on a GPU that computes it, fp16 on an older one, fp32 elsewhere."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("fp16 training needs a GPU.", hint="Use --precision bf16 or fp32.")
+    return precision
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def build_data(recipe: Recipe) -> Data:
+    """Scans the data and makes the data sets; UserError for what is wrong with them."""
+    path = recipe.data.path
+    assert path is not None, "train() fills in data.path"
+    root = embedded.ensure(path) if path in embedded.EMBEDDED else Path(path)
+    builders: dict[str, Callable[[Recipe, Path], Data]] = {"image-folder": _image_folder}
+    return builders[recipe.data.format](recipe, root)
+
+
+def _image_folder(recipe: Recipe, root: Path) -> Data:
+    config = recipe.data
+    assert isinstance(config, rcp.ImageFolder)
+    index = imagenet.scan(root)
+    shared = {"img_size": config.img_size, "interpolation": config.interpolation, "mean": config.mean, "std": config.std}
+    train = imagenet.train_transform(
+        **shared,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment,
+        re_prob=config.re_prob,
+        re_mode=config.re_mode,
+        re_count=config.re_count,
+    )
+    return Data(
+        info=DataInfo(
+            name=index.name,
+            digest=index.digest,
+            path=str(root),
+            num_train=index.num_train,
+            num_val=index.num_val,
+            num_classes=len(index.classes),
+        ),
+        train=imagenet.ImageFolder(index, "train", train),
+        val=imagenet.ImageFolder(index, "val", imagenet.eval_transform(**shared, crop_pct=config.crop_pct)),
+        class_names=list(index.classes),
+        img_size=(config.img_size, config.img_size),
+    )
+
+
+# --- model and task ---------------------------------------------------------------------------------------------------
+
+
+def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The HcNet of the recipe, initialised from the seed; a recipe field left at null is the size's own."""
+    shape = recipe.model.model_dump(include={"depths", "dims", "kernel_size", "mlp_ratio", "drop_path_rate"})
+    given = {name: value for name, value in shape.items() if value is not None}
+    with rng.seeded(rng.derive(recipe.train.seed, "init")):
+        try:
+            model = timm.create_model(
+                rcp.SIZES[recipe.model.size], num_classes=num_classes, disable=recipe.model.disable, **given
+            )
+        except ValueError as error:
+            raise UserError(f"The model cannot be built: {error}") from None
+    model.set_grad_checkpointing(recipe.model.grad_checkpointing)
+    return model
+
+
+def build_task(recipe: Recipe, data: Data) -> nn.Module:
+    """The task with freshly initialised weights, on the CPU, channels-last."""
+    config = recipe.data
+    assert isinstance(config, rcp.ImageFolder)
+    mixup = imagenet.make_mixup(
+        data.info.num_classes,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        smoothing=config.smoothing,
+    )
+    task = ClassificationTask(build_backbone(recipe, data.info.num_classes), data.class_names, mixup, config.smoothing)
+    return task.to(memory_format=torch.channels_last)
+
+
+def macs(task: Any, data: Data) -> int:
+    """Multiply-accumulates for one image of `data.img_size`."""
+    return profile.count_macs(task.model, torch.zeros(1, 3, *data.img_size))
+
+
+# --- weights to start from --------------------------------------------------------------------------------------------
+
+
+def read_init(source: str) -> tuple[str, dict[str, Tensor]]:
+    """(name, state dict) of a run folder, a safetensors file or a PyTorch checkpoint."""
+    path = Path(source)
+    if path.is_dir():
+        best = path / "best.safetensors"
+        if not best.is_file():
+            raise UserError(f"{path} is not a run with weights: it has no best.safetensors.")
+        path = best
+    return str(path), read_weights(path)
+
+
+def load_init(model: nn.Module, name: str, state: dict[str, Tensor]) -> Account:
+    """Loads what fits; the authors' key names are translated."""
+    official = any(".Anisotropic_conv" in key or "patch_embed" in key for key in state)
+    remap = hcnet_cli.models.remap_official_state_dict if official else dict
+    return load_into(model, state, name, remap)
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------
+
+
+def build_job(recipe: Recipe, data: Data, task: Any, device: torch.device) -> Job:
+    """Everything the engine needs; `task` is moved to `device`."""
+    train = recipe.train
+    plan = data.steps(recipe)
+    task.to(device)
+    if train.compile:
+        task.model.compile()  # in place: names in checkpoints stay as they are
+    place = {"rank": dist.rank() if dist.is_distributed() else 0, "world_size": dist.processes()}
+    batches = loader.TrainLoader(
+        data.train,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        total_steps=plan.total,
+        seed=train.seed,
+        workers=train.workers,
+        collate=data.collate,
+        groups=data.groups,
+        **place,
+    )
+    micro_batch = train.batch_size // (train.accumulate * dist.processes())
+    schedule = recipe.schedule
+    ema = None
+    if train.ema_decay is not None:
+        from timm.utils import ModelEmaV3
+
+        ema = ModelEmaV3(task.model, decay=train.ema_decay)
+    return Job(
+        task=task,
+        train=batches,
+        val=loader.EvalLoader(
+            data.val,
+            batch_size=train.eval_batch_size or micro_batch,
+            workers=train.workers,
+            collate=data.collate,
+            **place,
+        ),
+        describe=data.train.describe,
+        optimizer=optim.adamw(
+            task.model,
+            lr=recipe.optim.lr,
+            weight_decay=recipe.optim.weight_decay,
+            betas=recipe.optim.betas,
+            eps=recipe.optim.eps,
+            no_decay=recipe.optim.no_decay,
+        ),
+        lr_at=functools.partial(
+            optim.lr_at,
+            lr=recipe.optim.lr,
+            total_steps=plan.total,
+            kind=schedule.kind,
+            warmup_steps=plan.warmup,
+            warmup_ratio=schedule.warmup_ratio,
+            warmup_inside=schedule.warmup_inside,
+            min_lr=schedule.min_lr,
+            milestones=plan.milestones,
+            gamma=schedule.gamma,
+            power=schedule.power,
+        ),
+        total_steps=plan.total,
+        batch_size=train.batch_size,
+        accumulate=train.accumulate,
+        eval_every=plan.eval_every,
+        log_every=train.log_every,
+        save_minutes=train.save_every,
+        clip_grad=recipe.optim.clip_grad,
+        precision=train.precision,
+        device=device,
+        seed=train.seed,
+        ema=ema,
+        describe_weights={
+            "model": rcp.SIZES[recipe.model.size],
+            "recipe": recipe.model_dump_json(),
+            "classes": json.dumps(data.class_names),
+        },
+    )
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def saved_activations(task: Any, image: tuple[int, int]) -> int:
+    """Bytes of activations kept for the backward pass of one image, fp32; counted on the meta device."""
+    seen: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        seen[id(x.untyped_storage())] = x.untyped_storage().nbytes()
+        kept.append(x)  # alive, so that no id is used twice
+        return x
+
+    kept: list[Tensor] = []
+    model = task.model
+    was_training = model.training
+    state = {
+        name: torch.empty_like(value, device="meta").requires_grad_(value.is_floating_point())
+        for name, value in [*model.named_parameters(), *model.named_buffers()]
+    }
+    own = {id(value.untyped_storage()) for value in state.values()}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        torch.func.functional_call(model.train(), state, (torch.zeros(1, 3, *image, device="meta"),))
+    model.train(was_training)
+    return sum(size for storage, size in seen.items() if storage not in own)
+
+
+def seconds_per_image(recipe: Recipe, data: Data, task: Any, device: torch.device) -> float:
+    """Forward and backward time of one training image, measured on two small batches of real data. Rough."""
+    size = min(2, recipe.train.batch_size)
+    batches = loader.TrainLoader(
+        data.train, batch_size=size, accumulate=1, total_steps=3, seed=0, workers=0, collate=data.collate
+    )
+    task.to(device).train()
+    times = []
+    for batch in batches.iterate(0):
+        begun = time.perf_counter()
+        losses = task(to_device(batch, device))
+        torch.stack(list(losses.values())).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    task.zero_grad(set_to_none=True)
+    return min(times[1:]) / size
