@@ -1,0 +1,399 @@
+"""Small real data sets that every machine has: handwritten digits, and scenes made of them, in the big sets' formats.
+
+| name | layout | content |
+|---|---|---|
+| `digits` | ImageNet folders | the 1797 digits of `sklearn.datasets.load_digits` (UCI, CC BY 4.0), 8 x 8 -> 32 x 32 |
+| `digit-scenes` | COCO 2017 | the digits on textured 128 x 128 canvases: boxes, masks, crowds, images without objects |
+| `digit-stuff` | ADE20K SceneParsing | the same scenes: ten digits and the four textures behind them, 0 = other |
+
+They are made once, on first use, and read by the very loaders that read ImageNet, COCO and ADE20K. The scenes for
+training show only digits of the training split, those for validation only the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hcnet_cli.console import UserError, did_you_mean, notice
+
+VERSION = 1  # raise it when a byte of any set changes: the sets are then made anew, in a new folder
+SCENES = {"train": 800, "val": 160}
+CANVAS = 128  # pixels, both sides of a scene
+TEXTURES = ("stripes", "dots", "checks", "gradient")
+# as COCO's: with gaps, and not in the order of the categories
+CATEGORY_IDS = (7, 90, 1, 18, 44, 3, 62, 27, 85, 13)
+
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def cache_dir() -> Path:
+    """`$HCNET_CACHE`, else `$XDG_CACHE_HOME/hcnet`, else `~/.cache/hcnet`."""
+    if own := os.environ.get("HCNET_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hcnet"
+
+
+def ensure(name: str) -> Path:
+    """The folder of an embedded data set, made if it is not there yet; the same bytes on every call.
+
+    It appears under its name when complete, so a killed or a second process can do no harm. Raises UserError for an
+    unknown name and for a cache that cannot be written.
+    """
+    if name not in EMBEDDED:
+        known = ", ".join(EMBEDDED)
+        raise UserError(
+            f'There is no embedded data set "{name}".{did_you_mean(name, EMBEDDED)}', hint=f"Known: {known}."
+        )
+    folder = cache_dir() / f"embedded-v{VERSION}" / name
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f".{name}-{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        notice(f"Making the embedded data set {name} in {folder} (once, some seconds).")
+        EMBEDDED[name](temporary)
+        temporary.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # otherwise another process was quicker
+            raise UserError(
+                f"The embedded data set {name} cannot be written to {folder}: {error.strerror or error}.",
+                hint="Set HCNET_CACHE to a folder with some free space that you may write to.",
+            ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+# digits
+
+
+def _digits() -> dict[str, list[tuple[int, int, NDArray[np.uint8]]]]:
+    """For `train` and `val`: (number, class, grey image [8, 8]). Four in five of each class are for training."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # sixteen levels -> 0..255
+    split: dict[str, list[tuple[int, int, NDArray[np.uint8]]]] = {"train": [], "val": []}
+    random = np.random.RandomState(0)
+    for label in range(10):
+        numbers = random.permutation(np.flatnonzero(bunch.target == label))
+        cut = round(0.8 * len(numbers))
+        split["train"] += [(int(i), label, grey[i]) for i in numbers[:cut]]
+        split["val"] += [(int(i), label, grey[i]) for i in numbers[cut:]]
+    return split
+
+
+def _make_digits(folder: Path) -> None:
+    for split, digits in _digits().items():
+        for label in range(10):
+            (folder / split / str(label)).mkdir(parents=True)
+        for number, label, grey in digits:
+            image = Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC)
+            image.save(folder / split / str(label) / f"digit_{number:04d}.png")
+
+
+# scenes
+
+
+@dataclass
+class _Object:
+    digit: int
+    mask: Mask  # [CANVAS, CANVAS], the visible part
+    crowd: bool = False  # many small ones of a digit, outlined together
+
+
+@dataclass
+class _Scene:
+    image: NDArray[np.uint8]  # [CANVAS, CANVAS, 3]
+    texture: NDArray[np.int64]  # [CANVAS, CANVAS], index into TEXTURES
+    other: Mask  # neither digit nor texture: clutter, crowds, the soft rim of a digit
+    objects: list[_Object]
+
+
+Y, X = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float64)
+
+
+def _texture(kind: int, random: np.random.RandomState) -> Floats:
+    """A pattern [CANVAS, CANVAS] of numbers from 0 to 1."""
+    angle, period = random.uniform(0, np.pi), random.uniform(9, 16)
+    u = (X * np.cos(angle) + Y * np.sin(angle)) / period + random.uniform()
+    v = (Y * np.cos(angle) - X * np.sin(angle)) / period + random.uniform()
+    name = TEXTURES[kind]
+    if name == "stripes":
+        return (u % 1 < 0.5).astype(np.float64)
+    if name == "dots":
+        return ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.3**2).astype(np.float64)
+    if name == "checks":
+        return (np.floor(u) + np.floor(v)) % 2
+    return (u - u.min()) / (u.max() - u.min())
+
+
+def _color(low: float, high: float, random: np.random.RandomState) -> Floats:
+    """A random color [3] whose brightness lies between low and high (of 255)."""
+    color = random.uniform(0, 1, 3)
+    brightness = color @ [0.299, 0.587, 0.114]
+    target = random.uniform(low, high)
+    # scale towards black, or mix with white
+    if target < 255 * brightness:
+        return color * target / brightness
+    return 255 * (1 - (1 - color) * (1 - target / 255) / (1 - brightness))
+
+
+def _shape(grey: NDArray[np.uint8], size: int, random: np.random.RandomState) -> Floats:
+    """A digit as opacity [h, w] from 0 to 1, `size` pixels high before it is turned a little."""
+    height, width = round(size * 10 / 8), round(size * 10 / 8 * random.uniform(0.85, 1.1))
+    # a margin first: digits fill all eight rows, and would end as if cut off
+    image = Image.fromarray(np.pad(grey, 1)).resize((width, height), Image.Resampling.BICUBIC)
+    image = image.rotate(random.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+    opacity = np.clip((np.asarray(image) / 255 - 0.2) / 0.4, 0, 1)
+    rows, columns = np.flatnonzero(opacity.any(1)), np.flatnonzero(opacity.any(0))
+    return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _place(shape: Floats, taken: list[Mask], random: np.random.RandomState) -> Floats | None:
+    """The shape somewhere on an empty canvas, where it hides little of what is there; None if no place is found."""
+    height, width = shape.shape
+    for _ in range(20):
+        top, left = random.randint(0, CANVAS - height + 1), random.randint(0, CANVAS - width + 1)
+        canvas = np.zeros((CANVAS, CANVAS))
+        canvas[top : top + height, left : left + width] = shape
+        mask = canvas > 0.5
+        if all((mask & other).sum() <= 0.06 * min(mask.sum(), other.sum()) for other in taken):
+            return canvas
+    return None
+
+
+def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.RandomState) -> _Scene:
+    dark_behind = random.uniform() < 0.5
+    behind, before = ((20, 110), (175, 250)) if dark_behind else ((150, 240), (10, 85))
+
+    # one or two textures, parted by a wavy line
+    kinds = random.permutation(len(TEXTURES))[:2]
+    angle = random.uniform(0, 2 * np.pi)
+    along = (X - CANVAS / 2) * np.cos(angle) + (Y - CANVAS / 2) * np.sin(angle)
+    across = (Y - CANVAS / 2) * np.cos(angle) - (X - CANVAS / 2) * np.sin(angle)
+    edge = random.uniform(-25, 25) + 7 * np.sin(across / random.uniform(8, 20))
+    second = along > edge if random.uniform() < 0.7 else np.zeros_like(along, dtype=bool)
+    texture = np.where(second, kinds[1], kinds[0])
+    image = np.zeros((CANVAS, CANVAS, 3))
+    for kind, region in zip(kinds, (~second, second), strict=True):
+        low, high = behind
+        one, two = _color(low, low + 35, random), _color(high - 35, high, random)
+        pattern = _texture(kind, random)[..., None]
+        image[region] = (one + pattern * (two - one))[region]
+
+    other = np.zeros((CANVAS, CANVAS), dtype=bool)
+    objects: list[_Object] = []
+
+    def paint(opacity: Floats) -> Mask:
+        nonlocal image
+        color = _color(*before, random)
+        image = image + opacity[..., None] * (color - image)
+        mask = opacity > 0.5
+        for thing in objects:
+            thing.mask &= ~mask
+        return mask
+
+    # clutter: discs and squares, which are no digits
+    for _ in range(random.randint(0, 3)):
+        (y, x), radius = random.uniform(10, CANVAS - 10, 2), random.uniform(4, 9)
+        distance = np.hypot(Y - y, X - x) if random.uniform() < 0.5 else np.maximum(abs(Y - y), abs(X - x))
+        opacity = np.clip(radius - distance + 0.5, 0, 1)
+        paint(opacity)
+        other |= opacity > 0.1
+
+    crowded, empty = random.uniform() < 0.08, random.uniform() < 0.04
+    if crowded and not empty:
+        _, label, grey = digits[random.randint(len(digits))]
+        opacity = np.zeros((CANVAS, CANVAS))
+        top, left = random.randint(0, CANVAS - 44, 2)
+        for place in random.permutation(9)[: random.randint(5, 9)]:
+            shape = _shape(grey, random.randint(11, 14), random)[:16, :16]
+            y, x = top + place // 3 * 14, left + place % 3 * 14
+            opacity[y : y + shape.shape[0], x : x + shape.shape[1]] = shape
+        objects.append(_Object(label, paint(opacity), crowd=True))
+        other |= opacity > 0.1
+
+    for _ in range(0 if empty else random.randint(1, 6)):
+        _, label, grey = digits[random.randint(len(digits))]
+        placed = _place(_shape(grey, random.randint(26, 60), random), [thing.mask for thing in objects], random)
+        if placed is None:
+            continue
+        mask = paint(placed)
+        other = (other & ~mask) | ((placed > 0.05) & ~mask)
+        objects.append(_Object(label, mask))
+
+    image += random.normal(0, 4, image.shape)
+    return _Scene(np.clip(np.rint(image), 0, 255).astype(np.uint8), texture, other, objects)
+
+
+def _scenes() -> Iterator[tuple[str, int, _Scene]]:
+    """(split, number from 1, scene); each scene has a generator of its own."""
+    for split, digits in _digits().items():
+        for number in range(1, SCENES[split] + 1):
+            yield split, number, _scene(digits, np.random.RandomState([VERSION, split == "val", number]))
+
+
+def _save_jpeg(image: NDArray[np.uint8], path: Path) -> None:
+    Image.fromarray(image).save(path, quality=92, subsampling=0)
+
+
+# COCO
+
+
+def _outlines(mask: Mask) -> tuple[list[list[int]], bool]:
+    """The borders of a mask as polygons x0, y0, x1, y1, ... along pixel edges, and whether one of them is a hole.
+
+    Every pixel edge is walked with the mask on its right; corners where two pixels meet diagonally are turned right, so
+    outlines are simple polygons, clockwise around the mask and anticlockwise around holes (y points down).
+    """
+    padded = np.pad(mask, 1)
+    inner = padded[1:-1, 1:-1]
+    leaving: dict[tuple[int, int], list[tuple[int, int]]] = {}  # corner (x, y) -> directions (dx, dy)
+    for neighbour, start, direction in (
+        (padded[:-2, 1:-1], (0, 0), (1, 0)),  # nothing above: walk right along the top
+        (padded[1:-1, 2:], (1, 0), (0, 1)),
+        (padded[2:, 1:-1], (1, 1), (-1, 0)),
+        (padded[1:-1, :-2], (0, 1), (0, -1)),
+    ):
+        for y, x in np.argwhere(inner & ~neighbour).tolist():
+            leaving.setdefault((x + start[0], y + start[1]), []).append(direction)
+    polygons, hole = [], False
+    while leaving:
+        start = here = next(iter(leaving))
+        corners: list[int] = []
+        twice_area = 0
+        before = (0, 0)
+        while here in leaving:
+            choices = leaving[here]
+            right = (-before[1], before[0])
+            direction = right if right in choices else choices[0]
+            choices.remove(direction)
+            if not choices:
+                del leaving[here]
+            if direction != before:
+                corners += here
+            after = (here[0] + direction[0], here[1] + direction[1])
+            twice_area += here[0] * after[1] - here[1] * after[0]
+            here, before = after, direction
+            if here == start:
+                break
+        polygons.append(corners)
+        hole |= twice_area < 0
+    return polygons, hole
+
+
+def _run_lengths(mask: Mask) -> list[int]:
+    """COCO's uncompressed RLE: lengths of alternating runs of 0 and 1, column by column, the first of zeros."""
+    flat = mask.T.ravel().astype(np.int8)
+    changes = np.flatnonzero(np.diff(flat, prepend=0))
+    return np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+
+
+def _segmentation(thing: _Object) -> Any:
+    """Polygons where they can tell the mask; RLE where it has a hole (as in 0 and 8) and for crowds."""
+    from pycocotools import mask as coco_mask
+
+    if thing.crowd:
+        return {"size": list(thing.mask.shape), "counts": _run_lengths(thing.mask)}
+    polygons, hole = _outlines(thing.mask)
+    if not hole:
+        return polygons
+    encoded = coco_mask.encode(np.asfortranarray(thing.mask, dtype=np.uint8))
+    return {"size": list(thing.mask.shape), "counts": encoded["counts"].decode("ascii")}
+
+
+def _make_digit_scenes(folder: Path) -> None:
+    files = {
+        split: {
+            "info": {"description": "digit-scenes: handwritten digits on textures", "version": str(VERSION)},
+            "categories": [
+                {"id": id_, "name": str(digit), "supercategory": "digit"} for digit, id_ in enumerate(CATEGORY_IDS)
+            ],
+            "images": [],
+            "annotations": [],
+        }
+        for split in SCENES
+    }
+    random = np.random.RandomState(VERSION)
+    image_id = annotation_id = 0
+    for split in SCENES:
+        (folder / f"{split}2017").mkdir()
+    for split, _, scene in _scenes():
+        image_id += int(random.randint(1, 60))  # gaps, as in COCO
+        file_name = f"{image_id:012d}.jpg"
+        _save_jpeg(scene.image, folder / f"{split}2017" / file_name)
+        content: dict[str, Any] = files[split]
+        content["images"].append({"id": image_id, "file_name": file_name, "width": CANVAS, "height": CANVAS})
+        for thing in scene.objects:
+            annotation_id += int(random.randint(1, 9))
+            rows, columns = np.flatnonzero(thing.mask.any(1)), np.flatnonzero(thing.mask.any(0))
+            left, top = int(columns[0]), int(rows[0])
+            content["annotations"].append(
+                {
+                    "id": annotation_id,
+                    "image_id": image_id,
+                    "category_id": CATEGORY_IDS[thing.digit],
+                    "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+                    "area": int(thing.mask.sum()),
+                    "iscrowd": int(thing.crowd),
+                    "segmentation": _segmentation(thing),
+                }
+            )
+    (folder / "annotations").mkdir()
+    for split, content in files.items():
+        (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+
+
+# ADE20K
+
+
+def _make_digit_stuff(folder: Path) -> None:
+    """Labels: 0 other, 1..10 the digits 0..9, 11..14 the textures.
+
+    Names and statistics are in `objectInfo150.txt`, the name and columns of ADE20K's own list.
+    """
+    names = [str(digit) for digit in range(10)] + list(TEXTURES)
+    pixels = np.zeros(len(names) + 1, dtype=np.int64)
+    images = {split: np.zeros(len(names) + 1, dtype=np.int64) for split in SCENES}
+    folders = {"train": "training", "val": "validation"}
+    for kind in ("images", "annotations"):
+        for split in folders.values():
+            (folder / kind / split).mkdir(parents=True)
+    for split, number, scene in _scenes():
+        label = (scene.texture + 11).astype(np.uint8)
+        for thing in scene.objects:
+            label[thing.mask] = 1 + thing.digit
+        label[scene.other] = 0
+        stem = f"ADE_{split}_{number:08d}"
+        _save_jpeg(scene.image, folder / "images" / folders[split] / f"{stem}.jpg")
+        Image.fromarray(label).save(folder / "annotations" / folders[split] / f"{stem}.png")
+        counts = np.bincount(label.ravel(), minlength=len(names) + 1)
+        pixels += counts
+        images[split] += counts > 0
+    lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName"]
+    for index, name in enumerate(names, start=1):
+        ratio = f"{pixels[index] / pixels.sum():.4f}"
+        stuff = int(name in TEXTURES)
+        lines.append(f"{index}\t{ratio}\t{images['train'][index]}\t{images['val'][index]}\t{stuff}\t{name}")
+    (folder / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
+
+
+EMBEDDED: dict[str, Callable[[Path], None]] = {
+    "digits": _make_digits,
+    "digit-scenes": _make_digit_scenes,
+    "digit-stuff": _make_digit_stuff,
+}
