@@ -45,6 +45,19 @@ def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+def steps_per_epoch(count: int, batch_size: int, groups: NDArray[np.integer] | None = None) -> int:
+    """How many full batches an epoch has; UserError if there is none."""
+    sizes = [count] if groups is None else np.unique(groups, return_counts=True)[1].tolist()
+    steps = sum(size // batch_size for size in sizes)
+    if not steps:
+        whole = "The largest aspect-ratio group of the training set" if len(sizes) > 1 else "The training set"
+        raise UserError(
+            f"{whole} has {max(sizes)} image{'s' if max(sizes) != 1 else ''}, fewer than one batch of {batch_size}.",
+            hint=f"Choose --batch-size {max(sizes)} or smaller.",
+        )
+    return steps
+
+
 def epoch_batches(
     count: int, batch_size: int, seed: int, epoch: int, groups: NDArray[np.integer] | None = None
 ) -> NDArray[np.int64]:
@@ -168,16 +181,11 @@ class TrainLoader:
         assert len(dataset) > 0
         assert groups is None or len(groups) == len(dataset)
         check_divides(batch_size, accumulate, world_size)
-        sizes = [len(dataset)] if groups is None else np.unique(groups, return_counts=True)[1].tolist()
-        self.steps_per_epoch = sum(size // batch_size for size in sizes)
-        if not self.steps_per_epoch:
-            whole = "The largest aspect-ratio group of the training set" if len(sizes) > 1 else "The training set"
-            raise UserError(
-                f"{whole} has {max(sizes)} images, fewer than one batch of {batch_size}.",
-                hint=f"Choose --batch-size {max(sizes)} or smaller.",
-            )
-        if never := sum(size for size in sizes if size < batch_size):
-            warn(f"{never} training images are never used: too few of their shape for a batch of {batch_size}.")
+        self.steps_per_epoch = steps_per_epoch(len(dataset), batch_size, groups)
+        if groups is not None:
+            sizes = np.unique(groups, return_counts=True)[1]
+            if never := int(sizes[sizes < batch_size].sum()):
+                warn(f"{never} training images are never used: too few of their shape for a batch of {batch_size}.")
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.total_steps = total_steps
