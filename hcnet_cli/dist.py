@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -86,3 +89,25 @@ def broadcast(item: Any) -> Any:
 def barrier() -> None:
     if is_distributed():
         all_reduce_sum(torch.zeros(1))  # on the CPU, hence gloo: no GPU is named, no device is blocked
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """The main process's result on all processes; what it raises, all raise."""
+    result: tuple[T | None, Exception | None] = (None, None)
+    if is_main() or not is_distributed():
+        try:
+            result = (compute(), None)
+        except Exception as error:
+            result = (None, error)
+    value, error = broadcast(result)
+    if error is not None:
+        raise error
+    return value
+
+
+@contextlib.contextmanager
+def on_main(manager: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enters a context on the main process only; what entering raises, all processes raise."""
+    with contextlib.ExitStack() as stack:
+        from_main(lambda: stack.enter_context(manager()) and None)
+        yield

@@ -23,6 +23,8 @@ from hcnet_cli.console import Progress, RunFailed
 from hcnet_cli.rng import derive
 from hcnet_cli.runs import RunFolder, write_text, writing
 
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of an activation
+
 Batch: TypeAlias = Any  # any nesting of dicts, lists and tuples of tensors; `sample` [B] holds data set indices
 
 
@@ -64,7 +66,7 @@ class TrainBatches(Protocol):
 
 
 class EvalBatches(Sized, Iterable[Batch], Protocol):
-    """This process's part of the validation data: every sample in exactly one batch of one process."""
+    """One process's part of the validation data: every sample in exactly one batch of one process."""
 
 
 @dataclass

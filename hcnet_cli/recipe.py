@@ -15,16 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.names import COMPONENTS, SIZES
 
-TASKS = ("pretrain", "finetune-det", "finetune-seg")
-COMPONENTS = ("conduction", "refinement", "gate", "anisotropy", "conservation")
-SIZES = {  # what `--size` takes -> the name in timm's registry; defined in models/hcnet.py
-    "pico": "hcnet_pico",
-    "t": "hcnet_tiny",
-    "t-release": "hcnet_tiny_release",
-    "s": "hcnet_small",
-    "b": "hcnet_base",
-}
 DROP_PATH = {"pico": 0.05, "t": 0.2, "t-release": 0.2, "s": 0.3, "b": 0.5}  # from scratch on ImageNet (digits: pico)
 Triple = tuple[float, float, float]
 Quad = tuple[int, int, int, int]
@@ -157,7 +149,9 @@ class Schedule(Part):
 
 
 class Train(Part):
-    """How the run is driven. `batch_size` is the total over processes and micro-batches; `eval_every` in schedule units."""
+    """How the run is driven. `batch_size` is the total over processes and micro-batches; `eval_every` counts in the
+    schedule's unit.
+    """
 
     batch_size: PositiveInt
     accumulate: PositiveInt = 1
@@ -283,7 +277,8 @@ def recipe_file(name: str, task: str = "") -> Path:
             return recipes_dir() / f"{candidate}.yaml"
     known = [full for full in shipped() if not task or full.startswith(f"{task}/")]
     short = {**{full: full for full in known}, **{full.split("/", 1)[1]: full for full in known}}
-    raise UserError(f'There is no recipe "{name}".{did_you_mean(name, short)}', hint=f"Shipped: {', '.join(known)}.")
+    hint = f"Shipped: {', '.join(known)}."
+    raise UserError(f'There is no recipe "{name}".{did_you_mean(name, short)}', hint=hint)
 
 
 # --- from data to a checked recipe -------------------------------------------------------------------------------------
@@ -367,7 +362,7 @@ def _one_sentence(error: ValidationError, data: Mapping[str, Any], origin: str, 
     loc = [str(part) for part in first["loc"] if str(part) not in tags]
     key = ".".join(loc)
     for name, source in sources.items():
-        if first["type"] == "value_error" and name.startswith(f"{key}.") or key.startswith(name):
+        if (first["type"] == "value_error" and name.startswith(f"{key}.")) or key.startswith(name):
             origin = source
     if first["type"] == "extra_forbidden":
         return f'{origin}: unknown key "{key}".{did_you_mean(key, _known_keys(data))}'

@@ -37,7 +37,7 @@ class DataInfo(BaseModel):
 
 
 class RunInfo(BaseModel):
-    """run.json. Metrics are in per cent and belong to best.safetensors (step `best_step`); counts are plain numbers."""
+    """run.json. Metrics are in per cent and belong to best.safetensors (step `best_step`)."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -71,6 +71,7 @@ class RunInfo(BaseModel):
     processes: int = 1
     init: dict[str, Any] = {}
     unreadable_images: int = 0
+    evaluated_only: bool = False  # no training: weights that --init named
     git_commit: str = ""
     git_dirty: bool = False
     argv: list[str] = []
@@ -139,7 +140,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` with `text`: temp file, fsync, rename. Readers see the old or the new file, never half of one."""
+    """Replaces `path` with `text`: temp file, fsync, rename. Readers see the old or the new file, never half."""
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -276,8 +277,6 @@ def git_state() -> tuple[str, bool]:
         top = Path(git("rev-parse", "--show-toplevel").strip())
         if not (top / "hcnet_cli").is_dir():  # an environment that lies inside someone else's repository
             return "", False
-        return git("rev-parse", "HEAD").strip(), bool(
-            git("status", "--porcelain", "--untracked-files=no").strip()
-        )
+        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--untracked-files=no").strip())
     except (OSError, subprocess.SubprocessError):
         return "", False

@@ -137,7 +137,8 @@ def load_into(
     matched = sum(own[name].numel() for name in fits) / max(1, sum(value.numel() for value in own.values()))
     if matched < MIN_MATCHED:
         raise UserError(
-            f"{source} does not fit this model: only {len(fits)} of {len(own)} tensors ({matched:.0%} of the numbers) match.",
+            f"{source} does not fit this model: only {len(fits)} of {len(own)} tensors "
+            f"({matched:.0%} of the numbers) match.",
             hint="Give the --size the weights were trained with.",
         )
     model.load_state_dict({name: named[name] for name in fits}, strict=False)

@@ -1,0 +1,17 @@
+"""Names that the command line, the recipes and the code share. Plain data: `--help` reads it without importing anything."""
+
+SIZES = {  # what `--size` takes -> the name in timm's registry; defined in models/hcnet.py
+    "pico": "hcnet_pico",
+    "t": "hcnet_tiny",
+    "t-release": "hcnet_tiny_release",
+    "s": "hcnet_small",
+    "b": "hcnet_base",
+}
+COMPONENTS = ("conduction", "refinement", "gate", "anisotropy", "conservation")
+EMBEDDED = {  # the data set inside the program for each task
+    "pretrain": "digits",
+    "finetune-det": "digit-scenes",
+    "finetune-seg": "digit-stuff",
+}
+PAPER = {"pretrain": "imagenet", "finetune-det": "coco-1x", "finetune-seg": "ade20k-160k"}  # recipe for other data
+DATA_VARIABLE = {"pretrain": "HCNET_IMAGENET", "finetune-det": "HCNET_COCO", "finetune-seg": "HCNET_ADE20K"}

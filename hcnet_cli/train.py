@@ -1,0 +1,375 @@
+"""One run, from a resolved recipe to a finished run folder: plan, resume or start, train, record."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.table
+import safetensors
+import timm
+import torch
+import torchvision
+
+from hcnet_cli import build, dist, engine, profile, runs
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import RunFailed, UserError, duration, notice, out, warn
+from hcnet_cli.recipe import Recipe, Resolved
+from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.weights import Account
+
+WAITING_TOO_LONG = 0.2  # share of the training time spent waiting for data
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how to run; nothing here can change a number."""
+
+    results: Path = Path("results")
+    name: str = ""
+    device: str = "auto"
+    fresh: bool = False
+    dry_run: bool = False
+    eval_only: bool = False
+    argv: Sequence[str] = ()
+
+
+def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, int]:
+    """Trains (or goes on with, or plans, or evaluates) the run of a recipe.
+
+    Returns its folder, its record (None after a dry run) and the number of the signal that stopped it, or 0.
+    """
+    device = build.pick_device(options.device)
+    if device.type == "cpu" and dist.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.world_size()))
+    with dist.process_group(device):
+        precision = build.pick_precision(resolved.recipe.train.precision, device)
+        train_part = resolved.recipe.train.model_copy(update={"precision": precision})
+        recipe = resolved.recipe.model_copy(update={"train": train_part})
+        data = build.build_data(recipe)
+        task = build.build_task(recipe, data)
+        account = _load_init(recipe, task)
+        contents = {"data": data.info.digest, **({"init": account.digest} if account else {})}
+        fingerprint = rcp.fingerprint(recipe, **contents)
+        folder = RunFolder(
+            options.results / "runs" / (options.name or runs.run_name(recipe, data.info.name, fingerprint))
+        )
+        if options.dry_run:
+            if dist.is_main():
+                _print_plan(recipe, resolved.sources, data, task, device, folder)
+            return folder.path, None, 0
+        info = _describe(recipe, data, task, device, fingerprint, account, options)
+        with _alone_in(folder):
+            return _train_in(folder, info, recipe, data, task, device, account, options)
+
+
+def _train_in(
+    folder: RunFolder,
+    info: RunInfo,
+    recipe: Recipe,
+    data: build.Data,
+    task: Any,
+    device: torch.device,
+    account: Account | None,
+    options: Options,
+) -> tuple[Path, RunInfo | None, int]:
+    earlier = dist.from_main(lambda: _look_at_earlier(folder, info, recipe, options))
+    if options.eval_only:
+        return folder.path, _evaluate_only(folder, earlier, info, recipe, data, task, device, account), 0
+    if earlier is not None and earlier.status == "finished":
+        notice(f"This run is finished: {folder.path}")
+        notice("Start it over with --fresh; `hcnet report` prints the table.")
+        return folder.path, earlier, 0
+    job = build.build_job(recipe, data, task, device)
+    state = engine.restore(job, folder.path)
+    if earlier is not None:
+        info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
+    info = _progressed(info, state)
+    if dist.is_main():
+        runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+        folder.rewind(state.step)
+        folder.write(info)
+    _announce(info, folder, state, data.steps(recipe).shortened, account)
+
+    def on_evaluation(state: engine.State) -> None:
+        folder.write(_progressed(info, state))
+
+    try:
+        stopped_by = engine.fit(job, folder, state, on_evaluation)
+    except BaseException as error:
+        failed = not isinstance(error, KeyboardInterrupt)
+        update = {"status": "failed" if failed else "interrupted", "error": str(error) if failed else ""}
+        if dist.is_main():
+            folder.write(_progressed(info, state).model_copy(update=update))
+        raise
+    info = _progressed(info, state)
+    info.peak_memory_mb = round(profile.peak_memory_mb(device), 1)
+    if stopped_by:
+        info.status = "interrupted"
+    else:
+        info.status = "finished"
+        _measure_speed(info, task, recipe, device)
+    info.finished = runs.now()
+    if dist.is_main():
+        folder.write(info)
+    _conclude(info, folder, stopped_by)
+    return folder.path, info, stopped_by
+
+
+# --- before -----------------------------------------------------------------------------------------------------------
+
+
+def _load_init(recipe: Recipe, task: Any) -> Account | None:
+    if recipe.init == "none":
+        return None
+    return build.load_init(task.model, *build.read_init(recipe.init))
+
+
+def _alone_in(folder: RunFolder) -> Any:
+    """The folder's lock on the main process; an error of the main process is everybody's."""
+    return dist.on_main(folder.lock)
+
+
+def _look_at_earlier(folder: RunFolder, info: RunInfo, recipe: Recipe, options: Options) -> RunInfo | None:
+    """The record of an earlier run of this very recipe in the folder; UserError if the folder holds another's."""
+    if options.fresh and not options.eval_only:
+        folder.clear()
+        return None
+    earlier = folder.read()
+    if earlier is not None and earlier.fingerprint != info.fingerprint:
+        theirs = rcp.resolve(folder.recipe_file).recipe if folder.recipe_file.exists() else None
+        keys = rcp.differences(recipe, theirs, rcp.NOT_IN_FINGERPRINT) if theirs else {}
+        shown = ", ".join(f"{key} ({b!r} there, {a!r} here)" for key, (a, b) in keys.items())
+        raise UserError(
+            f"{folder.path} holds a run of another recipe: {shown or 'the data or the initial weights differ'}.",
+            hint="Choose another --name, or give --fresh to replace it.",
+        )
+    return earlier
+
+
+def _describe(
+    recipe: Recipe,
+    data: build.Data,
+    task: Any,
+    device: torch.device,
+    fingerprint: str,
+    account: Account | None,
+    options: Options,
+) -> RunInfo:
+    commit, dirty = runs.git_state()
+    return RunInfo(
+        task=recipe.task,
+        protocol=recipe.protocol,
+        changes=rcp.changes(recipe),
+        size=recipe.model.size,
+        variant=rcp.variant(recipe),
+        seed=recipe.train.seed,
+        fingerprint=fingerprint,
+        data=data.info,
+        steps_total=data.steps(recipe).total,
+        batch_size=recipe.train.batch_size,
+        params=profile.count_params(task.model),
+        macs=build.macs(task, data),
+        macs_input="x".join(map(str, (3, *data.img_size))),
+        img_size=data.img_size[0],
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        precision=recipe.train.precision,
+        processes=dist.processes(),
+        init=vars(account) if account else {},
+        git_commit=commit,
+        git_dirty=dirty,
+        argv=list(options.argv),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+            "safetensors": safetensors.__version__,
+        },
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        started=runs.now(),
+    )
+
+
+def _announce(info: RunInfo, folder: RunFolder, state: engine.State, shortened: bool, account: Account | None) -> None:
+    label = info.size + (f" ({info.variant})" if info.variant else "")
+    notice(
+        f"{info.protocol} · size {label} · {info.data.name}: {info.data.num_train} training and "
+        f"{info.data.num_val} validation images, {info.data.num_classes} classes"
+    )
+    notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {folder.path}")
+    if shortened:
+        notice("The warm-up was shortened to half of the run.")
+    if account:
+        notice(str(account))
+    if state.step:
+        notice(f"Going on from step {state.step}.")
+
+
+# --- after ------------------------------------------------------------------------------------------------------------
+
+
+def _progressed(info: RunInfo, state: engine.State) -> RunInfo:
+    images = (state.step * info.batch_size) / state.seconds if state.seconds else None
+    return info.model_copy(
+        update={
+            "steps_done": state.step,
+            "metrics": state.metrics,
+            "best_step": state.best_step,
+            "train_seconds": round(state.seconds, 1),
+            "train_images_per_second": round(images, 2) if images else None,
+            "data_wait_share": round(state.waited / state.seconds, 4) if state.seconds else None,
+            "unreadable_images": state.unreadable,
+        }
+    )
+
+
+def _measure_speed(info: RunInfo, task: Any, recipe: Recipe, device: torch.device) -> None:
+    """Inference images/s of the classifier, for the table."""
+    if recipe.task != "pretrain" or not dist.is_main():
+        return
+    batch = 64
+    assert info.img_size is not None
+    task.model.set_grad_checkpointing(False)
+    rate = profile.throughput(
+        task.model, info.img_size, batch_size=batch, seconds=1.0, device=device, precision=recipe.train.precision
+    )
+    info.images_per_second = round(rate, 1)
+    info.speed_notes = f"inference, batch {batch}, {info.precision}, {info.device}, {torch.get_num_threads()} threads"
+
+
+def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in list(info.metrics.items())[:6])
+    if stopped_by:
+        notice(f"Stopped at step {info.steps_done} of {info.steps_total}; everything is saved.")
+        notice("The same command goes on from there.")
+        return
+    notice(f"Finished in {duration(info.train_seconds)} of training. Best at step {info.best_step}: {shown}.")
+    if info.data_wait_share and info.data_wait_share > WAITING_TOO_LONG:
+        warn(f"{info.data_wait_share:.0%} of the training time went into waiting for data; more --workers may help.")
+    if info.unreadable_images:
+        warn(f"{info.unreadable_images} training images could not be read; others took their places.")
+    notice(f"The run is in {folder.path}; `hcnet report` prints the table.")
+
+
+def _evaluate_only(
+    folder: RunFolder,
+    earlier: RunInfo | None,
+    info: RunInfo,
+    recipe: Recipe,
+    data: build.Data,
+    task: Any,
+    device: torch.device,
+    account: Account | None,
+) -> RunInfo:
+    """Metrics of the run's best weights, or of the weights that --init names, on the validation data."""
+    if account is None:
+        if not folder.best.is_file():
+            raise UserError(
+                f"{folder.path} has no best.safetensors to evaluate.",
+                hint="Train it first, or name weights with --init RUN, FILE.safetensors or FILE.pth.",
+            )
+        account = build.load_init(task.model, *build.read_init(str(folder.path)))
+    elif account.missing or account.reinitialised:
+        names = ", ".join([*account.missing, *account.reinitialised][:5])
+        raise UserError(f"{account.source} lacks weights for this model and data: {names}.")
+    job = build.build_job(recipe, data, task, device)
+    job.ema = None
+    notice(str(account))
+    notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")
+    metrics, evaluator = engine.evaluate(job)
+    if dist.is_main():
+        out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    if earlier is None:
+        info = info.model_copy(
+            update={"status": "finished", "metrics": metrics, "evaluated_only": True, "finished": runs.now()}
+        )
+        info.steps_total = 0
+        if dist.is_main():
+            runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+            (folder.path / "final").mkdir(exist_ok=True)
+            evaluator.save(folder.path / "final")
+            folder.write(info)
+    return info
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def _print_plan(
+    recipe: Recipe, sources: Any, data: build.Data, task: Any, device: torch.device, folder: RunFolder
+) -> None:
+    """What would happen, on standard output: every value with its origin, batches, learning rate, cost, place."""
+    plan, batch = data.steps(recipe), recipe.train.batch_size
+    table = rich.table.Table("key", "value", "from", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    default = f"recipe {recipe.protocol}"
+    for key, value in rcp.flatten(recipe.model_dump(mode="json")).items():
+        source = sources.get(key, "" if value is None else default)
+        table.add_row(key, "–" if value is None else str(value), source)
+    out.print(table)
+    micro = batch // (recipe.train.accumulate * dist.processes())
+    params, macs = profile.count_params(task.model), build.macs(task, data)
+    size = "x".join(map(str, data.img_size))
+    lines = [
+        ("data", f"{data.info.name}: {data.info.num_train} training, {data.info.num_val} validation images, "
+                 f"{data.info.num_classes} classes ({data.info.path})"),
+        ("model", f"{params / 1e6:.2f} M parameters, {macs / 1e9:.2f} G MACs at {size} "
+                  "(convolutions, linear layers, matrix products)"),
+        ("batch", f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes"),
+        ("steps", f"{plan.total} ({plan.epoch} an epoch), warm-up {plan.warmup}"
+                  + (" (shortened to half of the run)" if plan.shortened else "")
+                  + f", evaluation every {plan.eval_every}"),
+        ("learning rate", f"peak {recipe.optim.lr:g}" + _scaling_advice(recipe)),
+    ]  # fmt: skip
+    state_bytes = params * 4 * 4
+    activations = _activation_bytes(task, data, recipe)
+    if activations:
+        lines.append(
+            ("memory", f"about {(state_bytes + activations * micro) / 2**30:.1f} GiB a process in fp32: "
+                       f"{state_bytes / 2**30:.2f} weights, gradients and optimizer, "
+                       f"{activations / 2**20:.0f} MiB activations an image")
+        )  # fmt: skip
+    per_image = build.seconds_per_image(recipe, data, task, device)
+    lines.append(
+        ("time", f"about {duration(per_image * batch * plan.total)} on this {device.type} by one process "
+                 f"({1 / per_image:.1f} images/s in a two-image trial), evaluation not counted")
+    )  # fmt: skip
+    lines.append(("run", f"{folder.path}" + (" (exists)" if folder.record.exists() else "")))
+    free = shutil.disk_usage(runs.existing_parent(folder.path)).free
+    need = params * 4 * (2 * 3 + 1)
+    lines.append(("disk", f"about {need / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"))
+    for name, text in lines:
+        out.print(f"{name + ':':<15}{text}", markup=False)
+    if free < need:
+        warn("The disk has too little space for this run's checkpoints.")
+
+
+def _scaling_advice(recipe: Recipe) -> str:
+    """What linear scaling would give where the batch is not the protocol's; the rate itself is left alone."""
+    if recipe.protocol not in rcp.shipped():
+        return ""
+    base = rcp.resolve(rcp.recipes_dir() / f"{recipe.protocol}.yaml").recipe
+    if base.train.batch_size == recipe.train.batch_size:
+        return ""
+    scaled = base.optim.lr * recipe.train.batch_size / base.train.batch_size
+    return (
+        f" for a batch of {recipe.train.batch_size}; the recipe has {base.optim.lr:g} for {base.train.batch_size}: "
+        f"linear scaling would give --lr {scaled:g}"
+    )
+
+
+def _activation_bytes(task: Any, data: build.Data, recipe: Recipe) -> int:
+    if recipe.task != "pretrain":
+        return 0
+    per_image = build.saved_activations(task, data.img_size)
+    return per_image // 2 if math.isclose(engine.BYTES[recipe.train.precision], 2) else per_image
+
+
+__all__ = ["Options", "RunFailed", "train"]
