@@ -1,0 +1,293 @@
+"""COCO AP of boxes and masks: predictions kept as RLE, gathered over processes, scored against the annotation file."""
+
+from __future__ import annotations
+
+import colorsys
+import contextlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from pycocotools import mask as rle
+
+from hcnet_cli import dist
+from hcnet_cli.console import UserError
+
+Backend = Literal["faster-coco-eval", "pycocotools"]
+# COCO's twelve numbers in the order of COCOeval.stats
+NUMBERS = ("AP", "AP50", "AP75", "AP_s", "AP_m", "AP_l", "AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l")
+IOU_TYPES = {"box": "bbox", "mask": "segm"}
+
+
+class CocoAP:
+    """Box and mask AP against a COCO annotation file.
+
+    `update` takes, for each image of a batch, a dict of boxes [N, 4] (x1, y1, x2, y2 in the original image), scores
+    [N], labels [N] (l stands for category_ids[l - 1]) and, with masks, `masks`: N compressed RLEs of the original
+    image; and a batch whose `target` names each image's `image_id`.
+
+    `compute` gives box_AP, box_AP50, ..., mask_AR_l in per cent, the same on every process and for any number of them:
+    predictions are gathered, put in the order of image ids and scored once. A figure that no ground truth defines (AP_l
+    without a large object) is left out.
+
+    Args:
+        annotation_file: the ground truth; nothing of it is taken from the data set.
+        load_image: image id -> picture as the annotations see it, for `save`.
+        num_pictures: pictures of the first images of the file that `save` draws.
+    """
+
+    def __init__(
+        self,
+        annotation_file: Path,
+        category_ids: Sequence[int],
+        class_names: Sequence[str],
+        *,
+        masks: bool = True,
+        backend: Backend = "faster-coco-eval",
+        load_image: Callable[[int], Image.Image] | None = None,
+        num_pictures: int = 8,
+    ) -> None:
+        self.annotation_file = annotation_file
+        self.category_ids, self.class_names = list(category_ids), list(class_names)
+        self.kinds = ["box", "mask"] if masks else ["box"]
+        self.backend = backend
+        self.load_image, self.num_pictures = load_image, num_pictures
+        self.found: dict[int, list[dict[str, Any]]] = {}  # image id -> results of this process
+        self.results: list[dict[str, Any]] = []  # of all processes, after `compute`
+        self.per_class: dict[str, dict[str, float]] = {}
+
+    def update(self, predictions: Sequence[dict[str, Any]], batch: dict[str, Any]) -> None:
+        for prediction, target in zip(predictions, batch["target"], strict=True):
+            image_id = int(target["image_id"])
+            assert image_id not in self.found, f"image {image_id} was predicted twice"
+            boxes = prediction["boxes"].detach().float().cpu().numpy()
+            corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+            boxes, scores = (
+                _shortest(v) for v in (np.concatenate([corners, sides], axis=1), prediction["scores"].float().cpu())
+            )
+            labels = prediction["labels"].tolist()
+            self.found[image_id] = [
+                {
+                    "image_id": image_id,
+                    "category_id": self.category_ids[label - 1],
+                    "bbox": box,
+                    "score": score,
+                    **({"segmentation": prediction["masks"][n]} if "mask" in self.kinds else {}),
+                }
+                for n, (label, box, score) in enumerate(zip(labels, boxes.tolist(), scores.tolist(), strict=True))
+            ]
+
+    def compute(self) -> dict[str, float]:
+        together: dict[int, list[dict[str, Any]]] = {}
+        for part in dist.gather(self.found):
+            twice = together.keys() & part.keys()
+            assert not twice, f"images predicted by two processes: {sorted(twice)[:5]}"
+            together |= part
+        self.results = [result for image_id in sorted(together) for result in together[image_id]]
+        numbers, self.per_class = dist.broadcast(self._score() if dist.is_main() else None)
+        return numbers
+
+    def _score(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        truth = read_truth(self.annotation_file, masks="mask" in self.kinds)
+        numbers: dict[str, float] = {}
+        per_class: dict[str, dict[str, float]] = {name: {} for name in self.class_names}
+        for kind in self.kinds:
+            evaluation = evaluate(truth, self.results_of(kind), kind, self.backend)
+            for name, value in zip(NUMBERS, evaluation.stats, strict=False):
+                if value > -1:
+                    numbers[f"{kind}_{name}"] = 100 * float(value)
+            precision = np.asarray(evaluation.eval["precision"])  # IoU, recall, class, area, detections
+            for k, category_id in enumerate(evaluation.params.catIds):
+                own = per_class[self.class_names[self.category_ids.index(int(category_id))]]
+                for name, values in (("AP", precision[:, :, k, 0, -1]), ("AP50", precision[0, :, k, 0, -1])):
+                    if (values > -1).any():
+                        own[f"{kind}_{name}"] = 100 * float(values[values > -1].mean())
+        return numbers, per_class
+
+    def results_of(self, kind: str) -> list[dict[str, Any]]:
+        """Results in COCO's format with boxes or with masks, never both.
+
+        Given both, COCO takes the size of a mask (for AP_s, AP_m, AP_l) from its box.
+        """
+        other = "segmentation" if kind == "box" else "bbox"
+        return [{key: value for key, value in result.items() if key != other} for result in self.results]
+
+    def save(self, folder: Path) -> None:
+        """Writes predictions.json and predictions_masks.json (COCO results), per_class.json and pictures/."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in self.kinds:
+            file = folder / ("predictions.json" if kind == "box" else "predictions_masks.json")
+            file.write_text(json.dumps(self.results_of(kind)), encoding="utf-8")
+        per_class = json.dumps(self.per_class, indent=1, ensure_ascii=False)
+        (folder / "per_class.json").write_text(per_class, encoding="utf-8")
+        if self.load_image is not None and self.num_pictures:
+            self._save_pictures(folder / "pictures")
+
+    def _save_pictures(self, folder: Path) -> None:
+        assert self.load_image is not None
+        folder.mkdir(exist_ok=True)
+        truth = read_truth(self.annotation_file, masks="mask" in self.kinds)
+        entries = truth["images"][: self.num_pictures]
+        wanted = {entry["id"] for entry in entries}
+        objects: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in wanted}
+        found: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in wanted}
+        for into, all_of in ((objects, truth["annotations"]), (found, self.results)):
+            for item in all_of:
+                if item["image_id"] in wanted:
+                    into[item["image_id"]].append(item)
+        label_of = {category_id: n for n, category_id in enumerate(self.category_ids)}
+        for entry in entries:
+            image = self.load_image(entry["id"])
+            sure = [item for item in found[entry["id"]] if item["score"] >= SURE]
+            panels = [
+                _panel(image, items, title, label_of, self.class_names)
+                for items, title in (
+                    (objects[entry["id"]], "ground truth"),
+                    (sure, f"prediction, score \u2265 {SURE}"),
+                )
+            ]
+            side_by_side(panels, entry["file_name"]).save(folder / f"{Path(entry['file_name']).stem}.png")
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def read_truth(annotation_file: Path, *, masks: bool = True) -> dict[str, Any]:
+    """The annotation file as COCOeval needs it.
+
+    Ids count from 1 (COCOeval takes a match with id 0 for none), `iscrowd` and `area` are filled in where they are
+    missing, and polygons of fewer than three points are removed.
+    """
+    data = json.loads(annotation_file.read_bytes())
+    annotations: list[dict[str, Any]] = []
+    for entry in data["annotations"]:
+        entry = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": len(annotations) + 1}
+        if masks and isinstance(entry["segmentation"], list):
+            entry["segmentation"] = [ring for ring in entry["segmentation"] if len(ring) >= 6]
+            if not entry["segmentation"]:
+                continue
+        annotations.append(entry)
+    return {"images": data["images"], "categories": data["categories"], "annotations": annotations}
+
+
+def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, backend: Backend) -> Any:
+    """A summarised COCOeval of `results` against the ground truth; kind: "box" or "mask"."""
+    coco: Any
+    if backend == "faster-coco-eval":
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        coco, cocoeval = COCO, COCOeval_faster
+    elif backend == "pycocotools":
+        from pycocotools import coco as reference
+        from pycocotools.cocoeval import COCOeval
+
+        coco, cocoeval = reference.COCO, COCOeval
+    else:
+        raise UserError(f'Unknown evaluation backend "{backend}".', hint="Known: faster-coco-eval, pycocotools.")
+    with contextlib.redirect_stdout(io.StringIO()):  # the reference prints as it goes
+
+        def index(dataset: dict[str, Any]) -> Any:
+            indexed = coco()
+            indexed.dataset = dataset
+            indexed.createIndex()
+            return indexed
+
+        # COCOeval writes into the annotations of both
+        annotations = [dict(entry) for entry in truth["annotations"]]
+        ground_truth = index({**truth, "annotations": annotations})
+        found = ground_truth.loadRes(results) if results else index({**truth, "annotations": []})
+        evaluation = cocoeval(ground_truth, found, IOU_TYPES[kind])
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation
+
+
+def _shortest(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The shortest decimals that stand for these float32: what is scored is what is written, in few characters."""
+    return np.asarray(values).astype(np.str_).astype(np.float64)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+SURE = 0.5  # detections below are not drawn
+PANEL = 640  # pixels of a panel's longer side
+INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
+
+
+def _color(label: int) -> tuple[int, int, int]:
+    """Hues a golden angle apart: neighbours in the class list look different."""
+    hue = (0.02 + label * 0.618034) % 1
+    r, g, b = colorsys.hls_to_rgb(hue, 0.52 if label % 2 else 0.44, 0.85)
+    return round(255 * r), round(255 * g), round(255 * b)
+
+
+def _mask(item: dict[str, Any], size: tuple[int, int], shown: tuple[int, int]) -> Image.Image:
+    """The mask of a result or an annotation, enlarged with a smooth edge: "L", 0 or 255."""
+    width, height = size
+    segmentation = item["segmentation"]
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = rle.frPyObjects(segmentation, height, width)
+    mask = Image.fromarray(rle.decode(segmentation) * 255)
+    return mask.resize(shown, Image.Resampling.BICUBIC).point(lambda v: 255 * (v >= 128))
+
+
+def _panel(
+    image: Image.Image,
+    items: Sequence[dict[str, Any]],
+    title: str,
+    label_of: dict[int, int],
+    class_names: Sequence[str],
+) -> Image.Image:
+    """The image enlarged, with the objects' masks, boxes and names over it and a title above."""
+    scale = PANEL / max(image.size)
+    shown = (round(image.width * scale), round(image.height * scale))
+    canvas = image.resize(shown, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    items = sorted(items, key=lambda item: -item["bbox"][2] * item["bbox"][3])  # the small ones on top
+    for item in items:
+        color = GREY if item.get("iscrowd") else _color(label_of[item["category_id"]])
+        if "segmentation" in item:
+            mask = _mask(item, image.size, shown)
+            inner = mask.filter(ImageFilter.MinFilter(5))
+            canvas.paste(Image.blend(canvas, Image.new("RGB", shown, color), 0.45), mask=inner)
+            canvas.paste(color, mask=ImageChops.subtract(mask, inner))
+    font = ImageFont.load_default(size=18)
+    for item in items:
+        crowd = item.get("iscrowd")
+        label = label_of[item["category_id"]]
+        color = GREY if crowd else _color(label)
+        x, y, width, height = (scale * v for v in item["bbox"])
+        draw.rectangle((x, y, x + width, y + height), outline=color, width=3)
+        text = class_names[label] + (" (crowd)" if crowd else "")
+        text += f"  {100 * item['score']:.0f}%" if "score" in item else ""
+        text_width = draw.textlength(text, font=font) + 12
+        left = min(max(x, 0), max(shown[0] - text_width, 0))
+        top = y - 24 if y >= 24 else min(y + height, shown[1] - 24)
+        draw.rounded_rectangle((left, top, left + text_width, top + 24), radius=4, fill=color)
+        draw.text((left + 6, top + 12), text, fill="white", font=font, anchor="lm")
+    framed = Image.new("RGB", (shown[0], shown[1] + 44), PAPER)
+    framed.paste(canvas, (0, 44))
+    heading = ImageDraw.Draw(framed)
+    heading.text((0, 22), title, fill=INK, font=ImageFont.load_default(size=24), anchor="lm")
+    count = f"{len(items)} object{'' if len(items) == 1 else 's'}"
+    heading.text((shown[0], 22), count, fill=GREY, font=ImageFont.load_default(size=20), anchor="rm")
+    return framed
+
+
+def side_by_side(panels: Sequence[Image.Image], caption: str, gap: int = 24) -> Image.Image:
+    """Panels of one size in a row, the caption below."""
+    width, height = panels[0].size
+    sheet = Image.new("RGB", (len(panels) * (width + gap) + gap, height + 44 + gap // 2), PAPER)
+    for n, panel in enumerate(panels):
+        sheet.paste(panel, (gap + n * (width + gap), gap // 2))
+    place = (gap, height + gap // 2 + 22)
+    ImageDraw.Draw(sheet).text(place, caption, fill=GREY, font=ImageFont.load_default(size=18), anchor="lm")
+    return sheet

@@ -1,0 +1,123 @@
+"""Object detection and instance segmentation: Mask R-CNN's losses, detections in the original image, COCO AP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as rle
+from torch import Tensor, nn
+
+from hcnet_cli.metrics.coco_ap import Backend, CocoAP
+from hcnet_cli.models.mask_rcnn import MaskRCNN
+from hcnet_cli.profile import count_macs
+from hcnet_cli.rng import keyed_uniform
+
+
+class DetectionTask(nn.Module):
+    """Mask R-CNN (or Faster R-CNN, if the model has no masks) on COCO-format data.
+
+    A batch: `image`, a list of [3, H, W], normalised; `target`, a list of dicts (training: boxes, labels, masks;
+    evaluation: image_id, orig_size); `key` [B]. The other arguments go to the evaluator, metrics.coco_ap.CocoAP.
+    """
+
+    primary = "box_AP"
+
+    def __init__(
+        self,
+        model: MaskRCNN,
+        *,
+        annotation_file: Path,
+        category_ids: Sequence[int],
+        class_names: Sequence[str],
+        backend: Backend = "faster-coco-eval",
+        load_image: Callable[[int], Image.Image] | None = None,
+        num_pictures: int = 8,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._scoring: dict[str, Any] = {
+            "annotation_file": annotation_file,
+            "category_ids": category_ids,
+            "class_names": class_names,
+            "masks": model.with_masks,
+            "backend": backend,
+            "load_image": load_image,
+            "num_pictures": num_pictures,
+        }
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """loss_rpn_cls, loss_rpn_box, loss_cls, loss_box and (with masks) loss_mask; all weights are 1."""
+        keys = batch["key"]
+        noise = keyed_uniform(keys, self.model.backbone.num_blocks) if self.model.takes_noise else None
+
+        def uniform(image: int, number: int, stream: int) -> Tensor:
+            return keyed_uniform(keys[image : image + 1], number, stream)[:, 0]
+
+        return self.model(batch["image"], batch["target"], noise=noise, uniform=uniform)
+
+    def predict(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """For each image boxes, scores, labels and masks (COCO RLE) in the coordinates of the original image.
+
+        One image at a time, as the reference tests: in a batch an image is padded to its neighbours' size, which
+        changes its features, and the numbers would depend on how the data was split over batches and processes.
+        """
+        predictions = []
+        for image, target in zip(batch["image"], batch["target"], strict=True):
+            (found,) = self.model([image])
+            height, width = target["orig_size"].tolist()
+            scale = found["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]] * 2)
+            prediction: dict[str, Any] = {**found, "boxes": found["boxes"] * scale}
+            if "masks" in found:
+                prediction["masks"] = paste_masks(found["masks"], prediction["boxes"], height, width)
+            predictions.append(prediction)
+        return predictions
+
+    def evaluator(self) -> CocoAP:
+        return CocoAP(**self._scoring)
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[dict[str, Any]]:
+    """Masks [N, 28, 28] of boxes [N, 4] -> N compressed RLEs of an image, probability 0.5 and above.
+
+    Bilinear, pixel centres at .5 and 0 beyond the mask's edge, as the reference. Only the box's surroundings are
+    interpolated, one object at a time, so memory is that of one mask.
+    """
+    masks, boxes = masks.float().cpu(), boxes.float().cpu()
+    pasted = []
+    for mask, box in zip(masks, boxes, strict=True):
+        x1, y1, x2, y2 = box.tolist()
+        left, top = max(int(x1) - 1, 0), max(int(y1) - 1, 0)
+        right, bottom = min(int(x2) + 2, width), min(int(y2) + 2, height)
+        full = np.zeros((height, width), dtype=np.uint8, order="F")  # column by column, as RLE runs
+        if x2 > x1 and y2 > y1 and right > left and bottom > top:
+            x = (torch.arange(left, right) + 0.5 - x1) / (x2 - x1) * 2 - 1
+            y = (torch.arange(top, bottom) + 0.5 - y1) / (y2 - y1) * 2 - 1
+            grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2]
+            values = F.grid_sample(mask[None, None], grid[None], align_corners=False)[0, 0]
+            full[top:bottom, left:right] = (values >= 0.5).numpy()
+        pasted.append(rle.encode(full))
+    return pasted
+
+
+class _Cost(nn.Module):
+    def __init__(self, model: MaskRCNN) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> None:
+        self.model.forward_dummy(image)
+
+
+def detection_macs(model: MaskRCNN, height: int = 800, width: int = 1280) -> int:
+    """Multiply-accumulates by the convention of the papers' COCO tables.
+
+    1280 x 800, backbone, FPN, RPN, box head on 1000 RoIs and mask head on 100; convolutions, linear layers and matrix
+    products only.
+    """
+    return count_macs(_Cost(model), torch.empty(1, 3, height, width, device="meta"))
