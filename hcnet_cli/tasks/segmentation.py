@@ -1,0 +1,219 @@
+"""Semantic segmentation: per-pixel cross-entropy, and label maps at the size of the original image.
+
+Dimension letters: B batch, K classes, H x W the label's size, h x w the network's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hcnet_cli import profile
+from hcnet_cli.metrics.miou import MeanIoU
+from hcnet_cli.models.upernet import resize
+from hcnet_cli.rng import keyed_uniform
+
+MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+MAX_ELEMENTS = 2**24  # of a temporary at full resolution: 64 MiB
+
+
+class SegmentationTask(nn.Module):
+    """`model` is a UPerNet. A training batch has `image` [B, 3, S, S], `label` [B, S, S] uint8 and `key` [B].
+
+    An evaluation batch has, for each sample, a list of `images` ([3, h, w], one for each scale) and a
+    `label` [H, W]. With several images, or `flip`, the probabilities of all passes are averaged. `mode`:
+    the network sees the "whole" image, or windows of `crop_size` every `stride` pixels ("slide") whose
+    logits are averaged where they overlap.
+
+    A second task on the same model, with `flip` and `suffix="_ms"`, evaluates at several scales.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        *,
+        aux_weight: float = 0.4,
+        ignore_index: int = 255,
+        mode: Literal["whole", "slide"] = "whole",
+        crop_size: int = 512,
+        stride: int = 341,
+        flip: bool = False,
+        suffix: str = "",
+        protocol: str = "",
+        num_pictures: int = 8,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.class_names = tuple(class_names)
+        self.aux_weight = aux_weight
+        self.ignore_index = ignore_index
+        self.mode = mode
+        self.crop_size = crop_size
+        self.stride = stride
+        self.flip = flip
+        self.suffix = suffix
+        self.protocol = protocol
+        self.num_pictures = num_pictures
+        self.primary = f"mIoU{suffix}"
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        key = batch["key"]
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        noise = keyed_uniform(key, self.model.backbone.num_blocks) if self.model.takes_noise else None
+        dropout_noise = keyed_uniform(key, self.model.num_dropout, stream=1)
+        logits, aux = self.model(image, noise, dropout_noise)
+        return {
+            "loss_decode": self.pixel_loss(logits, batch["label"]),
+            "loss_aux": self.aux_weight * self.pixel_loss(aux, batch["label"]),
+        }
+
+    def pixel_loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy averaged over all pixels, ignored ones counting as zero (the reference's default).
+
+        So the mean over micro-batches is the mean over the batch, however much of each is ignored.
+        """
+        logits = resize(logits.float(), label.shape[1:])  # [B, K, S/4, S/4] -> [B, K, S, S]
+        total = F.cross_entropy(logits, label.long(), ignore_index=self.ignore_index, reduction="sum")
+        return total / label.numel()
+
+    def predict(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Class indices [H, W] uint8 for each sample. One image at a time: sizes differ, and padding would
+        be seen.
+        """
+        return [
+            label_map([view for image in images for view in self.views(image)], label.shape)
+            for images, label in zip(batch["images"], batch["label"], strict=True)
+        ]
+
+    def views(self, image: Tensor) -> list[View]:
+        """Passes over one image [3, h, w]: as it is and, with `flip`, mirrored."""
+        height, width = image.shape[1:]
+        crop = (self.crop_size, self.crop_size) if self.mode == "slide" else (height, width)
+        boxes = windows(height, width, crop, self.stride)
+        views = []
+        for flipped in (False, True) if self.flip else (False,):
+            seen = image.flip(-1) if flipped else image
+            logits = [self._logits(seen[:, top : top + crop[0], left : left + crop[1]]) for top, left, *_ in boxes]
+            views.append(View((height, width), boxes, logits, flipped))
+        return views
+
+    def _logits(self, image: Tensor) -> Tensor:
+        """[3, h, w] -> [K, h/4, w/4]."""
+        return self.model(image[None].contiguous(memory_format=torch.channels_last))[0].float()
+
+    def evaluator(self) -> MeanIoU:
+        return MeanIoU(
+            self.class_names,
+            ignore_index=self.ignore_index,
+            num_pictures=self.num_pictures,
+            suffix=self.suffix,
+            protocol=self.protocol,
+        )
+
+
+def windows(height: int, width: int, crop: tuple[int, int], stride: int) -> list[tuple[int, int, int, int]]:
+    """(top, left, height, width) of windows that cover the image; the last of a row is moved back inside
+    it.
+    """
+
+    def starts(side: int, size: int) -> list[int]:
+        count = -(-max(side - size, 0) // stride) + 1
+        return [max(min(i * stride, side - size), 0) for i in range(count)]
+
+    return [
+        (top, left, min(crop[0], height), min(crop[1], width))
+        for top in starts(height, crop[0])
+        for left in starts(width, crop[1])
+    ]
+
+
+@dataclass
+class View:
+    """What one pass over a (resized, perhaps mirrored) image left: the logits of its windows, at stride 4."""
+
+    size: tuple[int, int]
+    boxes: list[tuple[int, int, int, int]]
+    logits: list[Tensor]  # [K, h/4, w/4] each
+    flipped: bool
+
+    def at(self, size: Sequence[int], classes: slice) -> Tensor:
+        """Logits of some classes at the original size and unmirrored, [k, H, W]: window -> input size -> H
+        x W.
+        """
+        first = self.logits[0]
+        if len(self.boxes) == 1:
+            full = resize(first[None, classes], self.size)
+        else:
+            full = first.new_zeros(1, first[classes].shape[0], *self.size)
+            times = first.new_zeros(self.size)
+            for (top, left, height, width), logits in zip(self.boxes, self.logits, strict=True):
+                place = (slice(top, top + height), slice(left, left + width))
+                full[(..., *place)] += resize(logits[None, classes], (height, width))
+                times[place] += 1
+            full /= times
+        full = resize(full, size)[0]
+        return full.flip(-1) if self.flipped else full
+
+
+def label_map(views: Sequence[View], size: Sequence[int]) -> Tensor:
+    """The class with the highest mean probability at each pixel, [H, W] uint8.
+
+    Scores at full resolution exist for a few classes at a time, so memory does not grow with K x H x W: a
+    first sweep over the classes finds each view's softmax denominator, a second one the best class. A
+    single view needs no denominator, its largest logit wins.
+    """
+    num_classes = views[0].logits[0].shape[0]
+    largest = max(size[0] * size[1], *(view.size[0] * view.size[1] for view in views))
+    step = max(1, MAX_ELEMENTS // largest)
+    chunks = [slice(start, min(start + step, num_classes)) for start in range(0, num_classes, step)]
+    denominators: list[Tensor | None] = [None for _ in views]
+    if len(views) > 1:
+        for i, view in enumerate(views):
+            total: Tensor | None = None
+            for chunk in chunks:
+                part = view.at(size, chunk).logsumexp(dim=0)  # [k, H, W] -> [H, W]
+                total = part if total is None else torch.logaddexp(total, part)
+            denominators[i] = total
+    best = views[0].logits[0].new_full(tuple(size), -torch.inf)
+    winner = best.new_zeros(tuple(size), dtype=torch.uint8)
+    for chunk in chunks:
+        score: Tensor | float = 0.0
+        for view, denominator in zip(views, denominators, strict=True):
+            logits = view.at(size, chunk)
+            score = score + (logits if denominator is None else (logits - denominator).exp())
+        assert isinstance(score, Tensor)
+        value, index = score.max(dim=0)  # [k, H, W] -> [H, W]
+        better = value > best
+        winner = torch.where(better, (index + chunk.start).to(torch.uint8), winner)
+        best = torch.where(better, value, best)
+    return winner
+
+
+def protocol(
+    img_scale: tuple[int, int],
+    *,
+    ratios: Sequence[float] = (1.0,),
+    flip: bool = False,
+    mode: str = "whole",
+    crop_size: int = 512,
+    stride: int = 341,
+) -> str:
+    """How a score was made, for tables: "ss, whole, 2048x512" or "ms 0.5-1.75 + flip, slide 512/341,
+    2048x512".
+    """
+    scales = "ss" if tuple(ratios) == (1.0,) else f"ms {min(ratios):g}-{max(ratios):g}"
+    how = mode if mode == "whole" else f"slide {crop_size}/{stride}"
+    return f"{scales}{' + flip' if flip else ''}, {how}, {img_scale[0]}x{img_scale[1]}"
+
+
+def segmentation_macs(model: nn.Module, height: int = 512, width: int = 2048) -> int:
+    """Multiply-accumulates for one image as the tables count: without the auxiliary head, which only
+    training runs.
+    """
+    return profile.count_macs(model, torch.zeros(1, 3, height, width))
