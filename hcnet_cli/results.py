@@ -92,6 +92,7 @@ class Row:
     values: Mapping[str, Any]
     runs: tuple[Path, ...] = ()
     best: frozenset[str] = frozenset()
+    mark: str = ""  # "[1]", pointing to a note
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,16 @@ def _cells(kept: Iterable[Run]) -> list[list[Run]]:
     def order(group: list[Run]) -> tuple[Any, ...]:
         i = group[0].info
         size = sizes.index(i.size) if i.size in sizes else len(sizes)
-        return (list(FAMILIES).index(i.task), i.data.name, i.data.digest, i.protocol, size, i.variant, group[0].name)
+        return (
+            list(FAMILIES).index(i.task),
+            i.data.name,
+            i.data.digest,
+            i.protocol,
+            size,
+            i.variant,
+            departures(i),
+            group[0].name,
+        )
 
     return [*sorted(finished.values(), key=order), *sorted(alone, key=order)]
 

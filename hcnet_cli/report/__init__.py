@@ -1,0 +1,106 @@
+"""`hcnet report`: runs and published numbers as tables, figures and one page. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hcnet_cli import console
+from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.report import tables as tbl
+from hcnet_cli.report import text
+from hcnet_cli.results import Results, Table, collect
+
+TABLES = ("imagenet", "coco", "ade20k", "ablation")
+FORMATS = {"rich": "txt", "markdown": "md", "csv": "csv", "json": "json", "latex": "tex", "html": "html"}
+FIRST_RUN = "No runs yet. The first one takes about two minutes, on embedded data: hcnet pretrain --size pico"
+
+
+def report(
+    results: Sequence[Path],
+    *,
+    table: str = "all",
+    fmt: str = "rich",
+    published: Sequence[Path] = (),
+    extra: Sequence[Table] = (),
+    output: Path | None = None,
+    width: int | None = None,
+) -> str:
+    """The report as text in one of FORMATS. UserError for an unknown table or format, or a bad published file.
+
+    results: folders with `runs/` in them. published: more files of published numbers, which must exist. extra: tables
+    made elsewhere (ablations). output: the file the text is for, so that links to runs are relative to its folder.
+    width: of the terminal (rich only).
+    """
+    _known("table", table, (*TABLES, "all"))
+    _known("format", fmt, FORMATS)
+    for file in published:
+        if not file.is_file():
+            raise UserError(f"There is no file {file} with published numbers.")
+    found = collect(results, published)
+    made = [*tbl.tables(found, table), *(t for t in extra if table in ("all", t.name))]
+    notes = messages(found, made)
+    if fmt == "rich" and table == "all" and found.runs:
+        hidden = dict.fromkeys(t.name for t in made if not t.measured)
+        made = [t for t in made if t.measured]
+        if hidden:
+            notes.insert(0, f"Published numbers alone: hcnet report --table {' or '.join(hidden)}.")
+    return render(made, fmt, notes, base=output.absolute().parent if output else None, width=width)
+
+
+def render(
+    made: Sequence[Table], fmt: str, notes: Sequence[str] = (), *, base: Path | None = None, width: int | None = None
+) -> str:
+    """Tables, and the lines to say after them, as text. Links to runs are relative to the folder `base`."""
+    if fmt == "rich":
+        return text.rich_text(made, notes, width or console.out.width, console.out.is_terminal)
+    if fmt == "markdown":
+        return text.markdown(made, notes, base)
+    if fmt == "latex":
+        return text.latex(made, notes)
+    if fmt == "json":
+        return text.json_text(made, notes)
+    for note in notes:
+        console.notice(note)
+    return text.csv_text(made)
+
+
+def messages(found: Results, made: Sequence[Table]) -> list[str]:
+    """What is to be said besides the tables: how to begin, repeated runs, folders that hold no readable run."""
+    lines = [] if found.runs else [FIRST_RUN]
+    if not made:
+        lines.append("There is nothing for this table yet.")
+    return [*lines, *found.notes, *(f"Not read: {reason}" for _, reason in found.broken)]
+
+
+def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[Path] = (),
+                 extra: Sequence[Table] = ()) -> list[str]:  # fmt: skip
+    """How the committed files in `folder` (<table>.<ending>, such as all.md) differ from what the runs give now.
+
+    One line for each file that does; empty when all agree. UserError when there is nothing to compare.
+    """
+    endings = {ending: fmt for fmt, ending in FORMATS.items()}
+    pattern = re.compile(rf"({'|'.join((*TABLES, 'all'))})\.({'|'.join(endings)})")
+    files = [(p, m) for p in sorted(folder.glob("*.*")) if (m := pattern.fullmatch(p.name))]
+    if not files:
+        raise UserError(
+            f"There are no report files in {folder}.", hint=f"hcnet report --format markdown --output {folder}/all.md"
+        )
+    if not collect(results, published).runs:
+        raise UserError(f"There are no runs under {', '.join(map(str, results))} to check {folder} against.")
+    lines = []
+    for path, match in files:
+        fmt = endings[match[2]]
+        now = report(results, table=match[1], fmt=fmt, published=published, extra=extra, output=path, width=80)
+        then = path.read_text(encoding="utf-8")
+        if now != then:
+            pairs = zip(now.splitlines(), then.splitlines(), strict=False)
+            line = next((n for n, (a, b) in enumerate(pairs, 1) if a != b), min(now.count("\n"), then.count("\n")) + 1)
+            lines.append(f"{path} differs from what the runs give, from line {line} on.")
+    return lines
+
+
+def _known(what: str, value: str, known: Sequence[str] | dict[str, str]) -> None:
+    if value not in known:
+        raise UserError(f'Unknown {what} "{value}".{did_you_mean(value, known)}', hint=f"Known: {', '.join(known)}.")

@@ -1,0 +1,283 @@
+"""Tables as text: rich for the terminal, Markdown, LaTeX, CSV, JSON. Same tables in, same bytes out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from hcnet_cli.report.tables import MISSING, show
+from hcnet_cli.results import Column, Row, Table, is_number
+
+LISTED_RUNS = 12  # under a table on the terminal
+
+
+def run_lines(table: Table) -> list[tuple[str, Row]]:
+    """The rows that come from runs, each with a label for a list under the table."""
+    return [
+        (f"{show(row, table.columns[0])}, {'seeds' if len(row.runs) > 1 else 'seed'} {row.values.get('seeds')}", row)
+        for row in table.rows
+        if row.runs
+    ]
+
+
+def provenance(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where a measured row comes from, as (what, text), without what is not known."""
+    steps = f"{values.get('steps_done'):,} of {values.get('steps_total'):,}" if values.get("steps_total") else ""
+    facts = [
+        ("command", values.get("command")),
+        ("recipe", values.get("recipe")),
+        ("departs in", values.get("changes")),
+        ("started from", values.get("init")),
+        ("steps", steps),
+        ("batch", values.get("batch_size")),
+        ("data", f"{values.get('data')} {str(values.get('data_digest') or '')[:12]}".strip()),
+        ("evaluation", values.get("metric_notes")),
+        ("commit", values.get("commit")),
+        ("machine", values.get("machine")),
+        ("device", " ".join(str(values[k]) for k in ("device", "precision") if values.get(k))),
+        ("finished", values.get("finished")),
+        ("error", values.get("error")),
+    ]
+    return [(what, str(text)) for what, text in facts if text not in (None, "")]
+
+
+# --- rich -------------------------------------------------------------------------------------------------------------
+
+
+def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: bool) -> str:
+    """For a terminal of `width` columns; secondary columns give way first, and a line says which."""
+    file = io.StringIO()
+    console = Console(
+        file=file, width=width, force_terminal=color, color_system="auto" if color else None, highlight=False
+    )
+    for table in tables:
+        columns = fitting(table, width)
+        grid = RichTable(
+            title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+        )
+        for column in columns:
+            title = column.title.replace(" ", "\n")
+            grid.add_column(title, justify="left" if column.style == "text" else "right", no_wrap=column.key != "model")
+        for above, row in zip([None, *table.rows], table.rows, strict=False):
+            if above is not None and above.kind != row.kind:
+                grid.add_section()
+            style = "dim" if row.kind == "unfinished" else ""
+            grid.add_row(*(_rich_cell(row, column) for column in columns), style=style)
+        console.print(grid)
+        lines = list(table.notes)
+        left_out = [c.title for c in table.columns if c not in columns]
+        if left_out:
+            lines.append(f"Not shown for want of width: {', '.join(left_out)} (--format markdown has all).")
+        for line in lines:
+            console.print(Text(line, style="dim"))
+        sources = run_lines(table)
+        for label, row in sources[:LISTED_RUNS]:
+            console.print(Text(f"{label}: {relative(row.runs[0], None)}{_more(row)}", style="dim"))
+        if len(sources) > LISTED_RUNS:
+            console.print(Text(f"and the runs of {len(sources) - LISTED_RUNS} more rows", style="dim"))
+        console.print()
+    for note in notes:
+        console.print(Text(note))
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n") + "\n"
+
+
+def _more(row: Row) -> str:
+    return f" and {len(row.runs) - 1} more" if len(row.runs) > 1 else ""
+
+
+def _rich_cell(row: Row, column: Column) -> Text:
+    style = ("underline" if row.kind == "published" else "bold") if column.key in row.best else ""
+    return Text(cell_source(row) if column.key == "source" else show(row, column), style=style)
+
+
+def cell_source(row: Row) -> str:
+    if not row.runs:
+        return str(row.values.get("source") or MISSING)
+    return row.runs[0].name + _more(row)
+
+
+def fitting(table: Table, width: int) -> list[Column]:
+    """The columns that fit, secondary ones leaving from the last; the model's names may wrap between words."""
+    columns = list(table.columns)
+    need = {}
+    for column in columns:
+        texts = [cell_source(row) if column.key == "source" else show(row, column) for row in table.rows]
+        if column.key == "model":
+            texts = [word for text in texts for word in text.split()]
+        need[column.key] = max(map(len, [*column.title.split(), *texts])) + 2  # padding and rule
+    for column in reversed(table.columns):
+        if sum(need[c.key] for c in columns) + 1 > width and column.secondary:
+            columns.remove(column)
+    return columns
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def markdown(tables: Sequence[Table], notes: Sequence[str], base: Path | None) -> str:
+    """GitHub's Markdown. Links to runs are relative to the folder `base` (None: the current one)."""
+    parts = []
+    for table in tables:
+        heads = [_md(c.title) for c in table.columns]
+        rules = ["---" if c.style == "text" else "---:" for c in table.columns]
+        lines = [heads, rules]
+        kinds = list(dict.fromkeys(row.kind for row in table.rows))
+        for kind in kinds:
+            if len(kinds) > 1 or kind == "unfinished":
+                lines.append([f"*{kind}*", *("" for _ in table.columns[1:])])
+            lines += [[_md_cell(row, c, base) for c in table.columns] for row in table.rows if row.kind == kind]
+        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
+        widths[-1] = 0  # the last column, long sources, need not be aligned
+        text = [f"## {_md(table.title)}", ""]
+        for line in lines:
+            cells = [
+                cell.ljust(w) if c.style == "text" else cell.rjust(w)
+                for cell, w, c in zip(line, widths, table.columns, strict=True)
+            ]
+            text.append(f"| {' | '.join(cells)} |")
+        text += ["", *(f"- {_md(note)}" for note in table.notes)]
+        listed = run_lines(table)
+        if listed:
+            text += ["", "<details><summary>Where the measured numbers come from</summary>", ""]
+            for label, row in listed:
+                facts = (f"{what} `{fact}`" for what, fact in provenance(row.values))
+                text.append(f"- {_md(label)}: {'; '.join(facts)}")
+            text += ["", "</details>"]
+        parts.append("\n".join(text))
+    if notes:
+        parts.append("\n".join(f"- {_md(note)}" for note in notes) if len(notes) > 1 else _md(notes[0]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _md_cell(row: Row, column: Column, base: Path | None) -> str:
+    if column.key == "source" and row.runs:
+        seeds = str(row.values.get("seeds", "")).split(", ")
+        names = [f"run {seed}" if i == 0 else seed for i, seed in enumerate(seeds)]
+        if len(names) != len(row.runs):
+            names = [run.name for run in row.runs]
+        return " ".join(
+            f"[{_md(name)}]({relative(run, base).replace(' ', '%20')})"
+            for name, run in zip(names, row.runs, strict=True)
+        )
+    text = _md(show(row, column))
+    if column.key in row.best:
+        return f"<u>{text}</u>" if row.kind == "published" else f"**{text}**"
+    return text
+
+
+def _md(text: str) -> str:
+    return re.sub(r"([|*<`\\])", r"\\\1", text.replace("\n", " "))
+
+
+def relative(path: Path, base: Path | None) -> str:
+    return Path(os.path.relpath(path, base or Path.cwd())).as_posix()
+
+
+# --- LaTeX ------------------------------------------------------------------------------------------------------------
+
+TEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "−": "$-$",
+}
+
+
+def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are numbered under each table."""
+    parts = ["% Made by hcnet report. Needs \\usepackage{booktabs}."]
+    parts += [f"% {line}" for note in notes for line in note.splitlines()]
+    for number, table in enumerate(tables, 1):
+        columns = [c for c in table.columns if c.key not in ("source", "recipe", "init")]
+        sources: dict[str, int] = {}
+        lines = [
+            r"\begin{table}[t]",
+            r"\centering\small\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{_tex(table.title)}}}\label{{tab:{table.name}-{number}}}",
+            rf"\begin{{tabular}}{{{''.join('l' if c.style == 'text' else 'r' for c in columns)}}}",
+            r"\toprule",
+            " & ".join(_tex(c.title) for c in columns) + r" \\",
+        ]
+        above = None
+        for row in table.rows:
+            if row.kind != above:
+                lines.append(r"\midrule")
+            above = row.kind
+            cells = [_tex_cell(row, c) for c in columns]
+            source = (
+                str(row.values.get("source") or "") if row.kind == "published" else ", ".join(r.name for r in row.runs)
+            )
+            if source:
+                cells[0] += rf"\textsuperscript{{{sources.setdefault(source, len(sources) + 1)}}}"
+            lines.append(" & ".join(cells) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+        lines += [r"\begingroup\scriptsize\raggedright\noindent"]
+        lines += [rf"{_tex(note)}\par" for note in table.notes]
+        lines += [rf"\textsuperscript{{{n}}} {_tex(source)}.\quad" for source, n in sources.items()]
+        lines += [r"\par\endgroup"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _tex_cell(row: Row, column: Column) -> str:
+    text = _tex(show(row, column))
+    if column.key in row.best:
+        return rf"\underline{{{text}}}" if row.kind == "published" else rf"\textbf{{{text}}}"
+    return text
+
+
+def _tex(text: str) -> str:
+    """Escaped; what pdfLaTeX's fonts may not have becomes a question mark."""
+    return "".join(TEX.get(char, char if char.isprintable() and ord(char) < 0x180 else "?") for char in text)
+
+
+# --- CSV and JSON -----------------------------------------------------------------------------------------------------
+
+
+def csv_text(tables: Sequence[Table]) -> str:
+    """Every row with every value, not only what the tables show; `title` tells the table."""
+    keys = list(dict.fromkeys(key for table in tables for row in table.rows for key in row.values))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["title", *keys])
+    for table in tables:
+        for row in table.rows:
+            writer.writerow([table.title, *(_plain(row.values.get(key)) for key in keys)])
+    return out.getvalue()
+
+
+def json_text(tables: Sequence[Table], notes: Iterable[str]) -> str:
+    content = [
+        {
+            "name": table.name,
+            "title": table.title,
+            "columns": [{"key": c.key, "title": c.title} for c in table.columns],
+            "rows": [{**{k: _plain(v) for k, v in row.values.items()}, "best": sorted(row.best)} for row in table.rows],
+            "notes": list(table.notes),
+            "forest": [list(arm) for arm in table.forest],
+        }
+        for table in tables
+    ]
+    return json.dumps({"tables": content, "notes": list(notes)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or value != value:
+        return None
+    return round(value, 6) if is_number(value) and isinstance(value, float) else value
