@@ -1,0 +1,376 @@
+"""Folders of images by class, as ImageNet has them: the index, the images, the reference recipe's augmentation.
+
+    ROOT/train/<class>/**/*.JPEG     classes are these folders, in sorted order, and no others
+    ROOT/val/<class>/**/*.JPEG
+
+Augmentation is timm's, put together by `timm.data.create_transform` with the arguments of Swin's and HcNet's data code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import Mixup, create_transform
+from timm.data import auto_augment as auto_augment_ops
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hcnet_cli import rng
+from hcnet_cli.console import UserError, did_you_mean
+
+EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm .jp2".split())
+LAYOUT = "An image folder holds train/<class>/ and val/<class>/ with the images inside."
+Transform = Callable[[Image.Image], Tensor]
+
+# a few of ImageNet's own files have damaged EXIF data; their pixels are fine
+warnings.filterwarnings("ignore", message=".*(EXIF|Truncated File Read)", category=UserWarning, module="PIL")
+
+
+# --- the index --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """The images of a split. Arrays, not Python objects, so that worker processes share this memory for good: counting
+    references to a million strings would copy every page of it into each of them.
+    """
+
+    names: NDArray[np.uint8]  # bytes of all names one after another, each relative to its class folder
+    ends: NDArray[np.int64]  # [N], where each name ends
+    labels: NDArray[np.int32]  # [N], index into the classes
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def name(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.names[start : self.ends[index]].tobytes())
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What a folder holds. `digest` is a hash of the class and file names, `name` what results call the data."""
+
+    root: Path
+    name: str
+    digest: str
+    classes: tuple[str, ...]
+    train: Files
+    val: Files
+
+    @property
+    def num_train(self) -> int:
+        return len(self.train)
+
+    @property
+    def num_val(self) -> int:
+        return len(self.val)
+
+
+def scan(root: str | Path) -> Index:
+    """Reads the folders (no file is opened). Raises UserError for a folder that is not as it should be."""
+    root = Path(root)
+    _check_layout(root)
+    try:
+        classes = tuple(_subfolders(root / "train"))
+        for split in ("train", "val"):
+            _check_classes(root / split, classes)
+        digest = hashlib.blake2b(digest_size=8)
+        files = {split: _files(root / split, classes, digest) for split in ("train", "val")}
+    except OSError as error:
+        raise UserError(f"{error.filename or root} cannot be read: {error.strerror}.") from None
+    name = _dataset_name(root, classes, len(files["val"]))
+    return Index(root, name, digest.hexdigest(), classes, files["train"], files["val"])
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+
+def _check_layout(root: Path) -> None:
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        raise UserError(f"The data folder {root} {what}.", hint=LAYOUT)
+    missing = [split for split in ("train", "val") if not (root / split).is_dir()]
+    if not missing:
+        return
+    hint = LAYOUT
+    if (root / "annotations").is_dir() and any((root / "annotations").glob("instances_*.json")):
+        hint = f"It looks like a COCO data set: hcnet finetune-det --data {root}"
+    elif any((root / kind / "training").is_dir() for kind in ("images", "annotations")):
+        hint = f"It looks like an ADE20K data set: hcnet finetune-seg --data {root}"
+    elif found := _subfolders(root):
+        hint += f" It has: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}."
+    folders = " and no ".join(f"{split}/" for split in missing)
+    raise UserError(f"The data folder {root} has no {folders} folder.", hint=hint)
+
+
+def _check_classes(folder: Path, classes: tuple[str, ...]) -> None:
+    """The class folders of a split: some, and none that training does not know."""
+    found = _subfolders(folder)
+    if not found:
+        with os.scandir(folder) as entries:
+            loose = any(_is_image(os.fsencode(entry.name)) for entry in entries)
+        hint = LAYOUT
+        if loose and folder.name == "val":
+            hint += " ImageNet's validation images come in one folder; sort them by class first (valprep.sh)."
+        raise UserError(f"{folder} holds {'images but ' if loose else ''}no class folders.", hint=hint)
+    if unknown := sorted(set(found) - set(classes)):
+        raise UserError(
+            f"{folder} has {_some(unknown)} that {folder.parent / 'train'} lacks.{did_you_mean(unknown[0], classes)}",
+            hint="Classes come from the training folder alone.",
+        )
+
+
+def _some(names: list[str]) -> str:
+    quoted = ", ".join(f'"{name}"' for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{'a class' if len(names) == 1 else f'{len(names)} classes'} ({quoted}{more})"
+
+
+def _is_image(name: bytes) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _image_names(folder: bytes) -> list[bytes]:
+    """Images in a folder and below, relative to it, sorted; what starts with a dot is left out."""
+    names: list[bytes] = []
+    pending = [b""]
+    while pending:
+        below = pending.pop()
+        with os.scandir(os.path.join(folder, below)) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                if _is_image(entry.name):
+                    names.append(below + entry.name)
+                elif entry.is_dir():
+                    pending.append(below + entry.name + b"/")
+    return sorted(names)
+
+
+def _files(folder: Path, classes: tuple[str, ...], digest: Any) -> Files:
+    present = set(_subfolders(folder))
+    blob, ends, counts, empty = bytearray(), [], [], []
+    digest.update(b"\0split " + os.fsencode(folder.name))
+    for name in classes:
+        images = _image_names(os.fsencode(folder / name)) if name in present else []
+        if name in present and not images:
+            empty.append(name)
+        digest.update(b"\0class " + os.fsencode(name))
+        for image in images:
+            digest.update(b"\0" + image)
+            blob += image
+            ends.append(len(blob))
+        counts.append(len(images))
+    if empty:
+        raise UserError(
+            f"{folder} has {_some(empty)} without images.",
+            hint=f"Image files end in {' '.join(sorted(e.decode() for e in EXTENSIONS))}.",
+        )
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+    return Files(np.frombuffer(bytes(blob), dtype=np.uint8), np.array(ends, dtype=np.int64), labels)
+
+
+def _dataset_name(root: Path, classes: tuple[str, ...], num_val: int) -> str:
+    """What results call the data: "imagenet-1k" for ILSVRC2012 itself, else the folder's own name."""
+    if len(classes) == 1000 and classes[0] == "n01440764" and classes[-1] == "n15075141" and num_val == 50_000:
+        return "imagenet-1k"
+    name = re.sub(r"[^a-z0-9]+", "-", root.resolve().name.lower()).strip("-") or "data"
+    return f"{name}-data" if name == "imagenet-1k" else name
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def read_image(path: str) -> Image.Image:
+    """The image as a viewer shows it, RGB: turned as its EXIF data says, on white where it is transparent.
+
+    16-bit grey keeps its upper 8 bits, where PIL's conversion would clip. Raises whatever PIL does.
+    """
+    with Image.open(path) as file:
+        file.load()
+        image: Image.Image = file
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, OSError):  # EXIF data beyond repair
+            image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):
+            image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+class ImageFolder(Dataset[dict[str, Any]]):
+    """Items of a split: `image` [3, H, W] normalised, `target` int, `sample`, `key`.
+
+    In training the transform draws from the request's key alone, and an image that cannot be read is replaced by one
+    that the key chooses; the item then names the file under `unreadable`. In evaluation that is a UserError.
+    """
+
+    def __init__(self, index: Index, split: str, transform: Transform) -> None:
+        self.files: Files = {"train": index.train, "val": index.val}[split]
+        self.train = split == "train"
+        self.folder = str(index.root / split)
+        self.classes = index.classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def describe(self, index: int) -> str:
+        """The file of a sample."""
+        return os.path.join(self.folder, self.classes[self.files.labels[index]], self.files.name(index))
+
+    def __getitem__(self, request: tuple[int, int, int]) -> dict[str, Any]:
+        index, key, _ = request
+        unreadable: dict[str, str] = {}
+        for attempt in range(10):
+            path = self.describe(index)
+            try:
+                image = read_image(path)
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise almost anything on damaged files
+                reason = "it is not an image PIL knows" if isinstance(error, UnidentifiedImageError) else str(error)
+                if not self.train:
+                    raise UserError(
+                        f"The image {path} cannot be read: {reason}.",
+                        hint="Evaluation counts every image, so none is skipped: replace the file, or remove it.",
+                    ) from None
+                unreadable = unreadable or {"unreadable": path}
+                index = rng.derive(key, "instead", attempt) % len(self)
+                continue
+            with rng.seeded(key):
+                pixels = self.transform(image)
+            return {
+                "sample": index,
+                "key": key,
+                "image": pixels,
+                "target": int(self.files.labels[index]),
+                **unreadable,
+            }
+        raise UserError(
+            f"Ten training images in a row cannot be read, the first: {unreadable['unreadable']}.",
+            hint="Check that the disk is mounted and the data set was unpacked completely.",
+        )
+
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+def train_transform(
+    *,
+    img_size: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    vflip: float = 0.0,
+    color_jitter: float | None = 0.4,
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    interpolation: str = "bicubic",
+    re_prob: float = 0.25,
+    re_mode: str = "pixel",
+    re_count: int = 1,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Transform:
+    """PIL image -> [3, img_size, img_size]; the defaults are Swin's and HcNet's (`data/build.py` of either).
+
+    Random resized crop, flip, RandAugment, normalise, random erasing, in this order. As in timm, `color_jitter` has an
+    effect only without `auto_augment` (or with "3a"), and the ops of RandAugment interpolate as the crop does.
+    """
+    transform = create_transform(
+        img_size,
+        is_training=True,
+        scale=scale,
+        ratio=ratio,
+        hflip=hflip,
+        vflip=vflip,
+        color_jitter=color_jitter,  # type: ignore[arg-type]  # timm takes None, though it does not say so
+        auto_augment=auto_augment,
+        interpolation=interpolation,
+        re_prob=re_prob,
+        re_mode=re_mode,
+        re_count=re_count,
+        mean=mean,
+        std=std,
+    )
+    for part in transform.transforms:
+        # of RandAugment and AugMix; of AutoAugment
+        for op in [*getattr(part, "ops", []), *itertools.chain(*getattr(part, "policy", []))]:
+            if op.aug_fn is auto_augment_ops.posterize:
+                op.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """To keep no bit at all, RandAugment's limit, gives black; Pillow 13 refuses it and timm 1.0.31 asks for it."""
+    return auto_augment_ops.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+def eval_transform(
+    *,
+    img_size: int,
+    crop_pct: float = 0.875,
+    interpolation: str = "bicubic",
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Transform:
+    """PIL image -> [3, img_size, img_size]: shorter side to floor(img_size / crop_pct), centre crop, normalise.
+
+    At crop_pct 0.875 that is the reference's int(256 / 224 * img_size).
+    """
+    return create_transform(img_size, crop_pct=crop_pct, interpolation=interpolation, mean=mean, std=std)
+
+
+def make_mixup(
+    num_classes: int,
+    *,
+    mixup: float = 0.8,
+    cutmix: float = 1.0,
+    prob: float = 1.0,
+    switch_prob: float = 0.5,
+    smoothing: float = 0.1,
+) -> Mixup | None:
+    """Mixup and cutmix as timm does them, in batch mode, with label smoothing; None if neither would ever act."""
+    if not prob or not (mixup or cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=mixup,
+        cutmix_alpha=cutmix,
+        prob=prob,
+        switch_prob=switch_prob,
+        mode="batch",
+        label_smoothing=smoothing,
+        num_classes=num_classes,
+    )
+
+
+def mix(batch: dict[str, Any], mixup: Mixup) -> tuple[Tensor, Tensor]:
+    """Mixed images [B, 3, H, W] and soft targets [B, num_classes] of a batch, which stays as it is.
+
+    Draws from the step's key, so all micro-batches of a step mix alike, as one batch would. Partners are opposite ends
+    of the micro-batch, where the loader puts pairs of the batch.
+    """
+    image, target = batch["image"], batch["target"]
+    if len(image) % 2:
+        raise UserError(
+            f"Mixup and cutmix mix images in pairs, and a micro-batch of {len(image)} is odd.",
+            hint="Choose a --batch-size whose share for each process and micro-batch is even.",
+        )
+    with rng.seeded(batch["step_key"]):
+        return mixup(image.clone(), target)
