@@ -46,7 +46,7 @@ class Data:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA (this process's own), else Apple's MPS, else the CPU."""
+    """What "auto" means: CUDA (this process's own), else Apple's MPS, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -68,7 +68,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is bf16 on a GPU that computes it, fp16 on an older one, fp32 elsewhere."""
+    """What "auto" means: bf16 on a GPU that computes it, fp16 on an older one, fp32 elsewhere."""
     if precision == "auto":
         if device.type != "cuda":
             return "fp32"

@@ -109,7 +109,7 @@ class State:
 
 
 class Stopper:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a request to stop after the current step; a second Ctrl-C stops at once."""
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a request to stop after the current step; a second Ctrl-C ends it"""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -1,4 +1,4 @@
-"""Names that the command line, the recipes and the code share. Plain data: `--help` reads it without importing anything."""
+"""Names that the command line, the recipes and the code share. Plain data, so that `--help` is instant."""
 
 SIZES = {  # what `--size` takes -> the name in timm's registry; defined in models/hcnet.py
     "pico": "hcnet_pico",

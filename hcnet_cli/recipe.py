@@ -210,7 +210,7 @@ NOT_IN_FINGERPRINT = frozenset(
 FREE = NOT_IN_FINGERPRINT | {"model.size", "model.disable", "train.seed", "train.precision"}
 
 
-# --- YAML ------------------------------------------------------------------------------------------------------------
+# --- YAML -------------------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -281,7 +281,7 @@ def recipe_file(name: str, task: str = "") -> Path:
     raise UserError(f'There is no recipe "{name}".{did_you_mean(name, short)}', hint=hint)
 
 
-# --- from data to a checked recipe -------------------------------------------------------------------------------------
+# --- from data to a checked recipe ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def check(data: Mapping[str, Any], origin: str, sources: Mapping[str, str] = Map
 
 
 def _one_sentence(error: ValidationError, data: Mapping[str, Any], origin: str, sources: Mapping[str, str]) -> str:
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key explains the rest
     tags = {"linear", "mask-rcnn", "upernet", "image-folder", "coco", "scene-parsing"}
     loc = [str(part) for part in first["loc"] if str(part) not in tags]
     key = ".".join(loc)
@@ -392,7 +392,7 @@ def _known_keys(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
-# --- what a recipe says about itself -------------------------------------------------------------------------------------
+# --- what a recipe says about itself ----------------------------------------------------------------------------------
 
 
 def fingerprint(recipe: Recipe, **contents: str) -> str:

@@ -1,0 +1,288 @@
+"""Protects the training loop: interrupted, divided or repeated, a run gives the same numbers bit for bit.
+
+The task here is a toy, for the engine knows none; the same is shown for the real tasks through the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from hcnet_cli import engine, optim
+from hcnet_cli.console import RunFailed
+from hcnet_cli.data.loader import EvalLoader, TrainLoader
+from hcnet_cli.engine import Job, State
+from hcnet_cli.rng import keyed_uniform, seeded
+from hcnet_cli.runs import RunFolder, read_log
+
+TIMES = ("images_per_second", "data_wait")
+
+
+class Points:
+    """y = Wx + noise; the noise of a training sample is drawn from its key."""
+
+    def __init__(self, count: int) -> None:
+        with seeded(0):
+            self.x, self.w = torch.randn(count, 6), torch.randn(6, 2)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, request: tuple[int, int, int]) -> dict[str, Any]:
+        index, key, _ = request
+        with seeded(key):
+            noise = 0.1 * torch.randn(2) if key else torch.zeros(2)
+        return {"sample": index, "key": key, "image": self.x[index], "target": self.x[index] @ self.w + noise}
+
+
+class Fitted:
+    def __init__(self) -> None:
+        self.error = 0.0
+
+    def update(self, predictions: Tensor, batch: dict[str, Any]) -> None:
+        self.error += float((predictions - batch["target"]).double().square().sum())
+
+    def compute(self) -> dict[str, float]:
+        return {"score": 100 - self.error}
+
+    def save(self, folder: Path) -> None:
+        (folder / "kept.txt").write_text(str(self.error))
+
+
+class Regression(nn.Module):
+    primary = "score"
+
+    def __init__(self, at_step: Callable[[int], None] | None = None, dropout: float = 0.2) -> None:
+        super().__init__()
+        with seeded(1):
+            self.model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 2))
+        self.at_step, self.dropout, self.seen = at_step, dropout, 0
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        if self.at_step:
+            self.at_step(self.seen)
+        self.seen += 1
+        keep = (keyed_uniform(batch["key"], 6) >= self.dropout).T
+        error = self.model(batch["image"] * keep) - batch["target"]
+        return {"loss_l2": error.square().mean(), "loss_l1": 0.1 * error.abs().mean()}
+
+    def predict(self, batch: dict[str, Any]) -> Tensor:
+        return self.model(batch["image"])
+
+    def evaluator(self) -> Fitted:
+        return Fitted()
+
+
+def make_job(task: Regression, total: int = 12, accumulate: int = 1, ema: bool = True, eval_every: int = 5) -> Job:
+    train = Points(40)
+    return Job(
+        task=task,
+        train=TrainLoader(train, batch_size=8, accumulate=accumulate, total_steps=total, seed=3, workers=0),
+        val=EvalLoader(Points(11), batch_size=4, workers=0),
+        describe=lambda index: f"point {index}",
+        optimizer=optim.adamw(task.model, lr=0.02, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, no_decay="1d"),
+        lr_at=lambda step: optim.lr_at(step, lr=0.02, total_steps=total, warmup_steps=3),
+        total_steps=total,
+        batch_size=8,
+        accumulate=accumulate,
+        eval_every=eval_every,
+        log_every=2,
+        save_minutes=60,
+        clip_grad=1.0,
+        precision="fp32",
+        device=torch.device("cpu"),
+        seed=3,
+        ema=ModelEmaV3(task.model, decay=0.9) if ema else None,
+    )
+
+
+def run(folder: Path, task: Regression, **options: Any) -> tuple[int, State, Job]:
+    """Goes on from what is in `folder`, as the program does."""
+    folder.mkdir(exist_ok=True)
+    job = make_job(task, **options)
+    state = engine.restore(job, folder)
+    place = RunFolder(folder)
+    place.rewind(state.step)
+    return engine.fit(job, place, state, lambda _: None), state, job
+
+
+def outcome(folder: Path, state: State, job: Job) -> dict[str, Any]:
+    """All that must be equal: weights, EMA, optimizer, best weights, metrics, and the log but for its times."""
+    assert job.ema is not None
+    log = [{k: v for k, v in e.items() if k not in TIMES} for e in read_log(folder / "metrics.jsonl")]
+    tensors = {
+        **job.task.model.state_dict(),
+        **{f"ema {k}": v for k, v in job.ema.module.state_dict().items()},
+        **{f"{i} {k}": v for i, s in enumerate(job.optimizer.state.values()) for k, v in s.items()},
+    }
+    plain = {"log": log, "best": (state.best, state.best_step, state.metrics), "step": state.step}
+    return {**plain, "weights": (folder / "best.safetensors").read_bytes(), "tensors": tensors}
+
+
+def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
+    ours, theirs = a.pop("tensors"), b.pop("tensors")
+    assert a == b
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def never_interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("whole")
+    stopped, state, job = run(folder, Regression())
+    assert stopped == 0
+    assert state.step == 12
+    return outcome(folder, state, job)
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_stopped_by_a_signal_at_any_step_and_continued_is_never_interrupted(
+    step: int, tmp_path: Path, never_interrupted: dict[str, Any]
+) -> None:
+    number = engine.Stopper.SIGNALS[step % 3]
+
+    def interrupt(seen: int) -> None:
+        if seen == step:
+            os.kill(os.getpid(), number)
+
+    stopped, state, _ = run(tmp_path, Regression(interrupt))
+    if step < 11:
+        assert stopped == number
+        assert state.step == step + 1  # the step under way is finished and saved
+    stopped, state, job = run(tmp_path, Regression())
+    assert stopped == 0
+    assert_equal(outcome(tmp_path, state, job), dict(never_interrupted))
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_killed_at_any_step_and_continued_is_never_interrupted(
+    step: int, tmp_path: Path, never_interrupted: dict[str, Any]
+) -> None:
+    """Kill -9 leaves no time to save: the run goes back to its last checkpoint and forgets what it logged since."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(seen: int) -> None:
+        if seen == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tmp_path, Regression(kill))
+    stopped, state, job = run(tmp_path, Regression())
+    assert stopped == 0
+    assert_equal(outcome(tmp_path, state, job), dict(never_interrupted))
+
+
+def test_a_damaged_last_checkpoint_costs_steps_not_results(tmp_path: Path, never_interrupted: dict[str, Any]) -> None:
+    run(tmp_path, Regression())
+    (tmp_path / "last" / "model.safetensors").write_bytes(b"cut")
+    _, state, job = run(tmp_path, Regression())
+    assert_equal(outcome(tmp_path, state, job), dict(never_interrupted))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_equal_one_batch(accumulate: int, tmp_path: Path) -> None:
+    """K micro-batches of b/k = one batch of b, dropout and augmentation included: only the order of sums differs."""
+    _, _, whole = run(tmp_path / "1", Regression(), ema=False)
+    _, _, parts = run(tmp_path / "k", Regression(), ema=False, accumulate=accumulate)
+    for (name, a), b in zip(whole.task.model.state_dict().items(), parts.task.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, msg=name)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    def interrupt(seen: int) -> None:
+        if seen == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Regression(interrupt))
+
+
+def test_handlers_are_given_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in engine.Stopper.SIGNALS]
+    run(tmp_path, Regression())
+    assert [signal.getsignal(number) for number in engine.Stopper.SIGNALS] == before
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(what: str, tmp_path: Path) -> None:
+    """It names the step and the loss parts, and keeps the samples; the weights are those of the step before."""
+    _, _, good = run(tmp_path / "good", Regression(), ema=False, total=7)
+
+    class Broken(Regression):
+        def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+            losses = super().forward(batch)
+            if self.seen == 8:
+                if what == "loss":
+                    losses["loss_l1"] = losses["loss_l1"] * torch.tensor(float("inf"))
+                else:
+                    losses["loss_l1"] = losses["loss_l1"] + (self.model[0].weight * 0).abs().sqrt().sum()
+            return losses
+
+    task = Broken()
+    job = make_job(task, ema=False)
+    job.lr_at = good.lr_at
+    with pytest.raises(RunFailed, match=rf"{what} of step 7 is not finite .*loss_l1") as error:
+        engine.fit(job, RunFolder(tmp_path), State(), lambda _: None)
+    assert error.value.exit_code == 1
+    for a, b in zip(task.model.parameters(), good.task.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert report["step"] == 7
+    assert len(report["samples"]) == 8
+    assert report["files"] == [f"point {index}" for index in report["samples"]]
+
+
+def test_a_parameter_no_loss_depends_on_is_named(tmp_path: Path) -> None:
+    task = Regression()
+    task.model.append(nn.Linear(2, 2))
+    task.model[3].requires_grad_(True)
+    task.model.forward = lambda x: task.model[2](task.model[1](task.model[0](x)))  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match=r"model\.3\.weight"):
+        run(tmp_path, task, ema=False)
+
+
+def test_best_weights_are_those_of_the_best_evaluation(tmp_path: Path) -> None:
+    """With a rising error after the first evaluation the first weights stay best, also after a resume."""
+
+    class Worse(Regression):
+        def evaluator(self) -> Fitted:
+            fitted = Fitted()
+            fitted.error = float(self.seen)
+            fitted.update = lambda *_: None  # type: ignore[method-assign]
+            return fitted
+
+    _, state, _ = run(tmp_path, Worse(), ema=False)
+    assert (state.best_step, state.metrics) == (5, {"score": 95.0})
+    evaluations = [entry for entry in read_log(tmp_path / "metrics.jsonl") if "score" in entry]
+    assert [entry["score"] for entry in evaluations] == [95.0, 90.0, 88.0]
+    assert (tmp_path / "final" / "kept.txt").read_text() == "5.0"
+
+
+def test_evaluation_uses_the_ema_and_leaves_the_model_training(tmp_path: Path) -> None:
+    _, state, job = run(tmp_path, Regression())
+    assert job.ema is not None
+    other = make_job(Regression(), ema=False)
+    other.task.model.load_state_dict(job.ema.module.state_dict())
+    assert engine.evaluate(other)[0] == engine.evaluate(job)[0]
+    assert job.task.training
+    assert job.task.model is not job.ema.module
+
+
+def test_nested_batches_reach_the_device() -> None:
+    batch = {"a": torch.ones(2), "b": [(torch.ones(1), "text"), 3]}
+    moved = engine.to_device(batch, torch.device("meta"))
+    assert moved["a"].is_meta
+    assert moved["b"][0][0].is_meta
+    assert moved["b"][0][1] == "text"

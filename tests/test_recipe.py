@@ -1,0 +1,161 @@
+"""Protects the recipe: what is typed is what is run, and every mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError
+
+DIGITS = rcp.recipes_dir() / "pretrain" / "digits.yaml"
+
+
+def resolve(*overrides: tuple[str, object]) -> rcp.Recipe:
+    return rcp.resolve(DIGITS, [(key, value, f"--set {key}") for key, value in overrides]).recipe
+
+
+@pytest.mark.parametrize("name", rcp.shipped())
+def test_shipped_recipes_are_whole_and_open_with_their_command(name: str) -> None:
+    """Each recipe checks, departs from nothing, is named after its file and says how to run it and what to expect."""
+    file = rcp.recipe_file(name)
+    recipe = rcp.resolve(file).recipe
+    assert recipe.protocol == name
+    assert rcp.changes(recipe) == {}
+    header = "".join(line for line in file.read_text().splitlines() if line.startswith("#"))
+    for word in (f"hcnet {recipe.task}", "Batch", "Expect"):
+        assert word in header or word.replace("hcnet", "hcnet_cli") in header
+
+
+@pytest.mark.parametrize("name", rcp.shipped())
+def test_a_resolved_recipe_can_be_run_again(name: str, tmp_path: Path) -> None:
+    """recipe.yaml in a run folder resolves to the same recipe."""
+    recipe = rcp.resolve(rcp.recipe_file(name)).recipe
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(rcp.dump_yaml(recipe))
+    assert rcp.resolve(copy).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("optim.lrr", 1, 'unknown recipe key "optim.lrr". Did you mean "optim.lr"?'),
+        ("optim", 1, "It is a section"),
+        ("optim.lr", "fast", "\"optim.lr\" cannot be 'fast'"),
+        ("optim.lr", -1, "greater than 0"),
+        ("optim.lr", float("nan"), "finite"),
+        ("model.size", "tt", 'Did you mean "t"?'),
+        ("model.disable", ["gat"], 'Did you mean "gate"?'),
+        ("train.batch_size", 0, "greater than or equal to 1"),
+        ("schedule.kind", "cosin", "cosine"),
+        ("data.re_prob", 3, "less than or equal to 1"),
+        ("task", "finetune-det", "takes head"),
+    ],
+)
+def test_a_bad_override_is_one_sentence_that_names_the_flag(key: str, value: object, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        resolve((key, value))
+    assert words in str(error.value)
+    assert f"--set {key}" in str(error.value) or key == "task"
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("task: [", "line 1"),
+        ("a: 1\na: 2", "stands twice"),
+        ("- 1", "not a mapping"),
+        ("task: pretrain\nprotocol: x\noptimizer: {}", 'unknown key "optimizer". Did you mean "optim"?'),
+        ("task: pretrain\nprotocol: x", "is missing"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(text: str, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match="mine.yaml") as error:
+        rcp.resolve(file)
+    assert words in str(error.value)
+
+
+def test_yaml_means_what_people_write() -> None:
+    """PyYAML alone reads 1e-3 as text, `no` as False and 12:30 as a number of minutes."""
+    text = "{a: 1e-3, b: 1.e3, c: .5, d: -2E+5, e: no, f: on, g: 12:30, h: 10, i: true, j: null, k: 1_0}"
+    expected = {"a": 1e-3, "b": 1e3, "c": 0.5, "d": -2e5, "e": "no", "f": "on", "h": 10, "i": True, "j": None}
+    assert {key: value for key, value in rcp.parse_yaml(text, "test").items() if key not in "gk"} == expected
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_float_survives_the_round_trip(value: float) -> None:
+    """A recipe written by dump_yaml and read back is bit for bit the same."""
+    assert rcp.parse_yaml(yaml.dump({"x": value}), "test") == {"x": value}
+    assert rcp.parse_override(f"optim.lr={value!r}") == ("optim.lr", value)
+
+
+def test_the_fingerprint_covers_what_can_change_a_number_and_nothing_else() -> None:
+    base = resolve()
+    free = {
+        "data.path": "/elsewhere",
+        "train.workers": 7,
+        "train.accumulate": 2,
+        "train.compile": True,
+        "train.log_every": 3,
+        "train.save_every": 1.0,
+        "train.eval_batch_size": 5,
+        "model.grad_checkpointing": True,
+    }
+    assert set(free) | {"init"} == rcp.NOT_IN_FINGERPRINT
+    for key, value in free.items():
+        assert rcp.fingerprint(resolve((key, value))) == rcp.fingerprint(base), key
+    for key, value in rcp.flatten(base.model_dump()).items():
+        if key in rcp.NOT_IN_FINGERPRINT or not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        changed = value + 1 if isinstance(value, int) else value / 2 + 0.3
+        assert rcp.fingerprint(resolve((key, changed))) != rcp.fingerprint(base), key
+    assert rcp.fingerprint(base, data="a") != rcp.fingerprint(base, data="b")
+
+
+def test_changes_are_what_departs_from_the_protocol() -> None:
+    """Seed, size and division of work are free; the model's shape is told by its variant."""
+    assert rcp.changes(resolve(("train.seed", 3), ("model.size", "s"), ("train.workers", 3))) == {}
+    assert rcp.changes(resolve(("schedule.length", 3), ("optim.lr", 0.1))) == {"optim.lr": 0.1, "schedule.length": 3}
+    shaped = resolve(
+        ("model.kernel_size", 3), ("model.disable", ["gate", "conduction"]), ("model.depths", [1, 1, 2, 1])
+    )
+    assert rcp.changes(shaped) == {}
+    assert rcp.variant(shaped) == "no-conduction+no-gate+depths=1-1-2-1+kernel_size=3"
+
+
+def test_drop_path_is_the_sizes_own_unless_the_recipe_says_otherwise() -> None:
+    assert resolve(("model.size", "s")).model.drop_path_rate == 0.3
+    assert resolve(("model.drop_path_rate", 0.0)).model.drop_path_rate == 0.0
+
+
+def test_durations_in_steps() -> None:
+    plan = rcp.steps(resolve(("schedule.length", 20), ("schedule.warmup", 2)), epoch=22)
+    assert (plan.total, plan.warmup, plan.eval_every, plan.shortened) == (440, 44, 22, False)
+    short = rcp.steps(resolve(("schedule.length", 1), ("schedule.warmup", 20)), epoch=22)
+    assert (short.total, short.warmup, short.shortened) == (22, 11, True)
+
+
+def test_the_papers_arithmetic() -> None:
+    """REFERENCE: batch 256, 300 epochs of 1,281,167 images; the release at 4 x 256 with lr 1e-3 x 1024 / 512."""
+    paper = rcp.resolve(rcp.recipe_file("imagenet", "pretrain")).recipe
+    release = rcp.resolve(rcp.recipe_file("imagenet-release", "pretrain")).recipe
+    assert rcp.steps(paper, 1_281_167 // paper.train.batch_size).total == 1_501_200
+    assert rcp.steps(release, 1_281_167 // release.train.batch_size).total == 375_300
+    assert release.optim.lr == pytest.approx(1e-3 * release.train.batch_size / 512)
+    assert release.schedule.min_lr == pytest.approx(5e-6 * 2)
+    assert release.schedule.warmup_ratio * release.optim.lr == pytest.approx(5e-7 * 2)
+
+
+def test_recipes_are_found_by_short_name_and_misspelling_is_answered() -> None:
+    assert rcp.recipe_file("digits", "pretrain") == DIGITS
+    with pytest.raises(UserError, match='Did you mean "imagenet"'):
+        rcp.recipe_file("imagent", "pretrain")
+    with pytest.raises(UserError, match=r"no recipe file missing\.yaml"):
+        rcp.recipe_file("missing.yaml")
