@@ -1,0 +1,77 @@
+"""Top-1 and top-5 accuracy from integer counts: the same to the last digit for any number of processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hcnet_cli import dist
+from hcnet_cli.console import UserError
+from hcnet_cli.runs import write_text
+
+
+class Accuracy:
+    """Counts right answers of a classifier. Of equal scores, that of the lower class number counts as higher.
+
+    With fewer than five classes `top5` looks at all of them, and is 100.
+    """
+
+    def __init__(self, num_classes: int, class_names: Sequence[str]) -> None:
+        assert num_classes == len(class_names)
+        self.class_names = list(class_names)
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [truth, prediction]
+        self.top5 = torch.zeros(num_classes, dtype=torch.int64)  # by truth
+
+    def update(self, predictions: Tensor, batch: dict[str, Any]) -> None:
+        """Takes scores [B, num_classes] and `batch["target"]` [B]; UserError for a score that is not finite."""
+        target = batch["target"]
+        num_classes = len(self.class_names)
+        if not torch.isfinite(predictions).all():
+            raise UserError(
+                "The model's scores are not finite: the weights are broken, or the precision is too low for them.",
+                hint="Evaluate with --precision fp32; if that fails too, start from an earlier checkpoint.",
+            )
+        classes = torch.arange(num_classes, device=predictions.device)  # [C]
+        best = predictions.amax(dim=1, keepdim=True)
+        predicted = torch.where(predictions == best, classes, num_classes).amin(dim=1)  # [B, C] -> [B], the first best
+        score = predictions.gather(1, target[:, None])  # [B, 1]
+        ahead = (predictions > score) | ((predictions == score) & (classes < target[:, None]))  # [B, C]
+        among_five = ahead.sum(dim=1) < 5  # [B]
+        cells = (target * num_classes + predicted).cpu()
+        self.confusion += torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+        self.top5 += torch.bincount(target[among_five].cpu(), minlength=num_classes)
+
+    def compute(self) -> dict[str, float]:
+        """`top1` and `top5` in per cent, over all processes; every process calls it."""
+        self._confusion, self._top5 = dist.all_reduce_sum(self.confusion), dist.all_reduce_sum(self.top5)
+        images = int(self._confusion.sum())
+        assert images, "nothing was evaluated"
+        return {
+            "top1": 100 * int(self._confusion.trace()) / images,
+            "top5": 100 * int(self._top5.sum()) / images,
+        }
+
+    def save(self, folder: Path) -> None:
+        """After `compute`: `per_class.json`, and `confusion.json` with the cells that are not zero.
+
+        `top1`, `top5` of a class are its recall in per cent, null if it has no image.
+        """
+        images = self._confusion.sum(dim=1).tolist()
+        hits = {"top1": self._confusion.diagonal().tolist(), "top5": self._top5.tolist()}
+        per_class = {
+            name: {"images": n} | {key: 100 * hit[i] / n if n else None for key, hit in hits.items()}
+            for i, (name, n) in enumerate(zip(self.class_names, images, strict=True))
+        }
+        cells = self._confusion.nonzero().tolist()
+        confusion = {
+            "columns": ["truth", "prediction", "images"],
+            "cells": [[self.class_names[i], self.class_names[j], int(self._confusion[i, j])] for i, j in cells],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "per_class.json", json.dumps(per_class, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder / "confusion.json", json.dumps(confusion, ensure_ascii=False) + "\n")

@@ -1,0 +1,110 @@
+"""Top-1 and top-5: equal to a count by hand, for ties, few classes, uneven batches and several processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hcnet_cli import dist
+from hcnet_cli.console import UserError
+from hcnet_cli.metrics.accuracy import Accuracy
+
+
+def drawn(images: int, classes: int, seed: int, levels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores with many ties, and labels."""
+    random = np.random.RandomState(seed)
+    scores = torch.tensor(random.randint(0, levels, (images, classes)), dtype=torch.float32)
+    return scores, torch.tensor(random.randint(0, classes, images))
+
+
+def by_hand(scores: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+    """Sorts each row's classes by falling score, then by class number."""
+    rows = [sorted(range(len(row)), key=lambda c, row=row: (-row[c], c)) for row in scores.tolist()]
+    labels = target.tolist()
+    return {
+        "top1": 100 * sum(t == row[0] for t, row in zip(labels, rows, strict=True)) / len(rows),
+        "top5": 100 * sum(t in row[:5] for t, row in zip(labels, rows, strict=True)) / len(rows),
+    }
+
+
+def evaluator(classes: int) -> Accuracy:
+    return Accuracy(classes, [f"class {i}" for i in range(classes)])
+
+
+@settings(deadline=None, max_examples=100)
+@given(images=st.integers(1, 40), classes=st.integers(1, 12), batch_size=st.integers(1, 40), seed=st.integers(0, 10**6))
+def test_accuracy_is_what_counting_by_hand_gives(images: int, classes: int, batch_size: int, seed: int) -> None:
+    scores, target = drawn(images, classes, seed)
+    accuracy = evaluator(classes)
+    for i in range(0, images, batch_size):
+        accuracy.update(scores[i : i + batch_size], {"target": target[i : i + batch_size]})
+    assert accuracy.compute() == by_hand(scores, target)
+
+
+def test_top5_of_fewer_than_five_classes_looks_at_all() -> None:
+    scores, target = drawn(20, 3, 0)
+    accuracy = evaluator(3)
+    accuracy.update(scores, {"target": target})
+    assert accuracy.compute()["top5"] == 100
+
+
+def test_equal_scores_go_to_the_lower_class_number() -> None:
+    accuracy = evaluator(10)
+    accuracy.update(torch.zeros(10, 10), {"target": torch.arange(10)})
+    assert accuracy.compute() == {"top1": 10, "top5": 50}
+
+
+def test_two_processes_give_the_numbers_of_one_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, target = drawn(37, 7, 1)  # does not divide by two
+    whole = evaluator(7)
+    whole.update(scores, {"target": target})
+    parts = [evaluator(7) for _ in range(2)]
+    for rank, part in enumerate(parts):
+        part.update(scores[rank::2], {"target": target[rank::2]})
+    totals = {name: sum(getattr(part, name) for part in parts) for name in ("confusion", "top5")}
+    expected = whole.compute()
+
+    def summed(x: torch.Tensor) -> torch.Tensor:
+        return next(totals[name] for part in parts for name in totals if getattr(part, name) is x)
+
+    monkeypatch.setattr(dist, "all_reduce_sum", summed)
+    assert [part.compute() for part in parts] == [expected] * 2
+
+
+def test_computing_again_changes_nothing() -> None:
+    accuracy = evaluator(4)
+    accuracy.update(*(lambda s, t: (s, {"target": t}))(*drawn(9, 4, 2)))
+    assert accuracy.compute() == accuracy.compute()
+
+
+def test_what_is_saved_adds_up(tmp_path: Path) -> None:
+    scores, target = drawn(50, 6, 3)
+    target[target == 2] = 3  # class 2 has no image
+    accuracy = evaluator(6)
+    accuracy.update(scores, {"target": target})
+    result = accuracy.compute()
+    accuracy.save(tmp_path / "final")
+    per_class: dict[str, Any] = json.loads((tmp_path / "final" / "per_class.json").read_text())
+    assert list(per_class) == [f"class {i}" for i in range(6)]
+    assert per_class["class 2"] == {"images": 0, "top1": None, "top5": None}
+    seen = [c for c in per_class.values() if c["images"]]
+    for name in ("top1", "top5"):
+        assert sum(c["images"] * c[name] for c in seen) / 50 == pytest.approx(result[name])
+    cells = json.loads((tmp_path / "final" / "confusion.json").read_text())["cells"]
+    assert sum(n for _, _, n in cells) == 50
+    assert 2 * sum(n for truth, prediction, n in cells if truth == prediction) == result["top1"]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_no_accuracy(broken: float) -> None:
+    scores = torch.zeros(2, 3)
+    scores[1, 2] = broken
+    with pytest.raises(UserError, match="not finite"):
+        evaluator(3).update(scores, {"target": torch.tensor([0, 1])})
