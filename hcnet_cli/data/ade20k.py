@@ -285,7 +285,7 @@ def _image_pixels(path: str) -> Pixels:
     """RGB, [H, W, 3], turned as EXIF says."""
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))  # a copy: torch wants to write
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise UnreadableError(path, error) from None
 
@@ -498,6 +498,10 @@ class TrainScenes:
         item["image"] = pad(normalise(pixels, self.mean, self.std), self.crop_size, 0)
         item["label"] = pad(torch.from_numpy(label), self.crop_size, self.folder.ignore_index)
         return item
+
+    def describe(self, index: int) -> str:
+        """The file behind a sample."""
+        return str(self.images[index])
 
     def _candidates(self, index: int, key: int) -> Iterator[int]:
         yield index
