@@ -14,7 +14,7 @@ from hcnet_cli.results import Results, Table, collect
 
 TABLES = ("imagenet", "coco", "ade20k", "ablation")
 FORMATS = {"rich": "txt", "markdown": "md", "csv": "csv", "json": "json", "latex": "tex", "html": "html"}
-FIRST_RUN = "No runs yet. The first one takes about two minutes, on embedded data: hcnet pretrain --size pico"
+FIRST_RUN = "No runs yet. The first takes two minutes: hcnet pretrain --size pico"
 
 
 def report(

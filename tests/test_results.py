@@ -1,0 +1,282 @@
+"""The frame behind every table: what is averaged with what, what stands beside what, and published numbers in order."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+from synthetic_runs import make_run
+
+from hcnet_cli import results as res
+from hcnet_cli.console import UserError
+from hcnet_cli.results import collect, mean_interval
+
+IMAGENET_INIT = {"source": "results/runs/pretrain-imagenet-1k-t-s0-0123abcd"}
+
+
+def measured(*folders: Path, kind: str = "measured"):
+    rows = collect(folders).rows
+    return rows[rows["kind"] == kind]
+
+
+def test_seeds_are_one_row_with_mean_and_t_interval(tmp_path):
+    """The mean and its 95 % interval over seeds are what scipy's t distribution gives."""
+    values = [98.1, 98.9, 97.7, 98.6]
+    for seed, value in enumerate(values):
+        make_run(tmp_path, seed=seed, score=value)
+    (row,) = measured(tmp_path).to_dict("records")
+    low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
+    assert row["top1"] == pytest.approx(sum(values) / 4)
+    assert row["top1_ci"] == pytest.approx((high - low) / 2)
+    assert (row["n"], row["seeds"]) == (4, "0, 1, 2, 3")
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    make_run(tmp_path, score=98.2)
+    (row,) = measured(tmp_path).to_dict("records")
+    assert row["top1"] == 98.2
+    assert row["top1_ci"] is None
+    assert mean_interval([3.0]) == (3.0, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"changes": {"optim.lr": 0.1}},
+        {"variant": "no-gate"},
+        {"steps_total": 880, "steps_done": 880},
+        {"batch_size": 32},
+        {"precision": "bf16"},
+        {"protocol": "pretrain/other"},
+        {"init": {"source": "weights.safetensors"}},
+        {"img_size": 64},
+        {"metric_notes": {"top1": "center crop"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_unlike_runs_are_not_averaged(tmp_path, change):
+    """Each thing that shapes a result, when it differs, makes a row of its own."""
+    make_run(tmp_path, seed=0, score=90)
+    make_run(tmp_path, seed=1, score=92, **change)
+    assert list(measured(tmp_path)["n"]) == [1, 1]
+
+
+def test_data_of_other_content_is_not_averaged(tmp_path):
+    """Two data sets of one name but other files are two data sets."""
+    make_run(tmp_path, seed=0)
+    other = make_run(tmp_path, seed=1)
+    record = json.loads((other / "run.json").read_text())
+    record["data"]["digest"] = "something else"
+    (other / "run.json").write_text(json.dumps(record))
+    assert list(measured(tmp_path)["n"]) == [1, 1]
+
+
+def test_fine_tuning_seeds_from_pretraining_seeds_are_one_row(tmp_path):
+    """Seed 0 from pretraining seed 0 and seed 1 from seed 1 are one experiment; without pretraining is another."""
+    for seed in range(2):
+        make_run(tmp_path, "digit-scenes", seed=seed)
+        make_run(tmp_path, "digit-scenes", seed=seed, init={}, name=f"none-{seed}", fingerprint=f"none{seed}")
+    rows = measured(tmp_path)
+    assert list(rows["n"]) == [2, 2]
+    assert sorted(rows["changes"]) == ["", "not pretrained"]
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed", "finished"])
+def test_unfinished_runs_are_labelled_and_never_averaged(tmp_path, status):
+    """Also a record that says finished with steps missing."""
+    make_run(tmp_path, seed=0, score=98)
+    make_run(tmp_path, seed=1, score=10, done=0.5, status=status)
+    (row,) = measured(tmp_path).to_dict("records")
+    assert (row["top1"], row["n"]) == (98, 1)
+    (row,) = measured(tmp_path, kind="unfinished").to_dict("records")
+    assert row["status"] == ("cut short" if status == "finished" else status)
+
+
+def test_the_same_run_in_two_folders_counts_once(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    make_run(a, seed=0)
+    make_run(a, seed=1)
+    shutil.copytree(a, b)
+    found = collect([a, b, a])
+    assert len(found.runs) == 2
+    assert not found.notes
+    assert list(found.rows[found.rows["kind"] == "measured"]["n"]) == [2]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_of_two_records_of_a_run_the_finished_one_is_used(tmp_path, swap):
+    a, b = (tmp_path / name for name in (("b", "a") if swap else ("a", "b")))
+    make_run(a, score=98, name="x", fingerprint="f")
+    make_run(b, score=40, name="x", fingerprint="f", done=0.5, status="running")
+    found = collect([tmp_path / "a", tmp_path / "b"])
+    assert [run.folder.parent.parent for run in found.runs] == [a]
+    assert "2 different records of x" in found.notes[0]
+
+
+def test_a_repeated_seed_is_no_second_sample(tmp_path):
+    """The same seed run again under another name must not narrow the interval."""
+    make_run(tmp_path, seed=0, name="first")
+    make_run(tmp_path, seed=0, name="again", fingerprint="ffffffff")
+    found = collect([tmp_path])
+    assert list(found.rows[found.rows["kind"] == "measured"]["n"]) == [1]
+    assert "the same seed" in found.notes[0]
+
+
+def test_a_mean_needs_the_metric_of_every_seed(tmp_path):
+    make_run(tmp_path, "digit-stuff", seed=0)
+    make_run(tmp_path, "digit-stuff", seed=1, metrics={"mIoU": 70.0})
+    (row,) = measured(tmp_path).to_dict("records")
+    assert row["mIoU"] > 0
+    assert res.pd.isna(row["mIoU_ms"])
+
+
+def test_speeds_of_two_machines_are_not_averaged(tmp_path):
+    make_run(tmp_path, seed=0, images_per_second=100.0)
+    make_run(tmp_path, seed=1, images_per_second=300.0, machine="another")
+    (row,) = measured(tmp_path).to_dict("records")
+    assert res.pd.isna(row["images_per_second"])
+
+
+# --- beside published rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "protocol", "beside"),
+    [
+        ("imagenet-1k", "pretrain/imagenet", "ImageNet-1K val, from scratch"),
+        ("imagenet-1k", "pretrain/imagenet-release", "ImageNet-1K val, from scratch"),
+        ("coco", "finetune-det/coco-1x", "Mask R-CNN 1x (multi-scale)"),
+        ("coco", "finetune-det/coco-1x-single-scale", "Mask R-CNN 1x (single scale)"),
+        ("coco", "finetune-det/coco-3x", "Mask R-CNN 3x"),
+        ("ade20k", "finetune-seg/ade20k-160k", "UperNet 160k, 512x512"),
+        ("imagenet-1k", "pretrain/digits", None),
+        ("digits", "pretrain/imagenet", None),
+        ("digit-scenes", "finetune-det/coco-1x", None),
+        ("digit-stuff", "finetune-seg/ade20k-160k", None),
+    ],
+)
+def test_measured_stands_beside_published_of_the_same_data_and_protocol_only(tmp_path, data, protocol, beside):
+    make_run(tmp_path, data, "t", protocol=protocol)
+    (row,) = measured(tmp_path).to_dict("records")
+    published = set(measured(tmp_path, kind="published")["protocol"])
+    assert (row["protocol"] if row["protocol"] in published else None) == beside
+
+
+def test_the_difference_is_to_the_row_the_recipe_names(tmp_path):
+    make_run(tmp_path, "imagenet-1k", "t", score=82.71)
+    (row,) = measured(tmp_path).to_dict("records")
+    assert row["difference"] == pytest.approx(82.71 - 83.0)
+    assert row["reference"] == "HcNet-T"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": "s"},
+        {"variant": "no-gate"},
+        {"changes": {"train.batch_size": 1024}},
+        {"init": {"source": "results/runs/pretrain-digits-t-s0-0123abcd"}},
+        {"img_size": 384},
+        {"data": "digits"},
+        {"done": 0.9, "status": "interrupted"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_no_difference_for_unlike_runs(tmp_path, fields):
+    """Another size, shape, recipe, start, input, data set, or an unfinished run: not compared as if equal."""
+    make_run(tmp_path, **({"data": "imagenet-1k", "size": "t"} | fields))
+    rows = collect([tmp_path]).rows
+    assert rows["difference"].isna().all()
+
+
+def test_a_benchmark_from_other_pretraining_is_labelled(tmp_path):
+    make_run(tmp_path, "coco", "t", init={"source": "results/runs/pretrain-digits-t-s0-0123abcd"})
+    make_run(tmp_path, "coco", "t", seed=1, init=IMAGENET_INIT)
+    assert sorted(measured(tmp_path)["changes"]) == ["", "started from pretrain-digits-t"]
+
+
+# --- published.csv --------------------------------------------------------------------------------------------------
+
+HEADER = "table,protocol,model,img_size,params_m,top1,source\n"
+GOOD = 'imagenet,"ImageNet-1K val, from scratch",HcNet-S,224,50,83.9,the paper\n'
+
+
+def test_the_shipped_numbers_are_in_order():
+    """Every shipped row has a source and a result; the abstract's HcNet-T is the only HcNet row."""
+    rows = res.read_published([res.shipped_published()])
+    assert len(rows) == 80
+    assert [(r["model"], r["top1"], r["params_m"], r["macs_g"]) for r in rows if "HcNet" in r["model"]] == [
+        ("HcNet-T", 83.0, 28, 4.1)
+    ]
+
+
+def test_a_users_rows_are_added(tmp_path):
+    """From `published.csv` in a results folder and from a file that is named."""
+    (tmp_path / "published.csv").write_text(HEADER + GOOD)
+    more = tmp_path / "more.csv"
+    more.write_text(HEADER + GOOD + GOOD.replace("HcNet-S", "HcNet-B"))
+    rows = collect([tmp_path], [more]).rows
+    assert list(rows[rows["source"] == "the paper"]["model"]) == ["HcNet-S", "HcNet-B"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER.replace("top1", "top_1") + GOOD, 'unknown column "top_1". Did you mean "top1"?'),
+        (HEADER.replace(",source", "") + GOOD.replace(",the paper", ""), "the column source is missing"),
+        (HEADER.replace("img_size", "top1") + GOOD, "a column stands twice"),
+        (HEADER + GOOD.replace("83.9", "83,9"), "has 8 cells, the header 7"),
+        (HEADER + GOOD.replace("83.9", "eighty"), 'line 2: "top1" is "eighty", not a number'),
+        (HEADER + GOOD.replace("83.9", "8390"), "not between 0 and 100 (per cent)"),
+        (HEADER + GOOD.replace("83.9", "nan"), "not between 0 and 100 (per cent)"),
+        (HEADER + GOOD.replace("50", "-50"), "not a positive number"),
+        (HEADER + GOOD.replace("83.9", ""), "no result in it"),
+        (HEADER + GOOD.replace("the paper", " "), '"source" is empty'),
+        (HEADER + GOOD.replace("imagenet,", "image-net,"), 'unknown table "image-net" (known: imagenet, coco, ade20k)'),
+        (HEADER + GOOD.replace("-1K", "-1k"), 'Did you mean "ImageNet-1K val, from scratch"?'),
+        (HEADER + GOOD + GOOD, 'line 3: "HcNet-S" stands twice'),
+        (HEADER + GOOD.replace("HcNet-S", "HcNet-T"), "has other numbers than"),
+        ("", "the column table is missing"),
+        ("\xff\xfe", "cannot be read as CSV"),
+    ],
+)
+def test_bad_published_files_are_one_clear_sentence(tmp_path, text, message):
+    file = tmp_path / "mine.csv"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        collect([], [file])
+    assert message in str(error.value)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- broken folders ---------------------------------------------------------------------------------------------------
+
+
+def test_broken_folders_are_listed_and_the_rest_is_read(tmp_path):
+    make_run(tmp_path)
+    for name, text in [("empty", None), ("half", '{"schema_v'), ("new", '{"schema_version": 99}'), ("list", "[]")]:
+        folder = tmp_path / "runs" / name
+        folder.mkdir()
+        if text is not None:
+            (folder / "run.json").write_text(text)
+    found = collect([tmp_path])
+    assert len(found.runs) == 1
+    assert [path.name for path, _ in found.broken] == ["empty", "half", "list", "new"]
+    assert all("\n" not in reason for _, reason in found.broken)
+
+
+def test_no_torch_behind_any_report():
+    """Tables and the page are made on a laptop without torch."""
+    code = (
+        "import sys, pathlib; from hcnet_cli import report\n"
+        "for fmt in report.FORMATS: report.report([pathlib.Path('nowhere')], fmt=fmt)\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'torchvision', 'timm', 'matplotlib')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
