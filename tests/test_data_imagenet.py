@@ -21,6 +21,7 @@ from hcnet_cli.data import imagenet
 from hcnet_cli.data.imagenet import ImageFolder, eval_transform, make_mixup, mix, read_image, scan, train_transform
 from hcnet_cli.data.loader import TrainLoader
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMAL: dict[str, Any] = {"mean": MEAN, "std": STD}
 

@@ -19,6 +19,9 @@ from hcnet_cli.console import UserError
 from hcnet_cli.data.loader import EvalLoader, TrainLoader, collate_items, epoch_batches, micro_batch
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
 class Numbers:
     """A data set whose items tell who was asked for, with augmentation noise drawn as real data sets draw it."""
 
