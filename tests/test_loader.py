@@ -18,7 +18,6 @@ from hcnet_cli import rng
 from hcnet_cli.console import UserError
 from hcnet_cli.data.loader import EvalLoader, TrainLoader, collate_items, epoch_batches, micro_batch
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
