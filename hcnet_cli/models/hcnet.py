@@ -29,6 +29,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, get_act_layer, get_norm_layer, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -223,8 +224,10 @@ class Stem(nn.Module):
         self.norm2 = norm_layer(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The one layout conversion of the network; from here on every operation keeps channels_last.
-        x = self.conv1(x).contiguous(memory_format=torch.channels_last)  # [B, 3, H, W] -> [B, C/2, H/2, W/2]
+        # The one layout conversion of the network is that of the image: from here on everything keeps channels_last.
+        # (An image of one channel has both layouts at once, so its first map may still need the conversion.)
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # [B, 3, H, W] -> [B, C/2, H/2, W/2]
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.act(self.norm1(x))
         return self.norm2(self.conv2(x))  # [B, C/2, H/2, W/2] -> [B, C, H/4, W/4]
 
@@ -239,6 +242,26 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))  # [B, C, H, W] -> [B, C', H/2, W/2], odd sizes rounded up
+
+
+@register_notrace_function
+def split_noise(noise: Tensor | None, depths: list[int]) -> list[Tensor | None]:
+    """[sum(depths), B] -> [depth, B] for each stage."""
+    parts: list[Tensor | None] = [None for _ in depths]
+    if noise is not None:
+        if noise.shape[0] != sum(depths):
+            raise ValueError(f"noise must have a row for each of the {sum(depths)} blocks; it has {noise.shape[0]}.")
+        for i, part in enumerate(noise.split(depths)):
+            parts[i] = part
+    return parts
+
+
+@register_notrace_function
+def keep_factors(x: Tensor, noise: Tensor | None, rates: Tensor) -> Tensor:
+    """[blocks, B]: 0 where the path of a sample is dropped, else what keeps the expectation. rates: [blocks]."""
+    if noise is None:
+        noise = torch.rand(rates.shape[0], x.shape[0], device=x.device)
+    return (noise >= rates[:, None]) / (1 - rates[:, None])
 
 
 class HcStage(nn.Module):
@@ -274,12 +297,9 @@ class HcStage(nn.Module):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """x: [B, C, H, W]; noise: [blocks, B] uniform in [0, 1), the draws of drop path, made here if absent."""
         x = self.downsample(x)
-        keep = None
+        keep: Tensor | None = None
         if self.training and self.has_drop_path:
-            rates = self.drop_path_rates[:, None]
-            if noise is None:
-                noise = torch.rand(len(self.blocks), x.shape[0], device=x.device)
-            keep = (noise >= rates) / (1 - rates)  # [blocks, B]
+            keep = keep_factors(x, noise, self.drop_path_rates)
         for i, block in enumerate(self.blocks):
             block_keep = None if keep is None else keep[i]
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -335,6 +355,7 @@ class HcNet(nn.Module):
         norm = GroupNorm1 if norm_layer is None else get_norm_layer(norm_layer)
 
         self.in_chans = in_chans
+        self.depths = list(depths)
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.stem = Stem(in_chans, dims[0], act, norm)
@@ -367,7 +388,7 @@ class HcNet(nn.Module):
     @property
     def num_blocks(self) -> int:
         """Rows of `noise`."""
-        return sum(len(stage.blocks) for stage in self.stages)
+        return sum(self.depths)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -423,22 +444,19 @@ class HcNet(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f'output_fmt must be "NCHW" or "NLC"; got "{output_fmt}".')
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: max_index + 1] if stop_early else self.stages
         last = len(self.stages) - 1
+        stage_noise = split_noise(noise, self.depths)
         intermediates = []
-        stage_noise = self._split_noise(noise)
         x = self.stem(x)
-        for i, stage in enumerate(self.stages):
-            if stop_early and i > max_index:
-                break
+        for i, stage in enumerate(stages):
             x = stage(x, stage_noise[i])
-            if i == last:
-                normed = self.norm(x)
             if i in take_indices:
-                y = normed if norm and i == last else x
+                y = self.norm(x) if norm and i == last else x
                 intermediates.append(y if output_fmt == "NCHW" else y.flatten(2).transpose(1, 2))
         if intermediates_only:
             return intermediates
-        return (normed if i == last else x), intermediates
+        return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -446,6 +464,7 @@ class HcNet(nn.Module):
         """Remove the stages behind the last one of `indices` (and norm, and head); returns the indices kept."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: max_index + 1]
+        self.depths = self.depths[: max_index + 1]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -455,7 +474,7 @@ class HcNet(nn.Module):
     def forward_features(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, in_chans, H, W] -> [B, C, H/32, W/32], normed. noise: as in `forward`."""
         x = self.stem(x)
-        stage_noise = self._split_noise(noise)
+        stage_noise = split_noise(noise, self.depths)
         for i, stage in enumerate(self.stages):
             x = stage(x, stage_noise[i])
         return self.norm(x)
@@ -472,14 +491,6 @@ class HcNet(nn.Module):
         ignores it.
         """
         return self.forward_head(self.forward_features(x, noise))
-
-    def _split_noise(self, noise: Tensor | None) -> list[Tensor | None]:
-        """[num_blocks, B] -> a [blocks, B] for each stage."""
-        if noise is None or not self.training or not any(stage.has_drop_path for stage in self.stages):
-            return [None] * len(self.stages)
-        if noise.shape[0] != self.num_blocks:
-            raise ValueError(f"noise must have a row for each of {self.num_blocks} blocks; got {list(noise.shape)}.")
-        return list(noise.split([len(stage.blocks) for stage in self.stages]))
 
 
 def _check_disable(disable: Sequence[str]) -> tuple[str, ...]:
@@ -572,7 +583,7 @@ def remap_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor
 
 
 def _checkpoint_filter(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """For timm's `checkpoint_path`: our names as they are, the authors' remapped."""
+    """For timm's loading of pretrained weights: our names as they are, the authors' remapped."""
     return state_dict if "stem.conv1.weight" in state_dict else remap_official_state_dict(state_dict)
 
 
