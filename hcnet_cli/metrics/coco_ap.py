@@ -77,7 +77,7 @@ class CocoAP:
                     "category_id": self.category_ids[label - 1],
                     "bbox": box,
                     "score": score,
-                    **({"segmentation": prediction["masks"][n]} if "mask" in self.kinds else {}),
+                    **({"segmentation": _as_text(prediction["masks"][n])} if "mask" in self.kinds else {}),
                 }
                 for n, (label, box, score) in enumerate(zip(labels, boxes.tolist(), scores.tolist(), strict=True))
             ]
@@ -206,6 +206,12 @@ def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, ba
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def _as_text(code: dict[str, Any]) -> dict[str, Any]:
+    """A compressed RLE that JSON can hold."""
+    counts = code["counts"]
+    return {"size": list(code["size"]), "counts": counts if isinstance(counts, str) else counts.decode()}
 
 
 def _shortest(values: NDArray[np.float32]) -> NDArray[np.float64]:
