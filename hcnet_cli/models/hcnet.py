@@ -522,18 +522,17 @@ def _init_block_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-# The authors' names (left) and ours. Their downsampling ends a stage, ours begins the next one.
+# The authors' names (left) and ours.
 _OFFICIAL_NAMES = (
-    (r"patch_embed\.(conv1|norm1|conv2|norm2)\.", r"stem.\1."),
-    (r"layers\.(\d+)\.blocks\.(\d+)\.Anisotropic_conv\.", r"stages.\1.blocks.\2.conduction."),
-    (r"layers\.(\d+)\.blocks\.(\d+)\.DeltaT_DeltaD\.", r"stages.\1.blocks.\2.conduction.gate."),
-    (r"layers\.(\d+)\.blocks\.(\d+)\.norm2\.", r"stages.\1.blocks.\2.refinement.norm."),
-    (r"layers\.(\d+)\.blocks\.(\d+)\.mlp\.Filters\.", r"stages.\1.blocks.\2.refinement.filters."),
-    (r"layers\.(\d+)\.blocks\.(\d+)\.mlp\.(fc1|fc2)\.", r"stages.\1.blocks.\2.refinement.\3."),
-    (r"layers\.(\d+)\.downsample\.reduction\.", r"stages.\1.downsample.conv."),
-    (r"layers\.(\d+)\.downsample\.norm\.", r"stages.\1.downsample.norm."),
-    (r"norm\.", r"norm."),
-    (r"head\.", r"head.fc."),
+    (r"^patch_embed\.", "stem."),
+    (r"^layers\.", "stages."),
+    (r"\.Anisotropic_conv\.", ".conduction."),
+    (r"\.DeltaT_DeltaD\.", ".conduction.gate."),
+    (r"\.blocks\.(\d+)\.norm2\.", r".blocks.\1.refinement.norm."),
+    (r"\.mlp\.Filters\.", ".refinement.filters."),
+    (r"\.mlp\.(fc1|fc2)\.", r".refinement.\1."),
+    (r"\.downsample\.reduction\.", ".downsample.conv."),
+    (r"^head\.", "head.fc."),
 )
 
 
@@ -568,17 +567,13 @@ def remap_official_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor
     for name, tensor in tensors.items():
         if name.endswith(".mean_num"):
             continue
-        for pattern, ours in _OFFICIAL_NAMES:
-            new_name, found = re.subn("^" + pattern, ours, name)
-            if found:
-                break
-        else:
-            new_name = name
-        if ".downsample." in new_name and new_name != name:
-            new_name = re.sub(r"^stages\.(\d+)", lambda match: f"stages.{int(match[1]) + 1}", new_name)
-        if new_name.endswith((".gate.weight", ".fc1.weight", ".fc2.weight")) and tensor.ndim == 4:
+        # their downsampling ends a stage, ours begins the next one
+        name = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"layers.{int(match[1]) + 1}.downsample", name)
+        for theirs, ours in _OFFICIAL_NAMES:
+            name = re.sub(theirs, ours, name)
+        if name.endswith((".gate.weight", ".fc1.weight", ".fc2.weight")):
             tensor = tensor.flatten(1)  # [out, in, 1, 1] -> [out, in]
-        remapped[new_name] = tensor
+        remapped[name] = tensor
     return remapped
 
 
@@ -594,7 +589,7 @@ def _create_hcnet(variant: str, pretrained: bool = False, **kwargs: Any) -> HcNe
         pretrained,
         pretrained_filter_fn=_checkpoint_filter,
         # "getter" runs forward_intermediates, so drop path works in training as in the classifier
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
         **kwargs,
     )
 
