@@ -7,7 +7,9 @@ micro-batches and the step at which a run goes on cannot change it. Evaluation s
 from __future__ import annotations
 
 import math
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Protocol
 
@@ -119,10 +121,20 @@ def _unchanged(item: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach workers too; the main process needs them to finish its step."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends a worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _obey_parent() -> None:
+    """Ends this worker on a SIGTERM of its parent, which sends it on its own exit and then waits; no one else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _data_loader(fetch: _Fetch, requests: Iterable[list[Request]], workers: int, persistent: bool) -> DataLoader[Any]:
