@@ -8,7 +8,6 @@ network is asked of all five.
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import timm
@@ -292,15 +291,16 @@ def test_fx_backward() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_torchscript() -> None:
-    """test_model_forward_torchscript."""
+@pytest.mark.parametrize("through_fx", [False, True])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_torchscript(through_fx: bool) -> None:
+    """test_model_forward_torchscript, test_model_forward_fx_torchscript."""
     with set_scriptable(True):
         model = pico().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch deprecates TorchScript; timm still tests it
-        scripted = torch.jit.script(model)
     x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(scripted(x), model(x))
+    with torch.inference_mode():
+        out = torch.jit.script(traced(model) if through_fx else model)(x)
+        torch.testing.assert_close(next(iter(out.values())) if through_fx else out, model(x))
 
 
 def test_export() -> None:

@@ -16,7 +16,7 @@ the 1x1 convolutions are plain matrix products.
 This file depends on torch and timm alone and can be lifted into another project.
 """
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: scripting a graph of torch.fx needs them as types, not as strings.
 
 import difflib
 import re
