@@ -26,12 +26,13 @@ def report(
     extra: Sequence[Table] = (),
     output: Path | None = None,
     width: int | None = None,
+    refresh: float | None = None,
 ) -> str:
     """The report as text in one of FORMATS. UserError for an unknown table or format, or a bad published file.
 
     results: folders with `runs/` in them. published: more files of published numbers, which must exist. extra: tables
     made elsewhere (ablations). output: the file the text is for, so that links to runs are relative to its folder.
-    width: of the terminal (rich only).
+    width: of the terminal (rich only). refresh: seconds after which a browser loads the page again (html only).
     """
     _known("table", table, (*TABLES, "all"))
     _known("format", fmt, FORMATS)
@@ -41,6 +42,10 @@ def report(
     found = collect(results, published)
     made = [*tbl.tables(found, table), *(t for t in extra if table in ("all", t.name))]
     notes = messages(found, made)
+    if fmt == "html":
+        from hcnet_cli.report import page  # the other formats need neither jinja2 nor Pillow
+
+        return page.html(made, notes, found, refresh)
     if fmt == "rich" and table == "all" and found.runs:
         hidden = dict.fromkeys(t.name for t in made if not t.measured)
         made = [t for t in made if t.measured]

@@ -23,6 +23,7 @@ COMMON = (  # behind the results of every table
     Column("init", "started from", secondary=True),
     Column("recipe", "recipe", secondary=True),
 )
+DIFFERENCE = Column("difference", "vs. published", "difference")
 SOURCE = Column("source", "source", secondary=True)
 SIZE_COLUMNS = (Column("params_m", "#params (M)", "number"), Column("macs_g", "MACs (G)", "number"))
 COLUMNS: dict[str, tuple[Column, ...]] = {
@@ -69,6 +70,7 @@ PROTOCOL_NOTES = {
     "Mask R-CNN 3x": "36 epochs, multi-scale.",
     "UperNet 160k, 512x512": "SS: single scale; MS: multi-scale with flips. vHeat: sliding window; Swin: whole image.",
 }
+BEST = (("Bold", "measured"), ("Underlined", "published"))
 REFERENCE_NOTE = (
     "vs. published: measured minus the published {model} under the same protocol. Which of the two official T "
     "configurations the published number belongs to is not known."
@@ -120,8 +122,9 @@ def _table(results: Results, family: str, title: str, group: pd.DataFrame, proto
         rows.append(Row(kind, record, members, mark=mark))
     columns = list(COLUMNS[family])
     if any(is_number(row.values["difference"]) for row in rows):
-        columns.append(Column("difference", "vs. published", "difference"))
-    columns += [c for c in COMMON if any(row.values[c.key] not in (None, "") for row in rows)]
+        columns.append(DIFFERENCE)
+    told = {"epochs"} if family == "coco" else set()  # by the schedule
+    columns += [c for c in COMMON if c.key not in told and any(row.values[c.key] not in (None, "") for row in rows)]
     columns.append(SOURCE)
     rows = mark_best(rows, columns)
     notes = [f"[{number}] {text}" for number, text in enumerate(departures, 1)]
@@ -150,9 +153,9 @@ def _notes(family: str, protocol: str, rows: Sequence[Row]) -> list[str]:
         notes.append("Unfinished runs show the best evaluation so far and are never averaged.")
     if any("," in str(v["commit"] or "") for v in measured):
         notes.append("Some means are over runs of different code versions (see the runs' commits).")
-    for kind, how in (("measured", "Bold"), ("published", "Underlined")):
-        if any(row.best and row.kind == kind for row in rows):
-            notes.append(f"{how}: the best {kind}.")
+    kinds = {row.kind for row in rows if row.best}
+    if kinds:
+        notes.append(" ".join(f"{mark}: the best {kind}." for mark, kind in BEST if kind in kinds))
     if any(show(row, c) == MISSING for row in rows for c in COLUMNS[family] if c.key != "model"):
         not_stated = "; in a published row: not stated in the source at hand" if published else ""
         notes.append(f"{MISSING}: not measured{not_stated}.")
@@ -181,7 +184,7 @@ def show(row: Row, column: Column) -> str:
     if column.key == "model":
         return f"{value}{_state(row)}{' ' if row.mark else ''}{row.mark}"
     if value is None or value == "":
-        return "" if row.kind == "published" and column in COMMON else MISSING
+        return "" if row.kind == "published" and column in (*COMMON, DIFFERENCE) else MISSING
     if column.style == "text" or not is_number(value):
         return str(value)
     text = number(value, column.style, as_printed=row.kind == "published")

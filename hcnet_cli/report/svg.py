@@ -1,0 +1,210 @@
+"""Figures as hand-made SVG: coloured by the page, in light and dark; equal data gives equal bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+FONT = 12
+LETTER = 0.64 * FONT  # mean width of a letter, generously: labels are placed without a browser at hand
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model in a scatter plot. Points of one `series` are joined by a line and share one label."""
+
+    x: float
+    y: float
+    kind: str  # "published" or "measured"
+    series: str
+    title: str  # shown under the pointer
+    half: float | None = None  # half of the interval of y
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, height: int) -> str:
+    """Points over a logarithmic x axis, with labels that do not collide (one that finds no room is left out)."""
+    left, top, right, bottom = 44.0, 26.0, width - 14.0, height - 40.0
+    low_x, high_x, ticks_x = _log_range([p.x for p in points])
+    low_y, high_y, ticks_y = _nice_range([p.y + s * (p.half or 0) for p in points for s in (-1, 1)])
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        share = (math.log(x) - math.log(low_x)) / (math.log(high_x) - math.log(low_x))
+        return left + share * (right - left), bottom - (y - low_y) / (high_y - low_y) * (bottom - top)
+
+    parts = []
+    for tick in ticks_x:
+        x, _ = at(tick, low_y)
+        parts.append(f'<path class="grid" d="M{_n(x)} {_n(top)}V{_n(bottom)}"/>')
+        parts.append(_text(x, bottom + 16, f"{tick:g}", "tick", "middle"))
+    for tick in ticks_y:
+        _, y = at(low_x, tick)
+        parts.append(f'<path class="grid" d="M{_n(left)} {_n(y)}H{_n(right)}"/>')
+        parts.append(_text(left - 7, y + 4, f"{tick:g}", "tick", "end"))
+    parts.append(_text(right, height - 6, x_title, "title", "end"))
+    parts.append(_text(4, 13, y_title, "title", "start"))
+
+    series: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        series.setdefault((point.kind, point.series), []).append(point)
+    segments, marks = [], []
+    for kind, name in series:
+        ordered = sorted(series[kind, name], key=lambda p: (p.x, p.y))
+        series[kind, name] = ordered
+        spots = [at(p.x, p.y) for p in ordered]
+        segments += list(pairwise(spots))
+        if len(spots) > 1:
+            line = "L".join(f"{_n(x)} {_n(y)}" for x, y in spots)
+            parts.append(f'<path class="line {kind}" d="M{line}"/>')
+        for point, (x, y) in zip(ordered, spots, strict=True):
+            if point.half:
+                (_, high), (_, low) = at(point.x, point.y + point.half), at(point.x, point.y - point.half)
+                parts.append(f'<path class="whisker {kind}" d="M{_n(x)} {_n(high)}V{_n(low)}"/>')
+            radius = 5 if kind == "measured" else 3.5
+            own = " own" if point.series.startswith("HcNet") else ""
+            marks.append(
+                f'<circle class="dot {kind}{own}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}">'
+                f"<title>{escape(point.title)}</title></circle>"
+            )
+    dots = [at(p.x, p.y) for p in points]
+    order = sorted(series, key=lambda key: (key[0] != "measured", key[1] != "HcNet-T", len(series[key])))
+    labels: list[Box] = []
+    for kind, name in order:
+        spots = [at(p.x, p.y) for p in series[kind, name]]
+        placed = _place(name, spots, dots, segments, labels, (left + 2, top, float(width), bottom - 2))
+        if placed is not None:
+            box, anchor = placed
+            labels.append(box)
+            marks.append(_leader(box, anchor, kind))
+            own = " own" if name.startswith("HcNet") else ""
+            marks.append(_text(box[0], box[3] - 3, name, f"label {kind}{own}", "start"))
+    what = escape(f"{y_title} against {x_title}: {len(points)} models")
+    return _svg(width, height, what, [*parts, *marks])
+
+
+def _place(
+    name: str,
+    spots: Sequence[tuple[float, float]],
+    dots: Sequence[tuple[float, float]],
+    segments: Sequence[tuple[tuple[float, float], tuple[float, float]]],
+    labels: Sequence[Box],
+    frame: Box,
+) -> tuple[Box, tuple[float, float]] | None:
+    """The cheapest free box for a label near one of its points, and that point; None when nothing is free."""
+    wide, high = len(name) * LETTER, FONT + 3
+    best: tuple[float, Box, tuple[float, float]] | None = None
+    for rank, (x, y) in enumerate(reversed(spots)):  # the largest model first
+        for gap in (7, 13, 22, 34):
+            for dx, dy in ((1, 0), (0, -1), (1, -1), (1, 1), (0, 1), (-1, 0), (-1, -1), (-1, 1)):
+                centre_x = x + dx * (gap + wide / 2)
+                centre_y = y + dy * (gap + high / 2 - (4 if dx else 0))
+                box = (centre_x - wide / 2, centre_y - high / 2, centre_x + wide / 2, centre_y + high / 2)
+                inside = box[0] >= frame[0] and box[1] >= frame[1] and box[2] <= frame[2] and box[3] <= frame[3]
+                if not inside or any(_overlap(box, other) for other in labels):
+                    continue
+                if any(box[0] - 5 < u < box[2] + 5 and box[1] - 4 < v < box[3] + 4 for u, v in dots):
+                    continue
+                crossed = sum(_crosses(box, a, b) for a, b in segments)
+                cost = crossed * 12 + gap + rank * 3 + (dx < 0) * 2
+                if best is None or cost < best[0]:
+                    best = cost, box, (x, y)
+    return None if best is None else best[1:]
+
+
+def _overlap(a: Box, b: Box, room: float = 8) -> bool:
+    return a[0] < b[2] + room and b[0] < a[2] + room and a[1] < b[3] and b[1] < a[3]
+
+
+def _crosses(box: Box, a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether the segment a-b passes through the box (sampled: the boxes are small)."""
+    steps = max(2, int(math.dist(a, b) / 4))
+    points = ((a[0] + (b[0] - a[0]) * i / steps, a[1] + (b[1] - a[1]) * i / steps) for i in range(steps + 1))
+    return any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in points)
+
+
+def _leader(box: Box, anchor: tuple[float, float], kind: str) -> str:
+    x, y = min(max(anchor[0], box[0]), box[2]), min(max(anchor[1], box[1] + 2), box[3] - 2)
+    if math.dist((x, y), anchor) < 14:
+        return ""
+    return f'<path class="leader {kind}" d="M{_n(anchor[0])} {_n(anchor[1])}L{_n(x)} {_n(y)}"/>'
+
+
+def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str, width: int) -> str:
+    """Differences with their intervals, one line each: (label, difference, low, high). An interval that does not hold
+    zero is drawn in full colour; low and high that are not finite draw the difference alone.
+    """
+    row, top = 30, 14
+    name_width = min(0.4 * width, max(len(arm[0]) for arm in arms) * LETTER + 14)
+    number_width = 21 * LETTER if width > 500 else 6.5 * LETTER
+    left, right, bottom = name_width, width - number_width - 10, top + row * len(arms)
+    values = [0.0, *(v for arm in arms for v in arm[1:] if math.isfinite(v))]
+    low, high, ticks = _nice_range(values)
+
+    def at(value: float) -> float:
+        return left + (value - low) / (high - low) * (right - left)
+
+    parts = []
+    for tick in ticks:
+        parts.append(f'<path class="{"grid" if tick else "zero"}" d="M{_n(at(tick))} {top}V{bottom}"/>')
+        parts.append(_text(at(tick), bottom + 16, f"{tick:g}".replace("-", "−"), "tick", "middle"))
+    parts.append(_text((left + right) / 2, bottom + 34, x_title, "title", "middle"))
+    for number, (label, difference, arm_low, arm_high) in enumerate(arms):
+        y = top + row * (number + 0.5)
+        sure = math.isfinite(arm_low) and math.isfinite(arm_high)
+        kind = "measured" if sure and (arm_low > 0 or arm_high < 0) else "unsure"
+        parts.append(_text(0, y + 4, label, "name", "start"))
+        shown = f"{difference:+.2f}"
+        if sure:
+            parts.append(f'<path class="whisker {kind}" d="M{_n(at(arm_low))} {_n(y)}H{_n(at(arm_high))}"/>')
+            shown += f" [{arm_low:+.2f}, {arm_high:+.2f}]" if width > 500 else ""
+        parts.append(
+            f'<rect class="dot {kind}" x="{_n(at(difference) - 4.5)}" y="{_n(y - 4.5)}" width="9" height="9"/>'
+        )
+        parts.append(_text(width, y + 4, shown.replace("-", "−"), "number", "end"))
+    return _svg(width, bottom + 40, escape(f"{x_title} of {len(arms)} arms with 95 % intervals"), parts)
+
+
+# --- axes -----------------------------------------------------------------------------------------------------------
+
+
+def _nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    """Lowest and highest value with some room, and ticks between them (1, 2 or 5 times a power of ten apart)."""
+    low, high = min(values), max(values)
+    span = (high - low) or max(abs(high) * 0.02, 0.1)
+    low, high = low - 0.06 * span, high + 0.06 * span
+    return low, high, _ticks(low, high, 7)
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _log_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
+    """The same for a logarithmic axis: ticks at 1, 2, 5 times powers of ten, evenly spaced ones over a short range."""
+    low, high = min(values), max(values)
+    room = max((math.log(high) - math.log(low)) * 0.07, 0.1)
+    low, high = low * math.exp(-room), high * math.exp(room)
+    if high / low < 4:
+        return low, high, _ticks(low, high, 5)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return low, high, [t for p in powers for m in (1, 2, 5) if low <= (t := round(m * 10.0**p, 12)) <= high]
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _text(x: float, y: float, text: str, style: str, anchor: str) -> str:
+    place = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    return f'<text class="{style}" x="{_n(x)}" y="{_n(y)}"{place}>{escape(text)}</text>'
+
+
+def _svg(width: int, height: float, what: str, parts: Sequence[str]) -> str:
+    head = f'<svg class="figure" viewBox="0 0 {width} {_n(height)}" width="{width}" role="img" aria-label="{what}">'
+    return head + "".join(parts) + "</svg>"
