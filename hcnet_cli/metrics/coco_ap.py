@@ -148,7 +148,7 @@ class CocoAP:
                 _panel(image, items, title, label_of, self.class_names)
                 for items, title in (
                     (objects[entry["id"]], "ground truth"),
-                    (sure, f"prediction, score \u2265 {SURE}"),
+                    (sure, f"prediction, score {SURE} and up"),
                 )
             ]
             side_by_side(panels, entry["file_name"]).save(folder / f"{Path(entry['file_name']).stem}.png")

@@ -94,7 +94,8 @@ def assign(overlaps: Tensor, pos_iou: float, neg_iou: float, min_pos_iou: float)
     assigned = torch.where(best >= pos_iou, which + 1, assigned)
     best_of_truth = overlaps.max(dim=1, keepdim=True).values  # [G, 1]
     claimed = (overlaps == best_of_truth) & (best_of_truth >= min_pos_iou)  # [G, N]
-    claim = (claimed * torch.arange(1, num_truths + 1, device=overlaps.device)[:, None]).amax(dim=0)
+    truth, box = torch.nonzero(claimed, as_tuple=True)
+    claim = torch.zeros_like(which).scatter_reduce(0, box, truth + 1, "amax")
     return torch.where(claim > 0, claim, assigned)
 
 
@@ -301,9 +302,11 @@ class MaskRCNN(nn.Module):
         }
 
     @staticmethod
-    def _own_area(size: tuple[int, int], grid: tuple[int, int], stride: int, device: torch.device) -> Tensor:
-        """Indices of the anchors of a level that lie on the image's own area, padded to 32 pixels."""
+    def _own_area(size: tuple[int, int], grid: tuple[int, int], stride: int, device: torch.device) -> Tensor | slice:
+        """Which anchors of a level lie on the image's own area, padded to 32 pixels."""
         rows, columns = (min(math.ceil(math.ceil(s / 32) * 32 / stride), g) for s, g in zip(size, grid, strict=True))
+        if (rows, columns) == grid:
+            return slice(None)
         inside = torch.zeros(*grid, len(RATIOS), dtype=torch.bool, device=device)
         inside[:rows, :columns] = True
         return torch.nonzero(inside.flatten())[:, 0]
