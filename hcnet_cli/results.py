@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from scipy.special import stdtrit
 
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, did_you_mean
@@ -77,7 +76,7 @@ class Column:
 
     key: str
     title: str
-    style: Literal["text", "integer", "number", "percent", "difference", "p"] = "text"
+    style: Literal["text", "integer", "number", "short", "percent", "difference", "p"] = "text"
     best: bool = False
     secondary: bool = False
 
@@ -151,8 +150,8 @@ def collect(results: Iterable[Path], published: Iterable[Path] = ()) -> Results:
     broken: list[tuple[Path, str]] = []
     for folder in folders:
         good, bad = runs.find_runs(folder)
-        all_runs += [Run(path, info) for path, info in good]
-        broken += bad
+        all_runs += [Run(path, info) for path, info in good if info.task in FAMILIES]
+        broken += [*bad, *((p, f"{p}: unknown task {i.task}.") for p, i in good if i.task not in FAMILIES)]
     kept, notes = _once(all_runs)
     rows = read_published([shipped_published(), *(f / "published.csv" for f in folders), *published])
     members: dict[int, tuple[Run, ...]] = {}
@@ -347,6 +346,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     mean = math.fsum(values) / n
     if n == 1:
         return mean, None
+    from scipy.special import stdtrit  # a fifth of the report's start-up time
+
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     return mean, float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
 
@@ -410,7 +411,7 @@ def read_published(files: Sequence[Path]) -> list[dict[str, Any]]:
             if key in rows and _numbers(rows[key][0]) != _numbers(row):
                 raise UserError(
                     f'{place}: "{row["model"]}" ({row["protocol"]}) has other numbers than {rows[key][1]}.',
-                    hint='Two sources may both be right: give the row its own model name, such as "Swin-T (re-run)".',
+                    hint='Remove one, or give a row from another source a name of its own, such as "Swin-T (re-run)".',
                 )
             rows.setdefault(key, (row, place))
     return [row for row, _ in rows.values()]

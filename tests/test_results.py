@@ -265,9 +265,10 @@ def test_broken_folders_are_listed_and_the_rest_is_read(tmp_path):
         folder.mkdir()
         if text is not None:
             (folder / "run.json").write_text(text)
+    make_run(tmp_path, task="levitate", name="other")
     found = collect([tmp_path])
     assert len(found.runs) == 1
-    assert [path.name for path, _ in found.broken] == ["empty", "half", "list", "new"]
+    assert [path.name for path, _ in found.broken] == ["empty", "half", "list", "new", "other"]
     assert all("\n" not in reason for _, reason in found.broken)
 
 

@@ -122,7 +122,7 @@ def _card(table: Table) -> dict[str, str] | None:
     """The best finished result of a table, in one line."""
     primary = next((c for c in table.columns if c.best), None)
     rows = [row for row in table.rows if row.kind == "measured" and primary and is_number(row.values.get(primary.key))]
-    if primary is None or not rows:
+    if primary is None or not rows or table.forest:
         return None
     best = max(rows, key=lambda row: float(row.values[primary.key]))
     text, _, half = show(best, primary).partition(" ± ")
@@ -140,7 +140,7 @@ def _card(table: Table) -> dict[str, str] | None:
 def _figures(table: Table) -> list[dict[str, Any]]:
     """Accuracy against MACs and against parameters, each drawn for wide and for narrow screens."""
     primary = next((c for c in table.columns if c.best), None)
-    if primary is None:
+    if primary is None or table.forest:
         return []
     figures = []
     for x_key, x_title in (("macs_g", "MACs (G)"), ("params_m", "#params (M)")):
@@ -220,13 +220,13 @@ def _run(run: Run, anchor: str) -> dict[str, Any]:
     """Everything run.json knows, for people."""
     i = run.info
     steps = f"{i.steps_done:,} of {i.steps_total:,}"
-    speed = f"{number(i.images_per_second, 'number')} images/s ({i.speed_notes})" if i.images_per_second else ""
+    speed = f"{number(i.images_per_second, 'short')} images/s ({i.speed_notes})" if i.images_per_second else ""
     size = f"{i.params / 1e6:.2f} M parameters" if i.params else ""
     if i.macs:
         size += f", {number(i.macs / 1e9, 'number')} G MACs at {i.macs_input}"
     training = f"{i.train_seconds:,.0f} s" if i.train_seconds else ""
     if i.train_images_per_second:
-        training += f", {number(i.train_images_per_second, 'number')} images/s"
+        training += f", {number(i.train_images_per_second, 'short')} images/s"
     if i.data_wait_share is not None:
         training += f", {i.data_wait_share:.0%} waiting for data"
     several = f"{i.processes} processes" if i.processes > 1 else ""

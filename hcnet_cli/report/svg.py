@@ -107,8 +107,9 @@ def _place(
                     continue
                 if any(box[0] - 5 < u < box[2] + 5 and box[1] - 4 < v < box[3] + 4 for u, v in dots):
                     continue
-                crossed = sum(_crosses(box, a, b) for a, b in segments)
-                cost = crossed * 12 + gap + rank * 3 + (dx < 0) * 2
+                cost = gap + rank * 3.0 + (dx < 0) * 2
+                if best is None or cost < best[0]:
+                    cost += 12 * sum(_crosses(box, a, b) for a, b in segments)
                 if best is None or cost < best[0]:
                     best = cost, box, (x, y)
     return None if best is None else best[1:]
@@ -119,10 +120,17 @@ def _overlap(a: Box, b: Box, room: float = 8) -> bool:
 
 
 def _crosses(box: Box, a: tuple[float, float], b: tuple[float, float]) -> bool:
-    """Whether the segment a-b passes through the box (sampled: the boxes are small)."""
-    steps = max(2, int(math.dist(a, b) / 4))
-    points = ((a[0] + (b[0] - a[0]) * i / steps, a[1] + (b[1] - a[1]) * i / steps) for i in range(steps + 1))
-    return any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in points)
+    """Whether the segment a-b passes through the box (its part inside each pair of sides, cut together)."""
+    enter, leave = 0.0, 1.0
+    for axis in (0, 1):
+        low, high, start, way = box[axis], box[axis + 2], a[axis], b[axis] - a[axis]
+        if way == 0:
+            if not low < start < high:
+                return False
+        else:
+            one, other = (low - start) / way, (high - start) / way
+            enter, leave = max(enter, min(one, other)), min(leave, max(one, other))
+    return enter < leave
 
 
 def _leader(box: Box, anchor: tuple[float, float], kind: str) -> str:

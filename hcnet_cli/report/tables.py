@@ -18,7 +18,7 @@ OWN_TITLES = {
     "ade20k": "semantic segmentation, UperNet",
 }
 COMMON = (  # behind the results of every table
-    Column("epochs", "epochs", "number", secondary=True),
+    Column("epochs", "epochs", "short", secondary=True),
     Column("seeds", "seeds", secondary=True),
     Column("init", "started from", secondary=True),
     Column("recipe", "recipe", secondary=True),
@@ -31,7 +31,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("model", "model"),
         Column("img_size", "image", "integer"),
         *SIZE_COLUMNS,
-        Column("images_per_second", "images/s", "number"),
+        Column("images_per_second", "images/s", "short"),
         Column("top1", "top-1", "percent", best=True),
         Column("top5", "top-5", "percent", best=True, secondary=True),
     ),
@@ -203,12 +203,13 @@ def number(value: float, style: str, as_printed: bool = False) -> str:
         return f"{value:+.2f}".replace("-", "−")
     if style == "p":
         return f"{value:.3f}" if value >= 0.001 else "< 0.001"
-    if as_printed and abs(value) < 10:
-        return f"{value:.1f}" if round(value, 1) == value else f"{value:g}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    text = f"{value:.{min(2, max(0, 3 - math.floor(math.log10(abs(value)))))}f}" if abs(value) >= 1 else f"{value:.3g}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    if style == "short":
+        return f"{value:,.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.1f}"
+    if as_printed:
+        return f"{value:.1f}" if abs(value) < 10 and round(value, 1) == value else f"{value:,.10g}"
+    if abs(value) < 1:
+        return f"{value:.3g}"
+    return f"{value:,.{min(2, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
 
 
 def _state(row: Row) -> str:

@@ -151,7 +151,7 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], base: Path | None) -
         if listed:
             text += ["", "<details><summary>Where the measured numbers come from</summary>", ""]
             for label, row in listed:
-                facts = (f"{what} `{fact}`" for what, fact in provenance(row.values))
+                facts = (f"{what} `{fact.replace('`', chr(39))}`" for what, fact in provenance(row.values))
                 text.append(f"- {_md(label)}: {'; '.join(facts)}")
             text += ["", "</details>"]
         parts.append("\n".join(text))
