@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import hcnet_cli.models  # registers the sizes with timm
 from hcnet_cli import dist, optim, profile, rng
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError
-from hcnet_cli.data import embedded, imagenet, loader
+from hcnet_cli.console import UserError, notice
+from hcnet_cli.data import ade20k, coco, embedded, imagenet, loader
 from hcnet_cli.engine import Job, to_device
+from hcnet_cli.models.mask_rcnn import MaskRCNN
+from hcnet_cli.models.upernet import UPerNet
 from hcnet_cli.recipe import Recipe, Steps
-from hcnet_cli.runs import DataInfo
+from hcnet_cli.runs import DataInfo, find_runs
+from hcnet_cli.tasks import detection, segmentation
 from hcnet_cli.tasks.classification import ClassificationTask
+from hcnet_cli.tasks.detection import DetectionTask
+from hcnet_cli.tasks.segmentation import SegmentationTask
 from hcnet_cli.weights import Account, load_into, read_weights
 
 
@@ -37,6 +44,7 @@ class Data:
     img_size: tuple[int, int]  # what MACs and images/s are given for
     collate: loader.Collate | None = None
     groups: Any = None
+    source: Any = None  # coco.Annotations of the validation images, or ade20k.SceneFolder
 
     def steps(self, recipe: Recipe) -> Steps:
         return rcp.steps(recipe, loader.steps_per_epoch(len(self.train), recipe.train.batch_size, self.groups))
@@ -84,17 +92,19 @@ def pick_precision(precision: str, device: torch.device) -> str:
 def build_data(recipe: Recipe) -> Data:
     """Scans the data and makes the data sets; UserError for what is wrong with them."""
     path = recipe.data.path
-    assert path is not None, "train() fills in data.path"
+    assert path is not None, "the command line fills in data.path"
     root = embedded.ensure(path) if path in embedded.EMBEDDED else Path(path)
-    builders: dict[str, Callable[[Recipe, Path], Data]] = {"image-folder": _image_folder}
-    return builders[recipe.data.format](recipe, root)
+    if isinstance(recipe.data, rcp.ImageFolder):
+        return _image_folder(recipe.data, root)
+    if isinstance(recipe.data, rcp.Coco):
+        assert isinstance(recipe.head, rcp.MaskRCNN)
+        return _coco(recipe.data, root, recipe.head.with_masks)
+    return _scene_parsing(recipe.data, root)
 
 
-def _image_folder(recipe: Recipe, root: Path) -> Data:
-    config = recipe.data
-    assert isinstance(config, rcp.ImageFolder)
+def _image_folder(config: rcp.ImageFolder, root: Path) -> Data:
     index = imagenet.scan(root)
-    shared = {
+    shared: dict[str, Any] = {
         "img_size": config.img_size,
         "interpolation": config.interpolation,
         "mean": config.mean,
@@ -128,16 +138,70 @@ def _image_folder(recipe: Recipe, root: Path) -> Data:
     )
 
 
+def _coco(config: rcp.Coco, root: Path, masks: bool) -> Data:
+    splits = {split: coco.load_split(root, split, masks=masks) for split in ("train", "val")}
+    (train, train_images), (val, val_images) = splits["train"], splits["val"]
+    coco.check_same_classes(train, val)
+    given = config.model_dump(exclude={"format", "path", "eval_backend"})
+    train_set = coco.CocoDataset(train, train_images, train=True, **given)
+    return Data(
+        info=DataInfo(
+            name=coco.dataset_name(root, val),
+            digest=hashlib.sha256(f"{train.digest} {val.digest}".encode()).hexdigest()[:16],
+            path=str(root),
+            num_train=len(train_set),
+            num_val=len(val),
+            num_classes=len(val.class_names),
+        ),
+        train=train_set,
+        val=coco.CocoDataset(val, val_images, train=False, **given),
+        class_names=val.class_names,
+        img_size=(800, 1280),
+        collate=coco.collate,
+        groups=train_set.groups,
+        source=val,
+    )
+
+
+def _scene_parsing(config: rcp.SceneParsing, root: Path) -> Data:
+    folder = ade20k.open_folder(
+        root,
+        num_classes=config.num_classes,
+        reduce_zero_label=config.reduce_zero_label,
+        ignore_index=config.ignore_index,
+        scan_cache=embedded.cache_dir() / "label-scans",
+    )
+    shared: dict[str, Any] = {"img_scale": config.img_scale, "mean": config.mean, "std": config.std}
+    names = {"ratio_range", "crop_size", "cat_max_ratio", "hflip", "photometric"}
+    train = ade20k.TrainScenes(folder, **shared, **config.model_dump(include=names))
+    return Data(
+        info=DataInfo(
+            name=folder.name,
+            digest=folder.digest,
+            path=str(root),
+            num_train=len(train),
+            num_val=len(folder.images["validation"]),
+            num_classes=folder.num_classes,
+        ),
+        train=train,
+        val=ade20k.EvalScenes(folder, **shared),
+        class_names=list(folder.class_names),
+        img_size=(512, 2048),
+        collate=ade20k.collate_scenes,
+        source=folder,
+    )
+
+
 # --- model and task ---------------------------------------------------------------------------------------------------
 
 
-def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
+def build_backbone(recipe: Recipe, num_classes: int) -> hcnet_cli.models.HcNet:
     """The HcNet of the recipe, initialised from the seed; a recipe field left at null is the size's own."""
     shape = recipe.model.model_dump(include={"depths", "dims", "kernel_size", "mlp_ratio", "drop_path_rate"})
     given = {name: value for name, value in shape.items() if value is not None}
     with rng.seeded(rng.derive(recipe.train.seed, "init")):
         try:
-            model = timm.create_model(
+            model: Any = timm.create_model(
                 rcp.SIZES[recipe.model.size], num_classes=num_classes, disable=recipe.model.disable, **given
             )
         except ValueError as error:
@@ -146,10 +210,30 @@ def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
     return model
 
 
-def build_task(recipe: Recipe, data: Data) -> nn.Module:
+def build_task(recipe: Recipe, data: Data) -> Any:
     """The task with freshly initialised weights, on the CPU, channels-last."""
-    config = recipe.data
-    assert isinstance(config, rcp.ImageFolder)
+    head, config = recipe.head, recipe.data
+    with rng.seeded(rng.derive(recipe.train.seed, "head")):
+        task: nn.Module
+        if isinstance(config, rcp.ImageFolder):
+            task = _classification(recipe, config, data)
+        elif isinstance(head, rcp.MaskRCNN) and isinstance(config, rcp.Coco):
+            backbone = build_backbone(recipe, 0)
+            model = MaskRCNN(backbone, data.info.num_classes, **head.model_dump(exclude={"kind"}))
+            task = DetectionTask(
+                model,
+                annotation_file=data.source.file,
+                category_ids=data.source.category_ids,
+                class_names=data.class_names,
+                backend=config.eval_backend,
+                load_image=data.val.load_image,
+            )
+        else:
+            task = _segmentation(recipe, data)
+    return task.to(memory_format=torch.channels_last)
+
+
+def _classification(recipe: Recipe, config: rcp.ImageFolder, data: Data) -> ClassificationTask:
     mixup = imagenet.make_mixup(
         data.info.num_classes,
         mixup=config.mixup,
@@ -158,12 +242,48 @@ def build_task(recipe: Recipe, data: Data) -> nn.Module:
         switch_prob=config.mixup_switch_prob,
         smoothing=config.smoothing,
     )
-    task = ClassificationTask(build_backbone(recipe, data.info.num_classes), data.class_names, mixup, config.smoothing)
-    return task.to(memory_format=torch.channels_last)
+    return ClassificationTask(build_backbone(recipe, data.info.num_classes), data.class_names, mixup, config.smoothing)
+
+
+def _segmentation(recipe: Recipe, data: Data, model: nn.Module | None = None) -> SegmentationTask:
+    """The task on a new UPerNet; or, on a trained one, the task that evaluates it at several scales with flips."""
+    head, config = recipe.head, recipe.data
+    assert isinstance(head, rcp.UPerNet)
+    assert isinstance(config, rcp.SceneParsing)
+    several = model is not None
+    if model is None:
+        arguments = head.model_dump(exclude={"kind", "aux_weight"})
+        model = UPerNet(build_backbone(recipe, 0), data.info.num_classes, **arguments)
+    shared: Any = {"mode": config.eval_mode, "crop_size": config.crop_size, "stride": config.eval_stride}
+    return SegmentationTask(
+        model,
+        data.class_names,
+        aux_weight=head.aux_weight,
+        ignore_index=config.ignore_index,
+        flip=several,
+        suffix="_ms" if several else "",
+        protocol=segmentation.protocol(
+            config.img_scale, ratios=segmentation.MULTI_SCALE if several else (1.0,), flip=several, **shared
+        ),
+        **shared,
+    )
+
+
+def build_multi_scale(recipe: Recipe, data: Data, job: Job) -> Job:
+    """The job that evaluates the model of a segmentation job at several scales, by the same engine."""
+    config = recipe.data
+    assert isinstance(config, rcp.SceneParsing)
+    images = ade20k.EvalScenes(
+        data.source, img_scale=config.img_scale, ratios=segmentation.MULTI_SCALE, mean=config.mean, std=config.std
+    )
+    task = _segmentation(recipe, data, job.task.model).to(job.device)
+    return dataclasses.replace(job, task=task, val=_eval_loader(recipe, images, data), ema=None)
 
 
 def macs(task: Any, data: Data) -> int:
-    """Multiply-accumulates for one image of `data.img_size`."""
+    """Multiply-accumulates for one image of `data.img_size`, counted as the tables of the task count."""
+    if isinstance(task, DetectionTask):
+        return detection.detection_macs(task.model, *data.img_size)
     return profile.count_macs(task.model, torch.zeros(1, 3, *data.img_size))
 
 
@@ -181,11 +301,41 @@ def read_init(source: str) -> tuple[str, dict[str, Tensor]]:
     return str(path), read_weights(path)
 
 
-def load_init(model: nn.Module, name: str, state: dict[str, Tensor]) -> Account:
-    """Loads what fits; the authors' key names are translated."""
+def find_init(recipe: Recipe, results: Path) -> str:
+    """What `init: auto` means here: the finished pretrain run of the same model on the most images, then with the best
+    top-1, then the newest. UserError where there is none, but for embedded data: "none", with a notice.
+    """
+    if recipe.init != "auto":
+        return recipe.init
+    candidates = [
+        (info.data.num_train, info.metrics.get("top1", 0.0), info.finished, str(folder))
+        for folder, info in find_runs(results)[0]
+        if (info.task, info.status, info.size) == ("pretrain", "finished", recipe.model.size)
+        and info.variant == rcp.variant(recipe)
+        and (folder / "best.safetensors").exists()
+    ]
+    if candidates:
+        return max(candidates)[-1]
+    size, first = recipe.model.size, f"hcnet pretrain --size {recipe.model.size}"
+    if recipe.data.path not in embedded.EMBEDDED:
+        raise UserError(
+            f"There is no finished pretrain run of size {size} under {results}.",
+            hint=f"Run `{first}` first, name weights with --init, or start from scratch with --init none.",
+        )
+    notice(f"No pretrain run of size {size} under {results}: starting from scratch (`{first}` makes one).")
+    return "none"
+
+
+def load_init(model: Any, name: str, state: dict[str, Tensor]) -> Account:
+    """Loads what fits: a whole model's weights into the whole, a backbone's into the backbone; the authors' names are
+    translated.
+    """
     official = any(".Anisotropic_conv" in key or "patch_embed" in key for key in state)
     remap = hcnet_cli.models.remap_official_state_dict if official else dict
-    return load_into(model, state, name, remap)
+    backbone = getattr(model, "backbone", None)
+    whole = backbone is None or any(key.split(".")[0] in ("fpn", "rpn_head", "decode_head") for key in state)
+    target: Any = model if whole else backbone
+    return load_into(target, state, name, remap)
 
 
 # --- the job ----------------------------------------------------------------------------------------------------------
@@ -198,7 +348,6 @@ def build_job(recipe: Recipe, data: Data, task: Any, device: torch.device) -> Jo
     task.to(device)
     if train.compile:
         task.model.compile()  # in place: names in checkpoints stay as they are
-    place = {"rank": dist.rank() if dist.is_distributed() else 0, "world_size": dist.processes()}
     batches = loader.TrainLoader(
         data.train,
         batch_size=train.batch_size,
@@ -208,25 +357,16 @@ def build_job(recipe: Recipe, data: Data, task: Any, device: torch.device) -> Jo
         workers=train.workers,
         collate=data.collate,
         groups=data.groups,
-        **place,
+        **_place(),
     )
-    micro_batch = train.batch_size // (train.accumulate * dist.processes())
     schedule = recipe.schedule
     ema = None
     if train.ema_decay is not None:
-        from timm.utils import ModelEmaV3
-
         ema = ModelEmaV3(task.model, decay=train.ema_decay)
     return Job(
         task=task,
         train=batches,
-        val=loader.EvalLoader(
-            data.val,
-            batch_size=train.eval_batch_size or micro_batch,
-            workers=train.workers,
-            collate=data.collate,
-            **place,
-        ),
+        val=_eval_loader(recipe, data.val, data),
         describe=data.train.describe,
         optimizer=optim.adamw(
             task.model,
@@ -262,10 +402,22 @@ def build_job(recipe: Recipe, data: Data, task: Any, device: torch.device) -> Jo
         ema=ema,
         describe_weights={
             "model": rcp.SIZES[recipe.model.size],
-            "recipe": recipe.model_dump_json(),
+            "model_args": recipe.model.model_dump_json(exclude={"size", "grad_checkpointing"}, exclude_none=True),
+            "task": recipe.task,
+            "data": data.info.name,
             "classes": json.dumps(data.class_names),
         },
     )
+
+
+def _place() -> dict[str, int]:
+    return {"rank": dist.rank() if dist.is_distributed() else 0, "world_size": dist.processes()}
+
+
+def _eval_loader(recipe: Recipe, images: Any, data: Data) -> loader.EvalLoader:
+    train = recipe.train
+    size = train.eval_batch_size or train.batch_size // (train.accumulate * dist.processes())
+    return loader.EvalLoader(images, batch_size=size, workers=train.workers, collate=data.collate, **_place())
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------

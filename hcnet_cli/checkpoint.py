@@ -27,14 +27,17 @@ NEWEST, PREVIOUS = "last", "previous"
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
-    """Replaces a safetensors file atomically. UserError when the disk is full or the place is not writable."""
+    """Replaces a safetensors file atomically; `metadata` becomes JSON under one key: equal content, equal bytes.
+
+    UserError when the disk is full or the place is not writable.
+    """
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # channels-last weights are stored in the ordinary order; a file is the same whatever layout trained it
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with writing(path):
         try:
             _require_space(path, sum(t.numel() * t.element_size() for t in plain.values()))
-            save_file(plain, temp, metadata=dict(metadata or {}))
+            save_file(plain, temp, metadata={"hcnet": json.dumps(metadata, sort_keys=True)} if metadata else None)
             sync(temp)
             os.replace(temp, path)
         except SafetensorError as error:

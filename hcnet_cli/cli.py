@@ -29,7 +29,7 @@ app.add_typer(recipes_app, name="recipes")
 EMBEDDED_NOTE = {
     "digits": "1,797 real handwritten digits, 32 x 32",
     "digit-scenes": "scenes of handwritten digits with boxes and masks, 128 x 128",
-    "digit-stuff": "scenes of handwritten digits with a label for every pixel, 128 x 128",
+    "digit-stuff": "the same scenes with a class for every pixel, 128 x 128",
 }
 
 Size = Annotated[str | None, typer.Option(help=f"Model size: {', '.join(SIZES)}.")]
@@ -40,7 +40,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Images per optimizer step, 
 Accumulate = Annotated[int | None, typer.Option(help="Micro-batches a step is divided into; changes no result.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate; never scaled in silence.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Init = Annotated[str | None, typer.Option(help="Weights to start from: a run folder, .safetensors or .pth file; none.")]
+Init = Annotated[str | None, typer.Option(help="Weights to start from: a run folder, a weights file, auto or none.")]
 Name = Annotated[str, typer.Option(help="Name of the run folder, instead of one made from the recipe.")]
 Out = Annotated[Path, typer.Option("--out", help="Results folder; runs go to OUT/runs/.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -55,6 +55,7 @@ EvalOnly = Annotated[bool, typer.Option("--eval-only", help="Evaluate the run's 
 
 @app.command()
 def pretrain(
+    ctx: typer.Context,
     size: Size = None,
     data: DataPath = None,
     recipe: RecipeName = None,
@@ -79,35 +80,110 @@ def pretrain(
 
     The same command again goes on where the run stopped. Under torchrun it is the same run on more processes.
     """
-    flags = {
-        "model.size": ("--size", size),
-        "schedule.length": ("--epochs", epochs),
-        "train.batch_size": ("--batch-size", batch_size),
-        "train.accumulate": ("--accumulate", accumulate),
-        "optim.lr": ("--lr", lr),
-        "train.seed": ("--seed", seed),
-        "init": ("--init", init),
-        "train.precision": ("--precision", precision),
-        "train.compile": ("--compile", compile_model),
-        "train.workers": ("--workers", workers),
-    }
-    resolved = _resolve("pretrain", recipe, data, flags, overrides or [])
-    _train(resolved, out_dir, name, device, dry_run, fresh, eval_only)
+    _train("pretrain", ctx.params)
 
 
-def _resolve(
-    task: str, name: str | None, data: str | None, flags: dict[str, tuple[str, Any]], overrides: list[str]
-) -> Resolved:
+@app.command("finetune-det")
+def finetune_det(
+    ctx: typer.Context,
+    size: Size = None,
+    data: DataPath = None,
+    recipe: RecipeName = None,
+    schedule: Annotated[str | None, typer.Option(help="On COCO: 1x, 1x-single-scale or 3x.")] = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    init: Init = None,
+    with_masks: Annotated[bool | None, typer.Option("--masks/--no-masks", help="Without: Faster R-CNN.")] = None,
+    eval_backend: Annotated[str | None, typer.Option(help="faster-coco-eval or pycocotools.")] = None,
+    name: Name = "",
+    out_dir: Out = Path("results"),
+    device: Device = "auto",
+    precision: Precision = None,
+    compile_model: Compile = None,
+    workers: Workers = None,
+    overrides: Set = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    eval_only: EvalOnly = False,
+) -> None:
+    """Fine-tune Mask R-CNN for detection and instance masks: COCO, any COCO-format folder, or embedded digit-scenes.
+
+    Starts from the best finished pretrain run of the same size unless --init says otherwise.
+    """
+    if schedule is not None:
+        if recipe is not None:
+            raise UserError("--schedule names a recipe; --recipe does too.", hint="Give one of them.")
+        ctx.params["recipe"] = f"coco-{schedule}"
+    _train("finetune-det", ctx.params)
+
+
+@app.command("finetune-seg")
+def finetune_seg(
+    ctx: typer.Context,
+    size: Size = None,
+    data: DataPath = None,
+    recipe: RecipeName = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    init: Init = None,
+    multi_scale: Annotated[
+        bool | None, typer.Option("--multi-scale/--single-scale", help="Also at six scales.")
+    ] = None,
+    eval_mode: Annotated[str | None, typer.Option(help="whole images, or slide a window over them.")] = None,
+    name: Name = "",
+    out_dir: Out = Path("results"),
+    device: Device = "auto",
+    precision: Precision = None,
+    compile_model: Compile = None,
+    workers: Workers = None,
+    overrides: Set = None,
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    eval_only: EvalOnly = False,
+) -> None:
+    """Fine-tune UperNet for semantic segmentation: ADE20K, any folder in its layout, or the embedded digit-stuff.
+
+    Starts from the best finished pretrain run of the same size unless --init says otherwise.
+    """
+    _train("finetune-seg", ctx.params)
+
+
+FLAGS = {  # parameter of a command -> (recipe key, flag)
+    "size": ("model.size", "--size"),
+    "epochs": ("schedule.length", "--epochs"),
+    "steps": ("schedule.length", "--steps"),
+    "batch_size": ("train.batch_size", "--batch-size"),
+    "accumulate": ("train.accumulate", "--accumulate"),
+    "lr": ("optim.lr", "--lr"),
+    "seed": ("train.seed", "--seed"),
+    "init": ("init", "--init"),
+    "with_masks": ("head.with_masks", "--masks"),
+    "eval_backend": ("data.eval_backend", "--eval-backend"),
+    "multi_scale": ("data.multi_scale", "--multi-scale"),
+    "eval_mode": ("data.eval_mode", "--eval-mode"),
+    "precision": ("train.precision", "--precision"),
+    "compile_model": ("train.compile", "--compile"),
+    "workers": ("train.workers", "--workers"),
+}
+
+
+def _resolve(task: str, given: dict[str, Any]) -> Resolved:
     """The recipe of a training command: named, or the one that belongs to the data; flags and --set laid over it."""
     from hcnet_cli import recipe as rcp
 
-    parsed = [rcp.parse_override(text) for text in overrides]
-    source = "--data"
+    parsed = [rcp.parse_override(text) for text in given["overrides"] or []]
+    name, data, source = given["recipe"], given["data"], "--data"
     for key, value in parsed:
         if key == "data.path":
             data, source = str(value), "--set data.path"
-    if data is None and (given := os.environ.get(DATA_VARIABLE[task])):
-        data, source = given, f"${DATA_VARIABLE[task]}"
+    if data is None and (variable := os.environ.get(DATA_VARIABLE[task])):
+        data, source = variable, f"${DATA_VARIABLE[task]}"
     file = rcp.recipe_file(name, task) if name else None
     if data is None and file is not None:
         data, source = rcp.resolve(file).recipe.data.path, f"recipe {name}"
@@ -116,26 +192,39 @@ def _resolve(
         notice(f"No --data and no ${DATA_VARIABLE[task]}: using the embedded {data} ({EMBEDDED_NOTE[data]}).")
     if file is None:
         file = rcp.recipe_file(data if data == EMBEDDED[task] else PAPER[task], task)
-    given_flags = [(key, value, flag) for key, (flag, value) in flags.items() if value is not None]
+    flags = [
+        (key, given[parameter], flag) for parameter, (key, flag) in FLAGS.items() if given.get(parameter) is not None
+    ]
     resolved = rcp.resolve(
-        file,
-        [("data.path", data, source), *given_flags, *((key, value, f"--set {key}") for key, value in parsed)],
+        file, [("data.path", data, source), *flags, *((key, value, f"--set {key}") for key, value in parsed)]
     )
     if resolved.recipe.task != task:
         raise UserError(f"The recipe {file} is for {resolved.recipe.task}, not for {task}.")
-    if resolved.recipe.schedule.unit != "epochs" and flags["schedule.length"][1] is not None:
-        raise UserError("This recipe counts steps, not epochs.", hint="Use --set schedule.length=STEPS.")
+    unit = resolved.recipe.schedule.unit
+    for parameter in ("epochs", "steps"):
+        if given.get(parameter) is not None and parameter != unit:
+            raise UserError(
+                f"This recipe counts {unit}, not {parameter}.", hint=f"Use --set schedule.length=N, in {unit}."
+            )
     return resolved
 
 
-def _train(
-    resolved: Resolved, results: Path, name: str, device: str, dry_run: bool, fresh: bool, eval_only: bool
-) -> None:
-    if name and Path(name).name != name:
+def _train(task: str, given: dict[str, Any]) -> None:
+    name = given["name"]
+    if name and (Path(name).name != name or name in (".", "..")):
         raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
+    resolved = _resolve(task, given)
     from hcnet_cli.train import Options, train
 
-    options = Options(results, name, device, fresh, dry_run, eval_only, sys.argv)
+    options = Options(
+        results=given["out_dir"],
+        name=name,
+        device=given["device"],
+        fresh=given["fresh"],
+        dry_run=given["dry_run"],
+        eval_only=given["eval_only"],
+        argv=sys.argv,
+    )
     _, _, stopped_by = train(resolved, options)
     if stopped_by:
         raise typer.Exit(128 + stopped_by)

@@ -93,15 +93,15 @@ def barrier() -> None:
 
 def from_main(compute: Callable[[], T]) -> T:
     """The main process's result on all processes; what it raises, all raise."""
-    result: tuple[T | None, Exception | None] = (None, None)
+    value, raised = None, None
     if is_main() or not is_distributed():
         try:
-            result = (compute(), None)
+            value = compute()
         except Exception as error:
-            result = (None, error)
-    value, error = broadcast(result)
-    if error is not None:
-        raise error
+            raised = error
+    value, raised = broadcast((value, raised))
+    if raised is not None:
+        raise raised
     return value
 
 

@@ -23,6 +23,7 @@ from hcnet_cli.console import Progress, RunFailed
 from hcnet_cli.rng import derive
 from hcnet_cli.runs import RunFolder, write_text, writing
 
+ADAM_SLOTS = ("step", "exp_avg", "exp_avg_sq")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of an activation
 
 Batch: TypeAlias = Any  # any nesting of dicts, lists and tuples of tensors; `sample` [B] holds data set indices
@@ -182,13 +183,13 @@ def restore(job: Job, folder: Path) -> State:
     for group in job.optimizer.param_groups:
         for parameter in group["params"]:
             name = by_parameter[parameter]
-            slots = {slot: tensors["optimizer"].get(f"{name}:{slot}") for slot in ("step", "exp_avg", "exp_avg_sq")}
-            if slots["step"] is not None:
+            if f"{name}:step" in tensors["optimizer"]:
+                step, first, second = (tensors["optimizer"][f"{name}:{slot}"] for slot in ADAM_SLOTS)
                 job.optimizer.state[parameter] = {
-                    "step": slots["step"].to(parameter.device),
+                    "step": step.to(parameter.device),
                     # in the parameter's own memory layout, as the optimizer makes them
-                    "exp_avg": torch.zeros_like(parameter).copy_(slots["exp_avg"]),
-                    "exp_avg_sq": torch.zeros_like(parameter).copy_(slots["exp_avg_sq"]),
+                    "exp_avg": torch.zeros_like(parameter).copy_(first),
+                    "exp_avg_sq": torch.zeros_like(parameter).copy_(second),
                 }
     if job.ema is not None:
         job.ema.module.load_state_dict(tensors["ema"])

@@ -18,9 +18,11 @@ from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.names import COMPONENTS, SIZES
 
 DROP_PATH = {"pico": 0.05, "t": 0.2, "t-release": 0.2, "s": 0.3, "b": 0.5}  # from scratch on ImageNet (digits: pico)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Triple = tuple[float, float, float]
 Quad = tuple[int, int, int, int]
 PositiveInt = Annotated[int, Field(ge=1)]
+Pair = tuple[PositiveInt, PositiveInt]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -66,13 +68,32 @@ class MaskRCNN(Part):
     """FPN and Mask R-CNN; the defaults are the reference's (Swin detection, mmdetection)."""
 
     kind: Literal["mask-rcnn"]
-    masks: bool = True
+    with_masks: bool = True  # without: Faster R-CNN
+    fpn_channels: PositiveInt = 256
+    box_head_channels: PositiveInt = 1024
+    mask_head_channels: PositiveInt = 256
+    num_mask_convs: Annotated[int, Field(ge=0)] = 4
+    anchor_scale: Annotated[float, Field(gt=0)] = 8.0
+    rpn_pre_train: PositiveInt = 2000
+    rpn_post_train: PositiveInt = 1000
+    rpn_pre_test: PositiveInt = 1000
+    rpn_post_test: PositiveInt = 1000
+    rpn_batch: PositiveInt = 256
+    box_batch: PositiveInt = 512
+    score_thresh: Fraction = 0.05
+    nms_thresh: Fraction = 0.5
+    max_detections: PositiveInt = 100
 
 
 class UPerNet(Part):
     """UPerHead and auxiliary FCN head; the defaults are the reference's (Swin segmentation, mmsegmentation)."""
 
     kind: Literal["upernet"]
+    channels: PositiveInt = 512
+    aux_channels: PositiveInt = 256
+    pool_scales: tuple[PositiveInt, ...] = (1, 2, 3, 6)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    aux_weight: Annotated[float, Field(ge=0)] = 0.4
 
 
 class ImageFolder(Part):
@@ -97,8 +118,8 @@ class ImageFolder(Part):
     mixup_switch_prob: Fraction = 0.5
     smoothing: Fraction = 0.1
     crop_pct: Annotated[float, Field(gt=0)] = 0.875
-    mean: Triple = (0.485, 0.456, 0.406)
-    std: Triple = (0.229, 0.224, 0.225)
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
 
 
 class Coco(Part):
@@ -106,6 +127,15 @@ class Coco(Part):
 
     format: Literal["coco"]
     path: str | None = None
+    img_scale: Pair = (1333, 800)
+    multiscale: tuple[PositiveInt, ...] = ()
+    crop_scales: tuple[PositiveInt, ...] = (400, 500, 600)
+    crop_range: Pair = (384, 600)
+    hflip: Fraction = 0.5
+    min_side: Annotated[int, Field(ge=0)] = 32
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    eval_backend: Literal["faster-coco-eval", "pycocotools"] = "faster-coco-eval"
 
 
 class SceneParsing(Part):
@@ -113,6 +143,20 @@ class SceneParsing(Part):
 
     format: Literal["scene-parsing"]
     path: str | None = None
+    num_classes: PositiveInt | None = None  # null: as many as the folder names
+    reduce_zero_label: bool = True
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
+    img_scale: Pair = (2048, 512)
+    ratio_range: tuple[float, float] = (0.5, 2.0)
+    crop_size: PositiveInt = 512
+    cat_max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.75
+    hflip: Fraction = 0.5
+    photometric: bool = True
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    eval_mode: Literal["whole", "slide"] = "whole"
+    eval_stride: PositiveInt = 341
+    multi_scale: bool = False  # evaluate the best weights at several scales too, when training ends
 
 
 class Optim(Part):
@@ -195,6 +239,8 @@ class Recipe(Part):
 # Data and weights enter the fingerprint by content.
 NOT_IN_FINGERPRINT = frozenset(
     {
+        "data.eval_backend",
+        "data.multi_scale",
         "data.path",
         "init",
         "model.grad_checkpointing",
@@ -378,7 +424,7 @@ def _known_keys(data: Mapping[str, Any]) -> list[str]:
     """Dotted keys a recipe of this task may have."""
     heads: dict[Any, type[Part]] = {"finetune-det": MaskRCNN, "finetune-seg": UPerNet}
     formats: dict[Any, type[Part]] = {"finetune-det": Coco, "finetune-seg": SceneParsing}
-    sections = {
+    sections: dict[str, type[Part]] = {
         "model": Model,
         "head": heads.get(data.get("task"), Classes),
         "data": formats.get(data.get("task"), ImageFolder),
@@ -419,7 +465,10 @@ def changes(recipe: Recipe) -> dict[str, Any]:
         return {}
     base = resolve(recipes_dir() / f"{recipe.protocol}.yaml", [("model.size", recipe.model.size, "--size")]).recipe
     shape = frozenset(f"model.{name}" for name in ("depths", "dims", "kernel_size", "mlp_ratio"))
-    return {key: ours for key, (ours, _) in sorted(differences(recipe, base, FREE | shape).items())}
+    changed = {key: ours for key, (ours, _) in sorted(differences(recipe, base, FREE | shape).items())}
+    if (recipe.init == "none") != (base.init == "none"):
+        changed["init"] = "none" if recipe.init == "none" else "given weights"  # a path differs between machines
+    return changed
 
 
 def variant(recipe: Recipe) -> str:

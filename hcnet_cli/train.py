@@ -55,7 +55,8 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         recipe = resolved.recipe.model_copy(update={"train": train_part})
         data = build.build_data(recipe)
         task = build.build_task(recipe, data)
-        account = _load_init(recipe, task)
+        recipe = recipe.model_copy(update={"init": dist.from_main(lambda: build.find_init(recipe, options.results))})
+        account = build.load_init(task.model, *build.read_init(recipe.init)) if recipe.init != "none" else None
         contents = {"data": data.info.digest, **({"init": account.digest} if account else {})}
         fingerprint = rcp.fingerprint(recipe, **contents)
         folder = RunFolder(
@@ -111,6 +112,8 @@ def _train_in(
         raise
     info = _progressed(info, state)
     info.peak_memory_mb = round(profile.peak_memory_mb(device), 1)
+    if not stopped_by and isinstance(recipe.data, rcp.SceneParsing) and recipe.data.multi_scale:
+        info.metrics |= _several_scales(job, recipe, data, folder)
     if stopped_by:
         info.status = "interrupted"
     else:
@@ -124,12 +127,6 @@ def _train_in(
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
-
-
-def _load_init(recipe: Recipe, task: Any) -> Account | None:
-    if recipe.init == "none":
-        return None
-    return build.load_init(task.model, *build.read_init(recipe.init))
 
 
 def _alone_in(folder: RunFolder) -> Any:
@@ -259,6 +256,14 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
     notice(f"The run is in {folder.path}; `hcnet report` prints the table.")
 
 
+def _several_scales(job: engine.Job, recipe: Recipe, data: build.Data, folder: RunFolder) -> dict[str, float]:
+    """mIoU_ms and its companions, of the best weights."""
+    notice("Evaluating the best weights at several scales, with flips.")
+    build.load_init(job.task.model, *build.read_init(str(folder.path)))
+    metrics, _ = engine.evaluate(build.build_multi_scale(recipe, data, job))
+    return metrics
+
+
 def _evaluate_only(
     folder: RunFolder,
     earlier: RunInfo | None,
@@ -270,6 +275,7 @@ def _evaluate_only(
     account: Account | None,
 ) -> RunInfo:
     """Metrics of the run's best weights, or of the weights that --init names, on the validation data."""
+    whole = account is not None and account.total == len(task.model.state_dict())
     if account is None:
         if not folder.best.is_file():
             raise UserError(
@@ -277,14 +283,16 @@ def _evaluate_only(
                 hint="Train it first, or name weights with --init RUN, FILE.safetensors or FILE.pth.",
             )
         account = build.load_init(task.model, *build.read_init(str(folder.path)))
-    elif account.missing or account.reinitialised:
-        names = ", ".join([*account.missing, *account.reinitialised][:5])
+    elif lacking := sorted({*account.missing, *account.reinitialised} | (set() if whole else {"the head"})):
+        names = ", ".join(lacking[:5])
         raise UserError(f"{account.source} lacks weights for this model and data: {names}.")
     job = build.build_job(recipe, data, task, device)
     job.ema = None
     notice(str(account))
     notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")
     metrics, evaluator = engine.evaluate(job)
+    if isinstance(recipe.data, rcp.SceneParsing) and recipe.data.multi_scale:
+        metrics |= engine.evaluate(build.build_multi_scale(recipe, data, job))[0]
     if dist.is_main():
         out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     if earlier is None:

@@ -108,7 +108,7 @@ def test_the_fingerprint_covers_what_can_change_a_number_and_nothing_else() -> N
         "train.eval_batch_size": 5,
         "model.grad_checkpointing": True,
     }
-    assert set(free) | {"init"} == rcp.NOT_IN_FINGERPRINT
+    assert set(free) | {"init", "data.eval_backend", "data.multi_scale"} == rcp.NOT_IN_FINGERPRINT
     for key, value in free.items():
         assert rcp.fingerprint(resolve((key, value))) == rcp.fingerprint(base), key
     for key, value in rcp.flatten(base.model_dump()).items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hcnet_cli.data.imagenet import mix
 from hcnet_cli.metrics.accuracy import Accuracy
+from hcnet_cli.models import HcNet
 from hcnet_cli.rng import keyed_uniform
 
 
@@ -23,7 +24,7 @@ class ClassificationTask(nn.Module):
 
     primary = "top1"
 
-    def __init__(self, model: nn.Module, class_names: Sequence[str], mixup: Mixup | None, smoothing: float) -> None:
+    def __init__(self, model: HcNet, class_names: Sequence[str], mixup: Mixup | None, smoothing: float) -> None:
         super().__init__()
         self.model = model
         self.class_names = list(class_names)

@@ -1,0 +1,375 @@
+"""Protects `hcnet pretrain` as a person uses it: start, stop, go on, several processes, and every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import SMALL_MODEL, Done
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from hcnet_cli import runs
+
+Hcnet = Callable[..., Done]
+SMALL = (
+    *("--recipe", "digits", *SMALL_MODEL),
+    *("--epochs", "3", "--batch-size", "8", "--set", "data.img_size=16", "--set", "train.log_every=2"),
+)
+MIXED = ("--set", "data.mixup=0.8", "--set", "data.cutmix=1.0", "--set", "model.drop_path_rate=0.3")
+TIMES = ("images_per_second", "data_wait")
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "hcnet_cli", "pretrain", *SMALL, *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def only_run(results: Path) -> Path:
+    (folder,) = (results / "runs").iterdir()
+    return folder
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must be equal whatever happened on the way: weights, metrics, and the log but for its times."""
+    log = [{k: v for k, v in e.items() if k not in TIMES} for e in runs.read_log(folder / "metrics.jsonl")]
+    info = runs.read_record(folder / "run.json")
+    assert info.status == "finished"
+    return {
+        "log": log,
+        "metrics": info.metrics,
+        "best": (folder / "best.safetensors").read_bytes(),
+        "last": (folder / "last" / "model.safetensors").read_bytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with mixing and drop path that nothing disturbed."""
+    results = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(
+        command(*MIXED, "--data", folder_of_images, "--out", results), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return only_run(results)
+
+
+def test_a_run_leaves_all_that_a_table_needs(finished: Path) -> None:
+    info = runs.read_record(finished / "run.json")
+    assert (info.status, info.steps_done, info.steps_total) == ("finished", 9, 9)
+    assert finished.name == f"pretrain-colors-pico-depths=1-1-1-1+dims=8-8-16-16-s0-{info.fingerprint}"
+    assert (info.data.name, info.data.num_train, info.data.num_val, info.data.num_classes) == ("colors", 24, 10, 3)
+    assert info.metrics.keys() == {"top1", "top5"}
+    assert info.changes["schedule.length"] == 3
+    assert info.params
+    assert info.macs
+    assert info.macs_input == "3x16x16"
+    assert info.images_per_second
+    assert info.argv[1] == "pretrain"
+    assert info.versions["torch"] == torch.__version__
+
+
+def test_best_weights_load_into_timm(finished: Path) -> None:
+    model = timm.create_model(
+        "hcnet_pico",
+        num_classes=3,
+        depths=(1, 1, 1, 1),
+        dims=(8, 8, 16, 16),
+        checkpoint_path=str(finished / "best.safetensors"),
+    )
+    saved = load_file(finished / "best.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_can_be_repeated_from_its_recipe(finished: Path, tmp_path: Path) -> None:
+    """recipe.yaml alone gives the same run: same name, same weights."""
+    arguments = [sys.executable, "-m", "hcnet_cli", "pretrain", "--recipe", str(finished / "recipe.yaml")]
+    subprocess.run([*arguments, "--out", str(tmp_path)], env=environment(), check=True, capture_output=True)
+    assert only_run(tmp_path).name == finished.name
+    assert outcome(only_run(tmp_path)) == outcome(finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_started_again_is_never_interrupted(
+    number: signal.Signals, finished: Path, folder_of_images: Path, tmp_path: Path
+) -> None:
+    """The real program, killed while it trains with two workers; the same command goes on to the same bytes."""
+    arguments = command(*MIXED, "--data", folder_of_images, "--out", tmp_path, "--workers", "2")
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    log = None
+    while time.monotonic() < deadline and process.poll() is None:
+        log = log or next(tmp_path.glob("runs/*/metrics.jsonl"), None)
+        if log and '"step": 3' in log.read_text():
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    _, err = process.communicate(timeout=100)
+    if process.returncode == 0:
+        pytest.skip("it finished before it could be killed")
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), err
+    if number == signal.SIGTERM:
+        assert "everything is saved" in err
+        assert runs.read_record(only_run(tmp_path) / "run.json").status == "interrupted"
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert outcome(only_run(tmp_path)) == outcome(finished)
+
+
+def test_two_processes_are_one_run_and_one_result(finished: Path, folder_of_images: Path, tmp_path: Path) -> None:
+    """torchrun with two processes = one process with two micro-batches, bit for bit; and = one batch but for rounding."""
+    arguments = command(*MIXED, "--data", folder_of_images, "--out")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    two = [*torchrun, *arguments[1:], str(tmp_path / "two")]
+    done = subprocess.run(two, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    subprocess.run(
+        [*arguments, str(tmp_path / "one"), "--accumulate", "2"], env=environment(), check=True, capture_output=True
+    )
+    a, b = only_run(tmp_path / "two"), only_run(tmp_path / "one")
+    assert a.name == b.name == finished.name
+    assert runs.read_record(a / "run.json").processes == 2
+    left, right = outcome(a), outcome(b)
+    assert left.pop("log")[-1] == right.pop("log")[-1]  # the last evaluation
+    assert left == right
+    whole = load_file(finished / "last" / "model.safetensors")
+    for name, value in load_file(a / "last" / "model.safetensors").items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=2e-5)
+    # and the finished run of one process is the finished run of two
+    again = subprocess.run([*arguments, str(tmp_path / "two")], env=environment(), capture_output=True, text=True)
+    assert "This run is finished" in again.stderr
+
+
+def test_same_command_again_says_finished_and_fresh_starts_over(
+    hcnet: Hcnet, folder_of_images: Path, tmp_path: Path
+) -> None:
+    arguments = ("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path)
+    assert hcnet(*arguments).code == 0
+    first = outcome(only_run(tmp_path))
+    again = hcnet(*arguments)
+    assert again.code == 0
+    assert "This run is finished" in again.err
+    assert "step" not in again.err
+    fresh = hcnet(*arguments, "--fresh")
+    assert fresh.code == 0
+    assert outcome(only_run(tmp_path)) == first
+    evaluated = hcnet(*arguments, "--eval-only")
+    assert evaluated.code == 0
+    assert f"top1 {first['metrics']['top1']:.3f}" in evaluated.out
+
+
+def test_a_name_that_holds_another_recipe_is_refused_with_the_keys(
+    hcnet: Hcnet, folder_of_images: Path, tmp_path: Path
+) -> None:
+    arguments = ("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, "--name", "mine")
+    assert hcnet(*arguments).code == 0
+    before = (tmp_path / "runs" / "mine" / "run.json").read_bytes()
+    other = hcnet(*arguments, "--lr", "0.5")
+    assert other.code == 2
+    assert "optim.lr (0.002 there, 0.5 here)" in other.err
+    assert (tmp_path / "runs" / "mine" / "run.json").read_bytes() == before
+
+
+def test_a_second_command_in_the_same_folder_is_refused(hcnet: Hcnet, folder_of_images: Path, tmp_path: Path) -> None:
+    with runs.RunFolder(tmp_path / "runs" / "mine").lock():
+        done = hcnet("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, "--name", "mine")
+    assert done.code == 2
+    assert "Another process is working" in done.err
+
+
+def test_init_gives_an_account_and_enters_the_fingerprint(
+    hcnet: Hcnet, finished: Path, folder_of_images: Path, tmp_path: Path
+) -> None:
+    """From a run folder; from a file with another head, which is re-initialised and named; from too little, refused."""
+    arguments = ("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, "--epochs", "1")
+    done = hcnet(*arguments, "--init", finished)
+    assert done.code == 0
+    assert "tensors loaded" in done.err
+    info = runs.read_record(only_run(tmp_path) / "run.json")
+    assert info.init["loaded"] == info.init["total"]
+    state = load_file(finished / "best.safetensors")
+    state["head.fc.weight"], state["head.fc.bias"] = torch.zeros(7, 16), torch.zeros(7)
+    save_file(state, tmp_path / "other.safetensors")
+    done = hcnet(*arguments, "--init", tmp_path / "other.safetensors")
+    assert done.code == 0
+    assert "re-initialised (shape differs): head.fc.bias, head.fc.weight" in done.err
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    save_file({"head.fc.bias": torch.zeros(3)}, tmp_path / "little.safetensors")
+    done = hcnet(*arguments, "--init", tmp_path / "little.safetensors")
+    assert done.code == 2
+    assert "does not fit this model" in done.err
+
+
+def test_eval_only_of_foreign_weights_becomes_a_row_of_its_own(
+    hcnet: Hcnet, finished: Path, folder_of_images: Path, tmp_path: Path
+) -> None:
+    arguments = ("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, "--eval-only")
+    done = hcnet(*arguments, "--init", finished / "best.safetensors")
+    assert done.code == 0
+    info = runs.read_record(only_run(tmp_path) / "run.json")
+    assert info.evaluated_only
+    assert info.metrics == runs.read_record(finished / "run.json").metrics
+    assert hcnet(*arguments).code == 2  # nothing trained here
+
+
+def test_the_plan_says_where_values_come_from_and_what_linear_scaling_would_give(
+    hcnet: Hcnet, folder_of_images: Path, tmp_path: Path
+) -> None:
+    done = hcnet("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, "--lr", "0.01", "--dry-run")
+    assert done.code == 0
+    assert not (tmp_path / "runs").exists()
+    plan = " ".join(done.out.split())
+    for words in ("optim.lr 0.01 --lr", "data.img_size 16 --set data.img_size", "9 (3 an epoch)", "8 = 8 x 1"):
+        assert words in plan
+    assert "linear scaling would give --lr 0.00025" in plan  # 2e-3 x 8 / 64
+
+
+def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -> None:
+    """`hcnet pretrain --size s --epochs 300` from any folder, interrupted by Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hcnet_cli", "pretrain", "--size", "s", "--epochs", "300"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 250
+    while time.monotonic() < deadline and not list(tmp_path.glob("results/runs/*/run.json")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert "using the embedded digits" in err
+    assert "Traceback" not in err
+    assert process.returncode == 130
+    info = runs.read_record(next(tmp_path.glob("results/runs/*/run.json")))
+    assert (info.status, info.steps_total, info.size) == ("interrupted", 300 * 22, "s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--size", "xl"), "unknown size"),
+        (("--epoch", "3"), "No such option"),
+        (("--epochs", "many"), "Invalid value"),
+        (("--set", "optim.learning_rate=1"), "Did you mean"),
+        (("--set", "lr"), "KEY=VALUE"),
+        (("--recipe", "imagent"), 'Did you mean "imagenet"'),
+        (("--recipe", "mine.yaml"), "no recipe file mine.yaml"),
+        (("--data", "nowhere"), "nowhere does not exist"),
+        (("--init", "nowhere"), "no weights file nowhere"),
+        (("--device", "gpu"), "no device"),
+        (("--device", "cuda:9"), "device"),
+        (("--name", "a/b"), "not the name of a folder"),
+        (("--batch-size", "7", "--accumulate", "2"), "does not divide"),
+        (("--batch-size", "2000"), "fewer than one batch"),
+        (("--precision", "fp8"), "fp8"),
+        (("--set", "model.disable=[conduction,gate]"), "gate"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    arguments: tuple[str, ...], words: str, hcnet: Hcnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = hcnet("pretrain", "--size", "pico", *arguments)
+    assert done.code == 2
+    assert words in " ".join(done.err.replace("│", " ").split())
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.iterdir()) or list(tmp_path.iterdir()) == [tmp_path / "results"]
+
+
+def test_an_output_folder_that_cannot_be_written(hcnet: Hcnet, tmp_path: Path, folder_of_images: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = hcnet("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path / "file")
+    assert done.code == 2
+    assert "cannot be written" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_pth_that_would_run_code_is_refused(hcnet: Hcnet, tmp_path: Path, folder_of_images: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"model": Bomb()}, tmp_path / "w.pth")
+    done = hcnet("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, "--init", tmp_path / "w.pth")
+    assert done.code == 2
+    assert "refused" in done.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_corrupt_images_are_skipped_and_counted_in_training_and_an_error_in_evaluation(
+    hcnet: Hcnet, tmp_path: Path, folder_of_images: Path
+) -> None:
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(folder_of_images, data)
+    next((data / "train" / "red").iterdir()).write_bytes(b"not an image")
+    done = hcnet("pretrain", *SMALL, "--data", data, "--out", tmp_path)
+    assert done.code == 0
+    assert runs.read_record(only_run(tmp_path) / "run.json").unreadable_images == 1
+    assert "could not be read" in done.err
+    victim = next((data / "val" / "red").iterdir())
+    victim.write_bytes(b"not an image")
+    done = hcnet("pretrain", *SMALL, "--data", data, "--out", tmp_path, "--fresh")
+    assert done.code == 2
+    assert victim.name in done.err
+    assert "Traceback" not in done.err
+    Image.new("RGB", (4, 4)).save(victim)
+    assert hcnet("pretrain", *SMALL, "--data", data, "--out", tmp_path).code == 0  # mended: it goes on
+
+
+def test_a_corrupt_checkpoint_is_passed_over(hcnet: Hcnet, tmp_path: Path, folder_of_images: Path) -> None:
+    arguments = ("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path)
+    assert hcnet(*arguments).code == 0
+    folder = only_run(tmp_path)
+    before = outcome(folder)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    (folder / "last" / "optimizer.safetensors").write_bytes(b"cut")
+    done = hcnet(*arguments)
+    assert done.code == 0
+    assert "damaged" in done.err
+    assert outcome(folder) == before
+    (folder / "run.json").write_text("{")
+    done = hcnet(*arguments)
+    assert done.code == 2
+    assert "run.json" in done.err
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_bf16_trains_and_resumes(precision: str, hcnet: Hcnet, tmp_path: Path, folder_of_images: Path) -> None:
+    done = hcnet(
+        "pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, "--precision", precision, "--set",
+        "train.ema_decay=0.9",
+    )  # fmt: skip
+    assert done.code == 0
+    info = runs.read_record(only_run(tmp_path) / "run.json")
+    assert info.precision == precision
+    assert (only_run(tmp_path) / "last" / "ema.safetensors").exists()
+
+
+def test_recipes_ls_show_cp(hcnet: Hcnet, tmp_path: Path) -> None:
+    listed = hcnet("recipes", "ls").out
+    assert "pretrain/imagenet-release" in listed
+    shown = hcnet("recipes", "show", "digits").out
+    mine = tmp_path / "mine.yaml"
+    assert hcnet("recipes", "cp", "pretrain/digits", mine).code == 0
+    assert mine.read_text() == shown
+    assert hcnet("recipes", "cp", "digits", mine).code == 2
+    assert "Did you mean" in hcnet("recipes", "show", "pretrain/digit").err
