@@ -199,16 +199,19 @@ TEX = {
 }
 
 
+NOT_IN_LATEX = ("source", "recipe", "init", "seeds", "schedule")  # told by the caption and under the table
+
+
 def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
     r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are numbered under each table."""
     parts = ["% Made by hcnet report. Needs \\usepackage{booktabs}."]
     parts += [f"% {line}" for note in notes for line in note.splitlines()]
     for number, table in enumerate(tables, 1):
-        columns = [c for c in table.columns if c.key not in ("source", "recipe", "init")]
+        columns = [c for c in table.columns if c.key not in NOT_IN_LATEX]
         sources: dict[str, int] = {}
         lines = [
-            r"\begin{table}[t]",
-            r"\centering\small\setlength{\tabcolsep}{4pt}",
+            r"\begin{table}[tp]",
+            r"\centering\small\setlength{\tabcolsep}{3pt}",
             rf"\caption{{{_tex(table.title)}}}\label{{tab:{table.name}-{number}}}",
             rf"\begin{{tabular}}{{{''.join('l' if c.style == 'text' else 'r' for c in columns)}}}",
             r"\toprule",
@@ -226,20 +229,19 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
             if source:
                 cells[0] += rf"\textsuperscript{{{sources.setdefault(source, len(sources) + 1)}}}"
             lines.append(" & ".join(cells) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
-        lines += [r"\begingroup\scriptsize\raggedright\noindent"]
+        lines += [r"\bottomrule", r"\end{tabular}", r"\par\medskip\begingroup\scriptsize\raggedright"]
         lines += [rf"{_tex(note)}\par" for note in table.notes]
         lines += [rf"\textsuperscript{{{n}}} {_tex(source)}.\quad" for source, n in sources.items()]
-        lines += [r"\par\endgroup"]
+        lines += [r"\par\endgroup", r"\end{table}"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
 def _tex_cell(row: Row, column: Column) -> str:
-    text = _tex(show(row, column))
+    text, plus, half = map(_tex, show(row, column).partition(" ± "))
     if column.key in row.best:
-        return rf"\underline{{{text}}}" if row.kind == "published" else rf"\textbf{{{text}}}"
-    return text
+        text = rf"\underline{{{text}}}" if row.kind == "published" else rf"\textbf{{{text}}}"
+    return rf"{text}\,{{\scriptsize$\pm${half}}}" if plus else text
 
 
 def _tex(text: str) -> str:
