@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import math
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,7 +226,7 @@ def cell_key(info: RunInfo) -> tuple[Any, ...]:
             repr(sorted(info.changes.items())),
         ),
         *(info.size, info.variant, info.steps_total, info.batch_size, info.precision, info.img_size, init_label(info)),
-        tuple(sorted(info.metric_notes.items())),
+        (info.evaluated_only, *sorted(info.metric_notes.items())),
     )
 
 
@@ -260,7 +261,9 @@ def departures(info: RunInfo) -> str:
     """In what a run differs from the protocol it names, for people; "" when in nothing."""
     parts = [f"{key}={_plain(value)}" for key, value in info.changes.items()]
     start = init_label(info)
-    if info.task == "pretrain" and start:
+    if info.evaluated_only:
+        parts.append(f"evaluated only, weights of {start}" if start else "evaluated only, random weights")
+    elif info.task == "pretrain" and start:
         parts.append(f"started from {start}")
     elif info.task != "pretrain" and not start:
         parts.append("not pretrained")
@@ -277,10 +280,18 @@ def published_protocol(info: RunInfo) -> str:
     return PROTOCOLS[table].get(info.protocol, "") if info.protocol else ""
 
 
+def command(info: RunInfo) -> str:
+    """The command as a person would type it, wherever the program lay."""
+    if not info.argv:
+        return ""
+    program = Path(info.argv[0]).name
+    return shlex.join([*(["python", "-m", "hcnet_cli"] if program == "__main__.py" else [program]), *info.argv[1:]])
+
+
 def epochs(info: RunInfo) -> float | None:
     """Passes over the training set in the whole schedule."""
     per_epoch = info.data.num_train // max(1, info.batch_size)
-    return round(info.steps_total / per_epoch, 1) if per_epoch else None
+    return round(info.steps_total / per_epoch, 1) if per_epoch and info.steps_total else None
 
 
 def _measured_row(group: Sequence[Run]) -> dict[str, Any]:
@@ -321,7 +332,7 @@ def _measured_row(group: Sequence[Run]) -> dict[str, Any]:
         "machine": _joined(i.machine for i in infos),
         "device": _joined(i.device for i in infos),
         "speed_notes": _joined(i.speed_notes for i in infos),
-        "command": " ".join(info.argv),
+        "command": command(info),
         "started": min(i.started for i in infos),
         "finished": max(i.finished for i in infos),
         "error": info.error,

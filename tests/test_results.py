@@ -56,6 +56,7 @@ def test_one_seed_has_no_interval(tmp_path):
         {"init": {"source": "weights.safetensors"}},
         {"img_size": 64},
         {"metric_notes": {"top1": "center crop"}},
+        {"evaluated_only": True},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -142,6 +143,27 @@ def test_speeds_of_two_machines_are_not_averaged(tmp_path):
     assert res.pd.isna(row["images_per_second"])
 
 
+def test_weights_evaluated_without_training_say_so(tmp_path):
+    """`--eval-only` on a checkpoint is a finished row of its own, labelled with where the weights came from."""
+    fields = {"evaluated_only": True, "steps_total": 0, "steps_done": 0, "init": {"source": "hcnet_t.pth"}}
+    make_run(tmp_path, "imagenet-1k", "t", score=82.9, **fields)
+    (row,) = measured(tmp_path).to_dict("records")
+    assert row["changes"] == "evaluated only, weights of hcnet_t.pth"
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["/opt/venv/bin/hcnet", "pretrain", "--set", "a=b c"], "hcnet pretrain --set 'a=b c'"),
+        (["/x/hcnet_cli/__main__.py", "pretrain"], "python -m hcnet_cli pretrain"),
+        ([], ""),
+    ],
+)
+def test_commands_can_be_typed_again(tmp_path, argv, text):
+    make_run(tmp_path, argv=argv)
+    assert measured(tmp_path)["command"].iloc[0] == text
+
+
 # --- beside published rows ------------------------------------------------------------------------------------------
 
 
@@ -182,6 +204,7 @@ def test_the_difference_is_to_the_row_the_recipe_names(tmp_path):
         {"changes": {"train.batch_size": 1024}},
         {"init": {"source": "results/runs/pretrain-digits-t-s0-0123abcd"}},
         {"img_size": 384},
+        {"evaluated_only": True, "steps_total": 0, "steps_done": 0},
         {"data": "digits"},
         {"done": 0.9, "status": "interrupted"},
     ],

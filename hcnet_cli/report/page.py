@@ -19,7 +19,19 @@ from PIL import Image
 from hcnet_cli import runs
 from hcnet_cli.report import svg
 from hcnet_cli.report.tables import MISSING, number, show
-from hcnet_cli.results import FAMILIES, METRICS, Column, Results, Row, Run, Table, departures, is_number, model_name
+from hcnet_cli.results import (
+    FAMILIES,
+    METRICS,
+    Column,
+    Results,
+    Row,
+    Run,
+    Table,
+    command,
+    departures,
+    is_number,
+    model_name,
+)
 
 CURVE_POINTS = 120  # of each curve; more is finer than a screen shows
 PICTURES_PER_ROW = 4
@@ -234,7 +246,7 @@ def _run(run: Run, anchor: str) -> dict[str, Any]:
         "results": ", ".join(f"{name} {value:.2f}" for name, value in i.metrics.items()),
         "evaluation": "; ".join(f"{name}: {text}" for name, text in i.metric_notes.items()),
         "best at step": f"{i.best_step:,}" if i.best_step else "",
-        "command": " ".join(i.argv),
+        "command": command(i),
         "recipe": i.protocol,
         "departs in": departures(i),
         "started from": str(i.init.get("source") or "random weights"),

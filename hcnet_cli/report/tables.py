@@ -141,7 +141,7 @@ def _notes(family: str, protocol: str, rows: Sequence[Row]) -> list[str]:
     notes.append(MACS.format(at=at) + (" Published values as their sources print them." if published else ""))
     if family == "imagenet" and any(is_number(v["images_per_second"]) for v in measured):
         where = _unique(measured, "speed_notes") or _unique(measured, "device")
-        notes.append(f"images/s: inference{', ' if where else ''}{'; '.join(where)}.")
+        notes.append(f"images/s: {'; '.join(where) or 'inference'}.")
     if any(is_number(v) for values in measured for k, v in values.items() if k.endswith("_ci")):
         notes.append("±: half of the 95 % t-interval over the seeds. A single seed is shown without any claim.")
     models = _unique(measured, "reference")
@@ -168,7 +168,7 @@ def _unique(records: Iterable[dict[str, Any] | Any], key: str) -> list[str]:
 
 def _schedule(record: dict[str, Any]) -> str:
     protocol = record["protocol"]
-    return next((s for s in ("1x", "3x", "160k") if f" {s}" in protocol), f"{record['steps_total']} steps")
+    return next((s for s in ("1x", "3x", "160k") if f" {s}" in protocol), f"{record['steps_total'] or 0:,} steps")
 
 
 def _missing(value: Any) -> bool:
