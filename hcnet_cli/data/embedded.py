@@ -12,6 +12,7 @@ training show only digits of the training split, those for validation only the o
 
 from __future__ import annotations
 
+import colorsys
 import json
 import os
 import shutil
@@ -27,10 +28,11 @@ from PIL import Image
 
 from hcnet_cli.console import UserError, did_you_mean, notice
 
-VERSION = 1  # raise it when a byte of any set changes: the sets are then made anew, in a new folder
+VERSION = 2  # raise it when a byte of any set changes: the sets are then made anew, in a new folder
 SCENES = {"train": 800, "val": 160}
 CANVAS = 128  # pixels, both sides of a scene
 TEXTURES = ("stripes", "dots", "checks", "gradient")
+HUES = (0.65, 0.33, 0.03, 0.83)  # blue, green, red, purple
 # as COCO's: with gaps, and not in the order of the categories
 CATEGORY_IDS = (7, 90, 1, 18, 44, 3, 62, 27, 85, 13)
 
@@ -141,15 +143,20 @@ def _texture(kind: int, random: np.random.RandomState) -> Floats:
     return (u - u.min()) / (u.max() - u.min())
 
 
-def _color(low: float, high: float, random: np.random.RandomState) -> Floats:
-    """A random color [3] whose brightness lies between low and high (of 255)."""
-    color = random.uniform(0, 1, 3)
-    brightness = color @ [0.299, 0.587, 0.114]
-    target = random.uniform(low, high)
-    # scale towards black, or mix with white
-    if target < 255 * brightness:
-        return color * target / brightness
-    return 255 * (1 - (1 - color) * (1 - target / 255) / (1 - brightness))
+def _color(hue: float, saturation: float, brightness: float) -> Floats:
+    """RGB [3], 0 to 255, of the luma asked for, unless white or black is reached before."""
+    color = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1.0))
+    return np.minimum(255, color * (brightness / (color @ [0.299, 0.587, 0.114])))
+
+
+def _dark(kind: int, low: float, high: float, random: np.random.RandomState) -> Floats:
+    """A color for a texture: each has a typical hue, as sky and grass have."""
+    hue = HUES[kind] + random.uniform(-0.06, 0.06)
+    return _color(hue, random.uniform(0.4, 0.8), random.uniform(low, high))
+
+
+def _light(random: np.random.RandomState) -> Floats:
+    return _color(random.uniform(), random.uniform(0, 0.4), random.uniform(185, 245))
 
 
 def _shape(grey: NDArray[np.uint8], size: int, random: np.random.RandomState) -> Floats:
@@ -157,7 +164,7 @@ def _shape(grey: NDArray[np.uint8], size: int, random: np.random.RandomState) ->
     height, width = round(size * 10 / 8), round(size * 10 / 8 * random.uniform(0.85, 1.1))
     # a margin first: digits fill all eight rows, and would end as if cut off
     image = Image.fromarray(np.pad(grey, 1)).resize((width, height), Image.Resampling.BICUBIC)
-    image = image.rotate(random.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+    image = image.rotate(random.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
     opacity = np.clip((np.asarray(image) / 255 - 0.2) / 0.4, 0, 1)
     rows, columns = np.flatnonzero(opacity.any(1)), np.flatnonzero(opacity.any(0))
     return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -177,9 +184,6 @@ def _place(shape: Floats, taken: list[Mask], random: np.random.RandomState) -> F
 
 
 def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.RandomState) -> _Scene:
-    dark_behind = random.uniform() < 0.5
-    behind, before = ((20, 110), (175, 250)) if dark_behind else ((150, 240), (10, 85))
-
     # one or two textures, parted by a wavy line
     kinds = random.permutation(len(TEXTURES))[:2]
     angle = random.uniform(0, 2 * np.pi)
@@ -190,8 +194,7 @@ def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.R
     texture = np.where(second, kinds[1], kinds[0])
     image = np.zeros((CANVAS, CANVAS, 3))
     for kind, region in zip(kinds, (~second, second), strict=True):
-        low, high = behind
-        one, two = _color(low, low + 35, random), _color(high - 35, high, random)
+        one, two = _dark(kind, 15, 40, random), _dark(kind, 60, 95, random)
         pattern = _texture(kind, random)[..., None]
         image[region] = (one + pattern * (two - one))[region]
 
@@ -200,7 +203,7 @@ def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.R
 
     def paint(opacity: Floats) -> Mask:
         nonlocal image
-        color = _color(*before, random)
+        color = _light(random)
         image = image + opacity[..., None] * (color - image)
         mask = opacity > 0.5
         for thing in objects:
@@ -227,9 +230,9 @@ def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.R
         objects.append(_Object(label, paint(opacity), crowd=True))
         other |= opacity > 0.1
 
-    for _ in range(0 if empty else random.randint(1, 6)):
+    for _ in range(0 if empty else random.randint(2, 7)):
         _, label, grey = digits[random.randint(len(digits))]
-        placed = _place(_shape(grey, random.randint(26, 60), random), [thing.mask for thing in objects], random)
+        placed = _place(_shape(grey, random.randint(26, 52), random), [thing.mask for thing in objects], random)
         if placed is None:
             continue
         mask = paint(placed)
