@@ -14,7 +14,9 @@ $(VENV)/.stamp: pyproject.toml
 
 demo: $(VENV)/.stamp
 	$(BIN)/hcnet pretrain --size pico
-	$(BIN)/hcnet report --table imagenet
+	$(BIN)/hcnet report
+	$(BIN)/hcnet report --format html --output results/report.html
+	@echo "Open results/report.html in a browser for curves, pictures and provenance."
 
 test: $(VENV)/.stamp
 	$(BIN)/python -m pytest

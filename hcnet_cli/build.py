@@ -42,7 +42,8 @@ class Data:
     val: Any
     class_names: list[str]
     img_size: tuple[int, int]  # what MACs and images/s are given for
-    collate: loader.Collate | None = None
+    collate: loader.Collate | None = None  # of training samples
+    val_collate: loader.Collate | None = None
     groups: Any = None
     source: Any = None  # coco.Annotations of the validation images, or ade20k.SceneFolder
 
@@ -158,6 +159,7 @@ def _coco(config: rcp.Coco, root: Path, masks: bool) -> Data:
         class_names=val.class_names,
         img_size=(800, 1280),
         collate=coco.collate,
+        val_collate=coco.collate,
         groups=train_set.groups,
         source=val,
     )
@@ -187,7 +189,7 @@ def _scene_parsing(config: rcp.SceneParsing, root: Path) -> Data:
         val=ade20k.EvalScenes(folder, **shared),
         class_names=list(folder.class_names),
         img_size=(512, 2048),
-        collate=ade20k.collate_scenes,
+        val_collate=ade20k.collate_scenes,
         source=folder,
     )
 
@@ -417,7 +419,7 @@ def _place() -> dict[str, int]:
 def _eval_loader(recipe: Recipe, images: Any, data: Data) -> loader.EvalLoader:
     train = recipe.train
     size = train.eval_batch_size or train.batch_size // (train.accumulate * dist.processes())
-    return loader.EvalLoader(images, batch_size=size, workers=train.workers, collate=data.collate, **_place())
+    return loader.EvalLoader(images, batch_size=size, workers=train.workers, collate=data.val_collate, **_place())
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -274,22 +275,41 @@ def _any_task(name: str) -> Path:
 
 @app.command()
 def report(
-    fmt: Annotated[str, typer.Option("--format", help="rich, markdown, csv, json or latex.")] = "rich",
+    fmt: Annotated[str, typer.Option("--format", help="rich, markdown, csv, json, latex or html.")] = "rich",
     table: Annotated[str, typer.Option(help="imagenet, coco, ade20k, ablation or all.")] = "all",
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; may be repeated.")] = None,
     published: Annotated[list[Path] | None, typer.Option(help="CSV of further published numbers; may repeat.")] = None,
     output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Folder of tables to compare with the runs; 1 if they differ.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
     from hcnet_cli.report import report as make
+    from hcnet_cli.report import report_check
     from hcnet_cli.runs import write_text
 
-    text = make(results or [Path("results")], table=table, fmt=fmt, published=published or [])
-    if output:
+    for folder in results or []:
+        if not folder.is_dir():
+            raise UserError(f"There is no results folder {folder}.")
+    where, more = results or [Path("results")], published or []
+    if check is not None:
+        for line in (differing := report_check(where, check, published=more)):
+            out.print(line, markup=False)
+        raise typer.Exit(1 if differing else 0)
+    if watch and (fmt != "html" or output is None):
+        raise UserError("--watch refreshes a page in a file.", hint="Add --format html --output report.html")
+    while True:
+        text = make(where, table=table, fmt=fmt, published=more, output=output, refresh=10 if watch else None)
+        if output is None:
+            sys.stdout.write(text)
+            return
         write_text(output, text)
         notice(f"Wrote {output}.")
-    else:
-        sys.stdout.write(text)
+        if not watch:
+            return
+        time.sleep(10)
 
 
 def _version(value: bool) -> None:

@@ -442,10 +442,8 @@ def _known_keys(data: Mapping[str, Any]) -> list[str]:
 
 
 def fingerprint(recipe: Recipe, **contents: str) -> str:
-    """8 hex digits over what can change a number: the recipe without NOT_IN_FINGERPRINT, and digests of data and weights."""
-    flat = {
-        key: value for key, value in flatten(recipe.model_dump(mode="json")).items() if key not in NOT_IN_FINGERPRINT
-    }
+    """8 hex digits over what can change a number: the recipe but NOT_IN_FINGERPRINT; digests of data and weights."""
+    flat = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k not in NOT_IN_FINGERPRINT}
     text = json.dumps({**flat, **contents}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

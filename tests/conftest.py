@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,13 @@ Hcnet = Callable[..., Done]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded data are made once for a test session, never in the home folder of whoever runs the tests."""
     if "HCNET_CACHE" not in os.environ:
         os.environ["HCNET_CACHE"] = str(tmp_path_factory.getbasetemp().parent / "hcnet-cache")
     for name in ("HCNET_IMAGENET", "HCNET_COCO", "HCNET_ADE20K"):
         os.environ.pop(name, None)
-    yield Path(os.environ["HCNET_CACHE"])
+    return Path(os.environ["HCNET_CACHE"])
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hcnet(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Hcnet:
-    """hcnet("pretrain", "--size", "pico") -> exit code, standard output, standard error."""
+    """The program in this process: `hcnet("pretrain", "--size", "pico")` -> exit code, standard output and error."""
     from hcnet_cli.cli import main
 
     def run(*arguments: str | Path) -> Done:

@@ -1,4 +1,4 @@
-"""Protects what is on disk: a crash, a full disk or a flipped bit never costs more than the steps since the last save."""
+"""Protects what is on disk: a crash, a full disk or a flipped bit costs no more than the steps since the last save."""
 
 from __future__ import annotations
 

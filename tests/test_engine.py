@@ -271,7 +271,7 @@ def test_best_weights_are_those_of_the_best_evaluation(tmp_path: Path) -> None:
 
 
 def test_evaluation_uses_the_ema_and_leaves_the_model_training(tmp_path: Path) -> None:
-    _, state, job = run(tmp_path, Regression())
+    _, _, job = run(tmp_path, Regression())
     assert job.ema is not None
     other = make_job(Regression(), ema=False)
     other.task.model.load_state_dict(job.ema.module.state_dict())

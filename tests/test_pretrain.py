@@ -130,7 +130,7 @@ def test_killed_and_started_again_is_never_interrupted(
 
 
 def test_two_processes_are_one_run_and_one_result(finished: Path, folder_of_images: Path, tmp_path: Path) -> None:
-    """torchrun with two processes = one process with two micro-batches, bit for bit; and = one batch but for rounding."""
+    """Two processes = one process with two micro-batches, bit for bit; and = one batch but for rounding."""
     arguments = command(*MIXED, "--data", folder_of_images, "--out")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     two = [*torchrun, *arguments[1:], str(tmp_path / "two")]
