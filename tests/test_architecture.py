@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "hcnet_cli"
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["train"],
+    ["train", "explain"],
     ["build"],
     ["engine", "tasks"],
     ["models", "data", "metrics", "optim", "profile", "checkpoint", "weights"],
