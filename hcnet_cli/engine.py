@@ -222,7 +222,7 @@ class Stepper:
         self.net: Any = job.task
         if dist.is_distributed():
             ids = [job.device.index] if job.device.type == "cuda" else None
-            self.net = DistributedDataParallel(job.task, device_ids=ids, broadcast_buffers=False)
+            self.net = DistributedDataParallel(job.task, device_ids=ids)
         self.scaler = torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16")
         self.parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
         self.bad_step = torch.full((), -1.0, device=job.device)  # first step that was not finite

@@ -19,6 +19,7 @@ from conftest import SMALL_MODEL, Done
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import hcnet_cli.models  # noqa: F401  (registers the sizes with timm)
 from hcnet_cli import runs
 
 Hcnet = Callable[..., Done]
@@ -132,7 +133,7 @@ def test_killed_and_started_again_is_never_interrupted(
 def test_two_processes_are_one_run_and_one_result(finished: Path, folder_of_images: Path, tmp_path: Path) -> None:
     """Two processes = one process with two micro-batches, bit for bit; and = one batch but for rounding."""
     arguments = command(*MIXED, "--data", folder_of_images, "--out")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = [*torchrun, *arguments[1:], str(tmp_path / "two")]
     done = subprocess.run(two, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -352,15 +353,13 @@ def test_a_corrupt_checkpoint_is_passed_over(hcnet: Hcnet, tmp_path: Path, folde
     assert "run.json" in done.err
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_bf16_trains_and_resumes(precision: str, hcnet: Hcnet, tmp_path: Path, folder_of_images: Path) -> None:
-    done = hcnet(
-        "pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, "--precision", precision, "--set",
-        "train.ema_decay=0.9",
-    )  # fmt: skip
+def test_bf16_and_ema(hcnet: Hcnet, tmp_path: Path, folder_of_images: Path) -> None:
+    """At 32 x 32: PyTorch's CPU gradient of a 3x3 stride-2 bf16 convolution on a 1 x 1 map is not a number."""
+    precision = ("--precision", "bf16", "--set", "train.ema_decay=0.9", "--set", "data.img_size=32")
+    done = hcnet("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path, *precision)
     assert done.code == 0
     info = runs.read_record(only_run(tmp_path) / "run.json")
-    assert info.precision == precision
+    assert info.precision == "bf16"
     assert (only_run(tmp_path) / "last" / "ema.safetensors").exists()
 
 

@@ -77,7 +77,7 @@ def test_a_bad_override_is_one_sentence_that_names_the_flag(key: str, value: obj
 def test_a_bad_file_is_one_sentence(text: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    with pytest.raises(UserError, match="mine.yaml") as error:
+    with pytest.raises(UserError, match=r"mine\.yaml") as error:
         rcp.resolve(file)
     assert words in str(error.value)
 
