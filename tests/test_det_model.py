@@ -369,6 +369,47 @@ def test_detections_keep_the_rules() -> None:
     assert (overlap[same] <= 0.5).all()
 
 
+def test_proposals_are_torchvision_s_where_it_follows_the_reference() -> None:
+    """Best per level, clip, NMS within a level, best of all: the same boxes from torchvision's filter_proposals."""
+    from torchvision.models.detection.rpn import AnchorGenerator, RegionProposalNetwork
+
+    model = small().eval()
+    theirs = RegionProposalNetwork(
+        AnchorGenerator(), None, 0.7, 0.3, 256, 0.5, {"testing": 60, "training": 0}, {"testing": 40, "training": 0}, 0.7
+    ).eval()
+    anchors = det.anchors_of([(16, 16), (8, 8), (4, 4), (2, 2), (1, 1)], 4.0)
+    torch.manual_seed(2)
+    scores = [torch.randn(len(a)) for a in anchors]
+    deltas = [torch.randn(len(a), 4) * 0.4 for a in anchors]
+    ours = model._keep_best(scores, deltas, anchors, (50, 60))
+    boxes = torch.cat([det.decode(d, a, det.RPN_STDS) for d, a in zip(deltas, anchors, strict=True)])
+    (expected,), _ = theirs.filter_proposals(
+        boxes[None], torch.cat(scores)[None], [(50, 60)], [len(a) for a in anchors]
+    )
+    assert len(ours) == 40
+    torch.testing.assert_close(ours, expected)
+
+
+def test_detections_are_torchvision_s_where_it_follows_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Softmax, threshold, clip, NMS within a class, best of all: the same from torchvision's postprocess_detections."""
+    from torchvision.models.detection.roi_heads import RoIHeads
+
+    model = small(with_masks=False, max_detections=12).eval()
+    theirs = RoIHeads(None, None, None, 0.5, 0.5, 512, 0.25, (10.0, 10.0, 5.0, 5.0), 0.05, 0.5, 12)
+    torch.manual_seed(3)
+    corner = torch.rand(60, 2) * 60
+    proposals = torch.cat([corner, corner + 5 + torch.rand(60, 2) * 40], dim=1)
+    scores, deltas = torch.randn(60, 4) * 2, torch.randn(60, 12)
+    monkeypatch.setattr(model, "_box_outputs", lambda pooled: (scores, deltas))
+    features = [torch.zeros(1, 16, 128 // s, 128 // s) for s in det.STRIDES]
+    (ours,) = model._detect(features, [proposals], [(90, 100)])
+    with_background = torch.cat([torch.zeros(60, 4), deltas], dim=1)
+    (boxes,), (best,), (labels,) = theirs.postprocess_detections(scores, with_background, [proposals], [(90, 100)])
+    torch.testing.assert_close(ours["boxes"], boxes)
+    torch.testing.assert_close(ours["scores"], best)
+    assert torch.equal(ours["labels"], labels)
+
+
 def test_without_masks_it_is_faster_rcnn() -> None:
     model = small(with_masks=False).train()
     target = {k: v for k, v in some_targets(1)[0].items() if k != "masks"}
