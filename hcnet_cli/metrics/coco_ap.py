@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,16 @@ Backend = Literal["faster-coco-eval", "pycocotools"]
 # COCO's twelve numbers in the order of COCOeval.stats
 NUMBERS = ("AP", "AP50", "AP75", "AP_s", "AP_m", "AP_l", "AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l")
 IOU_TYPES = {"box": "bbox", "mask": "segm"}
+
+
+class _Found(NamedTuple):
+    """What was found in an image, small enough to keep for every image of a set."""
+
+    boxes: NDArray[np.float32]  # [N, 4] x, y, width, height
+    scores: NDArray[np.float32]  # [N]
+    labels: NDArray[np.int32]  # [N]
+    size: tuple[int, int]  # of the masks: height, width
+    counts: list[str]  # RLE of the masks, [N] or empty
 
 
 class CocoAP:
@@ -57,38 +67,30 @@ class CocoAP:
         self.kinds = ["box", "mask"] if masks else ["box"]
         self.backend = backend
         self.load_image, self.num_pictures = load_image, num_pictures
-        self.found: dict[int, list[dict[str, Any]]] = {}  # image id -> results of this process
-        self.results: list[dict[str, Any]] = []  # of all processes, after `compute`
+        self.found: dict[int, _Found] = {}  # by image id: of this process, after `compute` of all
         self.per_class: dict[str, dict[str, float]] = {}
 
     def update(self, predictions: Sequence[dict[str, Any]], batch: dict[str, Any]) -> None:
         for prediction, target in zip(predictions, batch["target"], strict=True):
             image_id = int(target["image_id"])
             assert image_id not in self.found, f"image {image_id} was predicted twice"
-            boxes = prediction["boxes"].detach().float().cpu().numpy()
-            corners, sides = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-            boxes, scores = (
-                _shortest(v) for v in (np.concatenate([corners, sides], axis=1), prediction["scores"].float().cpu())
+            boxes, scores = (prediction[key].detach().float().cpu().numpy() for key in ("boxes", "scores"))
+            masks = [_as_text(code) for code in prediction["masks"]] if "mask" in self.kinds else []
+            self.found[image_id] = _Found(
+                np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
+                scores,
+                prediction["labels"].cpu().numpy().astype(np.int32),
+                tuple(masks[0]["size"]) if masks else (0, 0),
+                [code["counts"] for code in masks],
             )
-            labels = prediction["labels"].tolist()
-            self.found[image_id] = [
-                {
-                    "image_id": image_id,
-                    "category_id": self.category_ids[label - 1],
-                    "bbox": box,
-                    "score": score,
-                    **({"segmentation": _as_text(prediction["masks"][n])} if "mask" in self.kinds else {}),
-                }
-                for n, (label, box, score) in enumerate(zip(labels, boxes.tolist(), scores.tolist(), strict=True))
-            ]
 
     def compute(self) -> dict[str, float]:
-        together: dict[int, list[dict[str, Any]]] = {}
+        together: dict[int, _Found] = {}
         for part in dist.gather(self.found):
             twice = together.keys() & part.keys()
             assert not twice, f"images predicted by two processes: {sorted(twice)[:5]}"
             together |= part
-        self.results = [result for image_id in sorted(together) for result in together[image_id]]
+        self.found = dict(sorted(together.items()))
         numbers, self.per_class = dist.broadcast(self._score() if dist.is_main() else None)
         return numbers
 
@@ -115,7 +117,23 @@ class CocoAP:
         Given both, COCO takes the size of a mask (for AP_s, AP_m, AP_l) from its box.
         """
         other = "segmentation" if kind == "box" else "bbox"
-        return [{key: value for key, value in result.items() if key != other} for result in self.results]
+        return [
+            {key: value for key, value in result.items() if key != other}
+            for image_id in self.found
+            for result in self._results(image_id)
+        ]
+
+    def _results(self, image_id: int) -> list[dict[str, Any]]:
+        found = self.found[image_id]
+        results: list[dict[str, Any]] = [
+            {"image_id": image_id, "category_id": self.category_ids[label - 1], "bbox": box, "score": score}
+            for label, box, score in zip(
+                found.labels.tolist(), _shortest(found.boxes).tolist(), _shortest(found.scores).tolist(), strict=True
+            )
+        ]
+        for result, counts in zip(results, found.counts, strict=False):  # none without masks
+            result["segmentation"] = {"size": list(found.size), "counts": counts}
+        return results
 
     def save(self, folder: Path) -> None:
         """Writes predictions.json and predictions_masks.json (COCO results), per_class.json and pictures/."""
@@ -133,17 +151,15 @@ class CocoAP:
         folder.mkdir(exist_ok=True)
         truth = read_truth(self.annotation_file, masks="mask" in self.kinds)
         entries = truth["images"][: self.num_pictures]
-        wanted = {entry["id"] for entry in entries}
-        objects: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in wanted}
-        found: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in wanted}
-        for into, all_of in ((objects, truth["annotations"]), (found, self.results)):
-            for item in all_of:
-                if item["image_id"] in wanted:
-                    into[item["image_id"]].append(item)
+        objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in entries}
+        for annotation in truth["annotations"]:
+            if annotation["image_id"] in objects:
+                objects[annotation["image_id"]].append(annotation)
         label_of = {category_id: n for n, category_id in enumerate(self.category_ids)}
         for entry in entries:
             image = self.load_image(entry["id"])
-            sure = [item for item in found[entry["id"]] if item["score"] >= SURE]
+            found = self._results(entry["id"]) if entry["id"] in self.found else []
+            sure = [item for item in found if item["score"] >= SURE]
             panels = [
                 _panel(image, items, title, label_of, self.class_names)
                 for items, title in (
