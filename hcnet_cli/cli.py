@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import hcnet_cli
-from hcnet_cli.console import UserError, err, is_main_process, notice, out
-from hcnet_cli.names import DATA_VARIABLE, EMBEDDED, PAPER, SIZES
+from hcnet_cli.console import UserError, err, is_main_process, notice, out, warn
+from hcnet_cli.names import ABLATION_LENGTH, COMPONENTS, DATA_VARIABLE, EMBEDDED, PAPER, SIZES
 
 if TYPE_CHECKING:
-    from hcnet_cli.recipe import Resolved
+    from hcnet_cli.ablations import Base, StudyRun
+    from hcnet_cli.recipe import Recipe, Resolved
+    from hcnet_cli.study import Cost
 
 app = typer.Typer(
     help="Train, fine-tune, ablate and report HcNet, the vision backbone that conducts heat.",
@@ -174,8 +176,10 @@ FLAGS = {  # parameter of a command -> (recipe key, flag)
 }
 
 
-def _resolve(task: str, given: dict[str, Any]) -> Resolved:
-    """The recipe of a training command: named, or the one that belongs to the data; flags and --set laid over it."""
+def _base(task: str, given: dict[str, Any]) -> tuple[Path, list[tuple[str, Any, str]]]:
+    """The recipe file of a training command: named, or the one that belongs to the data; and flags and --set as
+    overrides (key, value, source).
+    """
     from hcnet_cli import recipe as rcp
 
     parsed = [rcp.parse_override(text) for text in given["overrides"] or []]
@@ -196,18 +200,24 @@ def _resolve(task: str, given: dict[str, Any]) -> Resolved:
     flags = [
         (key, given[parameter], flag) for parameter, (key, flag) in FLAGS.items() if given.get(parameter) is not None
     ]
-    resolved = rcp.resolve(
-        file, [("data.path", data, source), *flags, *((key, value, f"--set {key}") for key, value in parsed)]
-    )
-    if resolved.recipe.task != task:
-        raise UserError(f"The recipe {file} is for {resolved.recipe.task}, not for {task}.")
-    unit = resolved.recipe.schedule.unit
+    merged = [("data.path", data, source), *flags, *((key, value, f"--set {key}") for key, value in parsed)]
+    found = rcp.resolve(file, merged).recipe
+    if found.task != task:
+        raise UserError(f"The recipe {file} is for {found.task}, not for {task}.")
     for parameter in ("epochs", "steps"):
-        if given.get(parameter) is not None and parameter != unit:
+        if given.get(parameter) is not None and parameter != found.schedule.unit:
             raise UserError(
-                f"This recipe counts {unit}, not {parameter}.", hint=f"Use --set schedule.length=N, in {unit}."
+                f"This recipe counts {found.schedule.unit}, not {parameter}.",
+                hint=f"Use --set schedule.length=N, in {found.schedule.unit}.",
             )
-    return resolved
+    return file, merged
+
+
+def _resolve(task: str, given: dict[str, Any]) -> Resolved:
+    """The recipe of a training command, checked."""
+    from hcnet_cli import recipe as rcp
+
+    return rcp.resolve(*_base(task, given))
 
 
 def _train(task: str, given: dict[str, Any]) -> None:
@@ -229,6 +239,96 @@ def _train(task: str, given: dict[str, Any]) -> None:
     _, _, stopped_by = train(resolved, options)
     if stopped_by:
         raise typer.Exit(128 + stopped_by)
+
+
+@app.command()
+def ablate(
+    ctx: typer.Context,
+    disable: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each."),
+    ] = None,
+    study_name: Annotated[
+        str | None, typer.Option("--study", help="components, stencil, or a YAML file of your own arms.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="pretrain (default), finetune-det or finetune-seg; may repeat, for one table of all."),
+    ] = None,
+    size: Size = None,
+    data: DataPath = None,
+    recipe: RecipeName = None,
+    epochs: Epochs = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of every arm (default: the study's, or 0,1,2).")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; cores or GPUs are divided between them.")] = 1,
+    out_dir: Out = Path("results"),
+    device: Device = "auto",
+    overrides: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid with a time estimate and stop.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over finished runs of another code version, and broken ones.")
+    ] = False,
+) -> None:
+    """Train the model with and without its parts, on the same data, budget and seeds, and print what they are worth.
+
+    Every cell (arm and seed) is an ordinary run: finished ones are taken as they are, whoever asked for them, and the
+    same command again goes on. Without --epochs the embedded digits get 10 epochs a run instead of the recipe's 20, so
+    that two arms and three seeds end within minutes. Fine-tuning starts from the same arm's own pretraining when
+    pretrain is among the tasks, else from random weights.
+    """
+    from hcnet_cli import ablations, study
+    from hcnet_cli.report import render
+
+    if bool(disable) == bool(study_name):
+        raise UserError(
+            "Name either components to --disable or a --study.",
+            hint=f"For example: hcnet ablate --disable refinement. Studies: {', '.join(ablations.shipped_studies())}.",
+        )
+    short, asked = ablations.read_study(study_name) if study_name else ablations.disable_study(disable or [])
+    wanted = ablations.study_runs(asked, task or [], recipe or "")
+    for flag in ("data", "epochs"):
+        if len(wanted) > 1 and ctx.params[flag] is not None:
+            raise UserError(
+                f"--{flag} is for a study of one task.",
+                hint="Name recipes, and what all arms change in them, under runs: in a study file.",
+            )
+    bases = [_ablation_base(kind, one, ctx.params) for kind, one in wanted]
+    plan = ablations.plan(short, asked, bases, ablations.parse_seeds(seeds) if seeds else ())
+    settings = study.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
+    if dry_run:
+        study.preview(plan, settings, lambda one: _cost(one, device))
+        return
+    record, code = study.run(plan, settings)
+    if code <= 1:
+        table = ablations.table(record, ablations.by_name(out_dir))
+        sys.stdout.write(render([table], "rich"))
+    raise typer.Exit(code)
+
+
+def _ablation_base(task: str, one: StudyRun, given: dict[str, Any]) -> Base:
+    """What all arms of a study share in one task: the recipe, and what the study and the flags change in it."""
+    from hcnet_cli import recipe as rcp
+    from hcnet_cli.ablations import Base
+
+    file, overrides = _base(task, {**given, "recipe": one.recipe or None, "data": given["data"] or one.data})
+    changes = [(key, value, "the study") for key, value in rcp.flatten(one.changes).items()]
+    protocol = rcp.resolve(file).recipe.protocol
+    if protocol in ABLATION_LENGTH and "schedule.length" not in {key for key, _, _ in [*overrides, *changes]}:
+        changes.append(("schedule.length", ABLATION_LENGTH[protocol], "the default of ablations"))
+    return Base(file, (*changes, *overrides), one.init)
+
+
+def _cost(recipe: Recipe, device: str) -> Cost:
+    """What one run of a recipe takes; the time from a trial of two images."""
+    from hcnet_cli import build, profile
+    from hcnet_cli.study import Cost
+
+    where = build.pick_device(device)
+    data = build.build_data(recipe)
+    task = build.build_task(recipe, data)
+    params, macs = profile.count_params(task.model), build.macs(task, data)
+    images = recipe.train.batch_size * data.steps(recipe).total
+    return Cost(images, build.seconds_per_image(recipe, data, task, where), params, macs)
 
 
 @recipes_app.command("ls")
@@ -286,6 +386,7 @@ def report(
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
+    from hcnet_cli import ablations
     from hcnet_cli.report import report as make
     from hcnet_cli.report import report_check
     from hcnet_cli.runs import write_text
@@ -294,14 +395,19 @@ def report(
         if not folder.is_dir():
             raise UserError(f"There is no results folder {folder}.")
     where, more = results or [Path("results")], published or []
+    studies, unreadable = ablations.tables(where)
+    for line in unreadable:
+        warn(f"{line}.")
     if check is not None:
-        for line in (differing := report_check(where, check, published=more)):
+        for line in (differing := report_check(where, check, published=more, extra=studies)):
             out.print(line, markup=False)
         raise typer.Exit(1 if differing else 0)
     if watch and (fmt != "html" or output is None):
         raise UserError("--watch refreshes a page in a file.", hint="Add --format html --output report.html")
     while True:
-        text = make(where, table=table, fmt=fmt, published=more, output=output, refresh=10 if watch else None)
+        text = make(
+            where, table=table, fmt=fmt, published=more, extra=studies, output=output, refresh=10 if watch else None
+        )
         if output is None:
             sys.stdout.write(text)
             return
@@ -310,6 +416,7 @@ def report(
         if not watch:
             return
         time.sleep(10)
+        studies, _ = ablations.tables(where)
 
 
 def _version(value: bool) -> None:

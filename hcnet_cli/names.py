@@ -8,6 +8,11 @@ SIZES = {  # what `--size` takes -> the name in timm's registry; defined in mode
     "b": "hcnet_base",
 }
 COMPONENTS = ("conduction", "refinement", "gate", "anisotropy", "conservation")
+MEANINGLESS = {  # component -> those that are gone with it and so cannot be disabled besides
+    "conduction": ("gate", "anisotropy", "conservation"),
+    "anisotropy": ("conservation",),
+}
+ABLATION_LENGTH = {"pretrain/digits": 10}  # epochs of an ablation's runs, where the recipe's own would take too long
 EMBEDDED = {  # the data set inside the program for each task
     "pretrain": "digits",
     "finetune-det": "digit-scenes",

@@ -19,7 +19,7 @@ LAYERS = [
     ["engine", "tasks"],
     ["models", "data", "metrics", "optim", "profile", "checkpoint", "weights"],
     ["dist", "rng"],
-    ["report"],
+    ["report", "study"],
     ["ablations"],
     ["results"],
     ["runs"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["names"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TORCH_FREE = ["cli", "report", "results", "ablations", "runs", "recipe", "console", "names"]
+TORCH_FREE = ["cli", "report", "study", "results", "ablations", "runs", "recipe", "console", "names"]
 RECIPE_STOPS_AT = "build"
 
 
