@@ -19,7 +19,7 @@ demo: $(VENV)/.stamp
 	@echo "Open results/report.html in a browser for curves, pictures and provenance."
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,27 +248,34 @@ def _classification(recipe: Recipe, config: rcp.ImageFolder, data: Data) -> Clas
     return ClassificationTask(build_backbone(recipe, data.info.num_classes), data.class_names, mixup, config.smoothing)
 
 
-def _segmentation(recipe: Recipe, data: Data, model: nn.Module | None = None) -> SegmentationTask:
-    """The task on a new UPerNet; or, on a trained one, the task that evaluates it at several scales with flips."""
+def _segmentation(recipe: Recipe, data: Data) -> SegmentationTask:
+    head = recipe.head
+    assert isinstance(head, rcp.UPerNet)
+    shape = head.model_dump(exclude={"kind", "aux_weight"})
+    model = UPerNet(build_backbone(recipe, 0), data.info.num_classes, **shape)
+    return _segmentation_task(recipe, data, model, (1.0,), flip=False, suffix="")
+
+
+def several_scales(recipe: Recipe, data: Data, model: nn.Module) -> SegmentationTask:
+    """The task that evaluates a trained UPerNet at several scales with flips."""
+    return _segmentation_task(recipe, data, model, segmentation.MULTI_SCALE, flip=True, suffix="_ms")
+
+
+def _segmentation_task(
+    recipe: Recipe, data: Data, model: nn.Module, ratios: Sequence[float], flip: bool, suffix: str
+) -> SegmentationTask:
     head, config = recipe.head, recipe.data
     assert isinstance(head, rcp.UPerNet)
     assert isinstance(config, rcp.SceneParsing)
-    several = model is not None
-    if model is None:
-        arguments = head.model_dump(exclude={"kind", "aux_weight"})
-        model = UPerNet(build_backbone(recipe, 0), data.info.num_classes, **arguments)
-    shared: Any = {"mode": config.eval_mode, "crop_size": config.crop_size, "stride": config.eval_stride}
+    how: Any = {"mode": config.eval_mode, "crop_size": config.crop_size, "stride": config.eval_stride, "flip": flip}
     return SegmentationTask(
         model,
         data.class_names,
         aux_weight=head.aux_weight,
         ignore_index=config.ignore_index,
-        flip=several,
-        suffix="_ms" if several else "",
-        protocol=segmentation.protocol(
-            config.img_scale, ratios=segmentation.MULTI_SCALE if several else (1.0,), flip=several, **shared
-        ),
-        **shared,
+        suffix=suffix,
+        protocol=segmentation.protocol(config.img_scale, ratios=ratios, **how),
+        **how,
     )
 
 
@@ -278,7 +286,7 @@ def build_multi_scale(recipe: Recipe, data: Data, job: Job) -> Job:
     images = ade20k.EvalScenes(
         data.source, img_scale=config.img_scale, ratios=segmentation.MULTI_SCALE, mean=config.mean, std=config.std
     )
-    task = _segmentation(recipe, data, job.task.model).to(job.device)
+    task = several_scales(recipe, data, job.task.model).to(job.device)
     return dataclasses.replace(job, task=task, val=_eval_loader(recipe, images, data), ema=None)
 
 

@@ -180,6 +180,7 @@ def _describe(
         precision=recipe.train.precision,
         processes=dist.processes(),
         init=vars(account) if account else {},
+        metric_notes=_how_measured(task, data, recipe),
         git_commit=commit,
         git_dirty=dirty,
         argv=list(options.argv),
@@ -193,6 +194,14 @@ def _describe(
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         started=runs.now(),
     )
+
+
+def _how_measured(task: Any, data: build.Data, recipe: Recipe) -> dict[str, str]:
+    """How each score that has several protocols is made, for the tables."""
+    if not isinstance(recipe.data, rcp.SceneParsing):
+        return {}
+    several = build.several_scales(recipe, data, task.model)
+    return {one.primary: one.protocol for one in (task, several)}
 
 
 def _announce(info: RunInfo, folder: RunFolder, state: engine.State, shortened: bool, account: Account | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,30 @@ def test_an_output_folder_that_cannot_be_written(hcnet: Hcnet, tmp_path: Path, f
     assert "Traceback" not in done.err
 
 
+def test_a_disk_that_fills_up_ends_in_one_sentence_and_loses_nothing(
+    hcnet: Hcnet, tmp_path: Path, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full at the second checkpoint; with space again the same command ends as if nothing had happened."""
+    arguments = ("pretrain", *SMALL, "--data", folder_of_images, "--out")
+    assert hcnet(*arguments, tmp_path / "whole").code == 0
+    real, calls = shutil.disk_usage, 0
+
+    def filling(path: Path) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(path) if calls < 5 else shutil._ntuple_diskusage(100, 100, 0)  # type: ignore[attr-defined]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", filling)
+        done = hcnet(*arguments, tmp_path / "full")
+    assert done.code == 2
+    assert "The disk is full" in done.err
+    assert "Traceback" not in done.err
+    assert runs.read_record(only_run(tmp_path / "full") / "run.json").status == "failed"
+    assert hcnet(*arguments, tmp_path / "full").code == 0
+    assert outcome(only_run(tmp_path / "full")) == outcome(only_run(tmp_path / "whole"))
+
+
 def test_a_pth_that_would_run_code_is_refused(hcnet: Hcnet, tmp_path: Path, folder_of_images: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
@@ -316,8 +341,6 @@ def test_a_pth_that_would_run_code_is_refused(hcnet: Hcnet, tmp_path: Path, fold
 def test_corrupt_images_are_skipped_and_counted_in_training_and_an_error_in_evaluation(
     hcnet: Hcnet, tmp_path: Path, folder_of_images: Path
 ) -> None:
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(folder_of_images, data)
     next((data / "train" / "red").iterdir()).write_bytes(b"not an image")

@@ -1,0 +1,254 @@
+"""Protects the fine-tuning commands: resume, processes, accumulation, starting weights, and what a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_MODEL, Done
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file
+
+from hcnet_cli import runs
+from hcnet_cli.data import embedded
+
+Hcnet = Callable[..., Done]
+TIMES = ("images_per_second", "data_wait")
+STEPS = ("--set", "schedule.unit=steps", "--set", "schedule.length=6", "--set", "train.eval_every=3")
+SMALL = {
+    "finetune-det": (
+        *("--recipe", "digit-scenes", *SMALL_MODEL, *STEPS, "--set", "schedule.milestones=[5]", "--batch-size", "4"),
+        *("--set", "data.img_scale=[64,64]", "--set", "train.log_every=1", "--set", "schedule.warmup=1"),
+        *("--set", "head.fpn_channels=8", "--set", "head.box_head_channels=16", "--set", "head.mask_head_channels=8"),
+        *("--set", "head.score_thresh=0.0"),
+    ),
+    "finetune-seg": (
+        *("--recipe", "digit-stuff", *SMALL_MODEL, *STEPS, "--batch-size", "4", "--set", "schedule.warmup=1"),
+        *("--set", "data.img_scale=[64,64]", "--set", "data.crop_size=64", "--set", "train.log_every=1"),
+        *("--set", "head.channels=8", "--set", "head.aux_channels=8"),
+    ),
+}
+TASKS = list(SMALL)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A few of the embedded scenes, in the same formats: 24 for training, an odd number for validation."""
+    root = tmp_path_factory.mktemp("few")
+    coco, few = embedded.ensure("digit-scenes"), root / "few-scenes"
+    (few / "annotations").mkdir(parents=True)
+    for split, count in (("train", 24), ("val", 7)):
+        content = json.loads((coco / "annotations" / f"instances_{split}2017.json").read_text())
+        images = content["images"][:count]
+        ids = {image["id"] for image in images}
+        content |= {"images": images, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
+        (few / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+        (few / f"{split}2017").mkdir()
+        for image in images:
+            shutil.copy(coco / f"{split}2017" / image["file_name"], few / f"{split}2017")
+    ade, stuff = embedded.ensure("digit-stuff"), root / "few-stuff"
+    for split, count in (("training", 24), ("validation", 7)):
+        for kind in ("images", "annotations"):
+            (stuff / kind / split).mkdir(parents=True)
+            for file in sorted((ade / kind / split).iterdir())[:count]:
+                shutil.copy(file, stuff / kind / split)
+    for file in ade.glob("*.txt"):
+        shutil.copy(file, stuff)
+    return {"finetune-det": few, "finetune-seg": stuff}
+
+
+def command(task: str, data: dict[str, Path], results: Path, *more: str) -> list[str]:
+    where = ("--data", str(data[task]), "--out", str(results))
+    return [sys.executable, "-m", "hcnet_cli", task, *SMALL[task], *where, "--init", "none", *more]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def only_run(results: Path) -> Path:
+    (folder,) = (results / "runs").iterdir()
+    return folder
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    log = [{k: v for k, v in e.items() if k not in TIMES} for e in runs.read_log(folder / "metrics.jsonl")]
+    info = runs.read_record(folder / "run.json")
+    assert info.status == "finished", info.error
+    return {"log": log, "metrics": info.metrics, "last": (folder / "last" / "model.safetensors").read_bytes()}
+
+
+@pytest.fixture(scope="module")
+def finished(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    results = {}
+    for task in TASKS:
+        folder = tmp_path_factory.mktemp(task)
+        done = subprocess.run(command(task, data, folder), env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results[task] = only_run(folder)
+    return results
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_killed_and_started_again_is_never_interrupted(
+    task: str, data: dict[str, Path], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = command(task, data, tmp_path, "--workers", "1")
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
+    deadline, log = time.monotonic() + 200, None
+    while time.monotonic() < deadline and process.poll() is None:
+        log = log or next(tmp_path.glob("runs/*/metrics.jsonl"), None)
+        if log and '"step": 4' in log.read_text():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    assert process.wait() in (-signal.SIGKILL, 0)
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert outcome(only_run(tmp_path)) == outcome(finished[task])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_are_one_run(task: str, data: dict[str, Path], finished: dict[str, Path], tmp_path: Path) -> None:
+    """Same run name; the weights of one process but for rounding (batch norm is synchronised); metrics near equal."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, *command(task, data, tmp_path)[1:]], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    assert folder.name == finished[task].name
+    assert runs.read_record(folder / "run.json").processes == 2
+    one, two = (load_file(f / "last" / "model.safetensors") for f in (finished[task], folder))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=2e-2, atol=2e-4, msg=name)
+    losses = [[e["loss"] for e in runs.read_log(f / "metrics.jsonl") if "loss" in e] for f in (finished[task], folder)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_detection_in_micro_batches_equals_two_processes_bit_for_bit(
+    hcnet: Hcnet, data: dict[str, Path], finished: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without batch norm a division into equal micro-batches is the same whoever computes them."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = [*torchrun, *command("finetune-det", data, tmp_path / "two")[1:]]
+    subprocess.run(two, env=environment(), check=True, capture_output=True)
+    one = command("finetune-det", data, tmp_path / "one", "--accumulate", "2")
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    a, b = outcome(only_run(tmp_path / "two")), outcome(only_run(tmp_path / "one"))
+    assert a["last"] == b["last"]
+    assert a["metrics"] == b["metrics"]
+
+
+def test_saved_predictions_scored_by_pycocotools_alone_give_the_numbers_of_the_run(
+    data: dict[str, Path], finished: dict[str, Path]
+) -> None:
+    folder = finished["finetune-det"]
+    metrics = runs.read_record(folder / "run.json").metrics
+    truth = COCO(str(data["finetune-det"] / "annotations" / "instances_val2017.json"))
+    scored = {}
+    for kind, file in (("bbox", "predictions.json"), ("segm", "predictions_masks.json")):
+        path = folder / "final" / file
+        evaluation = COCOeval(
+            truth, truth.loadRes(str(path if path.exists() else folder / "final/predictions.json")), kind
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        scored[kind] = evaluation.stats
+    for prefix, kind in (("box", "bbox"), ("mask", "segm")):
+        for number, name in enumerate(("AP", "AP50", "AP75")):
+            assert metrics[f"{prefix}_{name}"] == pytest.approx(100 * scored[kind][number], abs=1e-9)
+
+
+def test_pictures_and_per_class_numbers_are_kept(finished: dict[str, Path]) -> None:
+    for folder in finished.values():
+        assert list((folder / "final" / "pictures").glob("*.png"))
+        assert json.loads((folder / "final" / "per_class.json").read_text())
+
+
+def test_costs_follow_the_papers_convention(finished: dict[str, Path]) -> None:
+    assert runs.read_record(finished["finetune-det"] / "run.json").macs_input == "3x800x1280"
+    assert runs.read_record(finished["finetune-seg"] / "run.json").macs_input == "3x512x2048"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_init_auto_takes_the_best_pretrain_run_of_the_same_model(
+    task: str, hcnet: Hcnet, data: dict[str, Path], tmp_path: Path
+) -> None:
+    pretrain = ("pretrain", "--recipe", "digits", *SMALL_MODEL, "--epochs", "1", "--out", tmp_path)
+    assert hcnet(*pretrain).code == 0
+    made = only_run(tmp_path).name
+    done = hcnet(task, *SMALL[task], "--data", data[task], "--out", tmp_path)
+    assert done.code == 0, done.err
+    assert f"{made}/best.safetensors" in done.err
+    (run,) = (tmp_path / "runs").glob("finetune*")
+    info = runs.read_record(run / "run.json")
+    assert info.init["loaded"] == info.init["total"]
+    assert "head.fc.weight" in info.init["unexpected"]
+    assert "init" not in info.changes
+
+
+def test_init_auto_without_a_run_is_an_error_on_your_own_data_and_a_notice_on_the_embedded(
+    hcnet: Hcnet, data: dict[str, Path], tmp_path: Path
+) -> None:
+    done = hcnet("finetune-seg", *SMALL["finetune-seg"], "--data", data["finetune-seg"], "--out", tmp_path)
+    assert done.code == 2
+    assert "no finished pretrain run of size pico" in done.err
+    done = hcnet("finetune-seg", *SMALL["finetune-seg"], "--out", tmp_path, "--dry-run")
+    assert done.code == 0
+    assert "starting from scratch" in done.err
+
+
+def test_several_scales_are_evaluated_beside_and_shown_apart(
+    hcnet: Hcnet, data: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = ("finetune-seg", *SMALL["finetune-seg"], "--data", data["finetune-seg"], "--out", tmp_path)
+    assert hcnet(*arguments, "--init", "none", "--multi-scale").code == 0
+    info = runs.read_record(only_run(tmp_path) / "run.json")
+    assert {"mIoU", "mIoU_ms"} <= info.metrics.keys()
+    assert "ss, whole, 64x64" in info.metric_notes["mIoU"]
+    assert "ms 0.5-1.75 + flip" in info.metric_notes["mIoU_ms"]
+
+
+def test_a_detector_without_masks(hcnet: Hcnet, data: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ("finetune-det", *SMALL["finetune-det"], "--data", data["finetune-det"], "--out", tmp_path)
+    assert hcnet(*arguments, "--init", "none", "--no-masks").code == 0
+    metrics = runs.read_record(only_run(tmp_path) / "run.json").metrics
+    assert "box_AP" in metrics
+    assert not any(name.startswith("mask") for name in metrics)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("finetune-det", "--data", "nowhere"), "nowhere"),
+        (("finetune-seg", "--data", "nowhere"), "nowhere"),
+        (("finetune-det", "--schedule", "2x"), 'There is no recipe "coco-2x"'),
+        (("finetune-det", "--schedule", "1x", "--recipe", "coco-3x"), "Give one of them"),
+        (("finetune-seg", "--steps", "0"), "greater than or equal to 1"),
+        (("finetune-seg", "--eval-mode", "half"), "eval_mode"),
+        (("finetune-det", "--eval-backend", "mine"), "eval_backend"),
+        (("finetune-det", "--recipe", "digits"), "There is no recipe"),
+        (("finetune-det", "--recipe", "pretrain/digits"), "is for pretrain"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    arguments: tuple[str, ...], words: str, hcnet: Hcnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = hcnet(*arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
