@@ -85,7 +85,9 @@ class ConvModule(nn.Module):
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear to `size` (height, width), pixel corners not aligned."""
+    """Bilinear to `size` (height, width), pixel corners not aligned; x itself where it has that size."""
+    if x.shape[2:] == torch.Size(size):
+        return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -147,7 +149,7 @@ class UPerHead(SegHead):
             x = lateral(feature) + resize(x, feature.shape[2:])  # the sum goes down, its convolution goes out
             outs.insert(0, fpn_conv(x))
         size = outs[0].shape[2:]
-        fused = torch.cat([out if out.shape[2:] == size else resize(out, size) for out in outs], dim=1)
+        fused = torch.cat([resize(out, size) for out in outs], dim=1)
         return self.classify(self.fpn_bottleneck(fused), noise)  # [B, 4C, H/4, W/4] -> [B, K, H/4, W/4]
 
 
