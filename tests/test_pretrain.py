@@ -236,7 +236,7 @@ def test_the_plan_says_where_values_come_from_and_what_linear_scaling_would_give
     plan = " ".join(done.out.split())
     for words in ("optim.lr 0.01 --lr", "data.img_size 16 --set data.img_size", "9 (3 an epoch)", "8 = 8 x 1"):
         assert words in plan
-    assert "linear scaling would give --lr 0.00025" in plan  # 2e-3 x 8 / 64
+    assert "linear scaling would give --lr 0.0005" in plan  # 2e-3 x 8 / 32
 
 
 def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -
     assert "Traceback" not in err
     assert process.returncode == 130
     info = runs.read_record(next(tmp_path.glob("results/runs/*/run.json")))
-    assert (info.status, info.steps_total, info.size) == ("interrupted", 300 * 22, "s")
+    assert (info.status, info.steps_total, info.size) == ("interrupted", 300 * 44, "s")
 
 
 @pytest.mark.parametrize(
