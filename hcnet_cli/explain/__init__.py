@@ -1,0 +1,135 @@
+"""Pictures of what the heat layers of a trained run do: `hcnet explain RUN`.
+
+Four pictures, their captions and the numbers behind them: learned stencils, conduction rates, the transfer function of
+the heat steps, and how far sight and heat spread. Equal runs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hcnet_cli import build, runs
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError, notice
+from hcnet_cli.data import coco, imagenet
+from hcnet_cli.explain.heat import heat_steps, measure, receptive_field, windows
+from hcnet_cli.explain.pictures import captions, draw
+from hcnet_cli.models import HcNet
+from hcnet_cli.recipe import Recipe
+from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.weights import load_into
+
+MAX_IMAGES = 16
+
+
+def explain(run: Path, image: Path | None = None, out: Path | None = None) -> list[Path]:
+    """Writes pictures of the run's best weights, captions.md and explain.json to `out` (RUN/explain); their paths.
+
+    Rates and receptive fields are measured on up to MAX_IMAGES validation images of the run's data, or on `image`. A
+    model without conduction has the receptive fields alone. UserError: no run, no weights, no data, no image.
+    """
+    info, recipe, backbone = load(run)
+    images, source = _one_image(recipe, image) if image else _validation_images(recipe, info)
+    folder = out or run / "explain"
+    with runs.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    steps = heat_steps(backbone, images)
+    if not steps:
+        notice("This model has no heat conduction (it is disabled): only the receptive fields are drawn.")
+    fields = receptive_field(lambda x: backbone.forward_intermediates(x, intermediates_only=True), windows(images))
+    found = {"disabled": list(backbone.disable), **measure(steps, fields)}
+    variant = f" ({info.variant})" if info.variant else ""
+    label = f"{rcp.SIZES[info.size]}{variant} · {info.task} on {info.data.name} · measured on {source}"
+    told = captions(found)
+    text = "".join(f"\n## {name[2:].capitalize()}\n\n![{name}]({name}.png)\n\n{told[name]}\n" for name in told)
+    about = {"run": run.resolve().name, "model": label, "step": info.best_step, "images": len(images)}
+    files = {f"{name}.png": content for name, content in draw(found, label).items()}
+    for stage in found["stages"]:
+        del stage["receptive_field"]["field"]  # a number a pixel: the picture is the better file for it
+    files["captions.md"] = f"# Inside the heat layers\n\n{label}\n{text}".encode()
+    files["explain.json"] = json.dumps(_rounded({**about, "captions": told, **found}), ensure_ascii=False).encode()
+    for name, content in files.items():
+        _write(folder / name, content)
+    return [folder / name for name in files]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replaces `path` whole: the report's page may read it at any time."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with runs.writing(path):
+        try:
+            temp.write_bytes(content)
+            os.replace(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+
+
+def _rounded(value: Any) -> Any:
+    """Plain lists, and numbers of 6 significant digits: more than a picture shows."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, (float, np.floating)) else value
+
+
+def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
+    """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data need not be there."""
+    folder = RunFolder(run)
+    info = folder.read()
+    if info is None:
+        raise UserError(f"{run} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
+    if not folder.best.is_file():
+        raise UserError(
+            f"{run} has no best.safetensors yet.", hint="Training writes it at the first evaluation: go on with it."
+        )
+    recipe = rcp.resolve(folder.recipe_file).recipe
+    backbone = build.build_backbone(recipe, 0)
+    account = load_into(backbone, build.read_init(str(run))[1], str(folder.best))
+    lacking = [name for name in (*account.missing, *account.reinitialised) if not name.startswith("norm.")]
+    if lacking:  # the final norm is the classifier's; nothing here uses it
+        raise UserError(
+            f"{folder.best} is not of the model in {folder.recipe_file}: it lacks {', '.join(lacking[:3])}."
+        )
+    backbone.set_grad_checkpointing(False)
+    return info, recipe, backbone.eval().requires_grad_(False)
+
+
+def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str]:
+    """Up to MAX_IMAGES images [3, H, W] as evaluation sees them, evenly spread over the validation images."""
+    try:
+        data = build.build_data(recipe)
+        chosen = np.linspace(0, len(data.val) - 1, min(MAX_IMAGES, len(data.val))).round()
+        items = [data.val[int(index), 0, 0] for index in chosen]
+    except UserError as error:
+        raise UserError(
+            f"The validation images of this run cannot be used: {error}",
+            hint="Name a picture instead: hcnet explain RUN --image FILE",
+        ) from None
+    images = [item["images"][0] if "images" in item else item["image"] for item in items]
+    return images, f"{len(images)} validation image{'s' if len(images) > 1 else ''}"
+
+
+def _one_image(recipe: Recipe, file: Path) -> tuple[list[Tensor], str]:
+    """The image in `file` as the run's evaluation would see it: [3, H, W]."""
+    try:
+        image = imagenet.read_image(str(file))
+    except Exception as error:  # decoders raise almost anything on damaged files
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+        raise UserError(f"The image {file} cannot be read: {reason}.") from None
+    config = recipe.data
+    if isinstance(config, rcp.ImageFolder):
+        names = {"img_size", "crop_pct", "interpolation", "mean", "std"}
+        return [imagenet.eval_transform(**config.model_dump(include=names))(image)], file.name
+    width, height = coco.fit(*image.size, *config.img_scale)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8
+    pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0].float() / 255
+    return [(pixels - torch.tensor(config.mean)[:, None, None]) / torch.tensor(config.std)[:, None, None]], file.name

@@ -1,0 +1,401 @@
+"""Pictures and captions from the numbers of `heat.measure`. White ground, so that a dark page is no matter."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+INK, MUTED, LINE = "#1f1b18", "#6a625a", "#d9d2c8"
+STAGE_COLOURS = ("#2b1e6b", "#85216b", "#cf4446", "#dd7a12")  # of rising lightness: told apart without colour, too
+COLD, NEUTRAL, HOT = "#2f6fab", "#e9e4dc", "#c8432c"
+DIVERGING, HEAT = "RdBu_r", "inferno"  # both safe for colour-blind eyes
+WIDTH, MARGIN = 11.0, 0.35  # inches
+FLOOR = 1e-4  # the dark end of logarithmic pictures
+SAME = 1e-9  # a standard deviation below it is rounding
+KIND_SHADES = {"isotropic": "#3d3a4b", "directional": "#8d88a0", "transport": "#cfcbd9"}
+NOTE: dict[str, Any] = {"fontsize": 8, "color": MUTED}
+LABEL: dict[str, Any] = {"fontsize": 8.5, "color": MUTED}
+HEAD: dict[str, Any] = {"fontsize": 9, "fontweight": "bold"}
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": "#b3aa9e",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "image.interpolation": "nearest",
+}
+Floats = NDArray[np.float64]
+
+
+def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
+    """PNG files by name, each with `label` below. Without heat steps: the spread alone."""
+    sheets: dict[str, Callable[[dict[str, Any]], _Sheet]] = {"4-spread": _spread}
+    if found["blocks"]:
+        sheets = {"1-stencils": _stencils, "2-rates": _rates, "3-transfer": _transfer, **sheets}
+    made = {}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # nobody's own matplotlibrc
+        matplotlib.rcParams.update(STYLE)
+        for name, picture in sheets.items():
+            sheet = picture(found)
+            sheet.text(WIDTH, sheet.height + 0.05, label, ha="right", va="top", **NOTE)
+            made[name] = sheet.png()
+    return made
+
+
+class _Sheet:
+    """A figure with its title above; what it holds is placed in inches from the upper left corner, so that nothing
+    overlaps.
+    """
+
+    def __init__(self, height: float, title: str, subtitle: str) -> None:
+        self.height, self.head = height, 0.7 + 0.19 * len(subtitle.splitlines())
+        self.size = (WIDTH + 2 * MARGIN, self.head + height + MARGIN)
+        self.figure = Figure(figsize=self.size)
+        self.text(0, -0.22 - 0.19 * len(subtitle.splitlines()), title, fontsize=15, fontweight="bold")
+        self.text(0, -0.14, subtitle, va="bottom", color=MUTED, linespacing=1.35)
+
+    def text(self, left: float, top: float, s: str, **style: Any) -> None:
+        self.figure.text((left + MARGIN) / self.size[0], 1 - (self.head + top) / self.size[1], s, **style)
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Any:
+        bottom = self.size[1] - self.head - top - height
+        x, y = self.size
+        return self.figure.add_axes(((left + MARGIN) / x, bottom / y, width / x, height / y))
+
+    def field(self, left: float, top: float, side: float, values: Any, **style: Any) -> Any:
+        """A framed picture of a [H, W] array in a square; its axes."""
+        axes = self.axes(left, top, side, side)
+        axes.imshow(values, **style)
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(visible=True, color=LINE)
+        return axes
+
+    def scale(self, left: float, top: float, width: float, norm: Normalize, colours: str, ticks: Sequence[str]) -> None:
+        """A horizontal colour bar with ticks at equal distances."""
+        axes = self.axes(left, top, width, 0.11)
+        bar = self.figure.colorbar(ScalarMappable(norm, colours), cax=axes, orientation="horizontal")
+        bar.outline.set_visible(False)
+        bar.set_ticks([float(norm.inverse(t)) for t in np.linspace(0, 1, len(ticks))], labels=list(ticks))
+        axes.minorticks_off()
+        axes.tick_params(length=2)
+
+    def blocks(self, left: float, top: float, height: float, blocks: Sequence[dict[str, Any]]) -> Any:
+        """Axes with the blocks along x in the order of depth, the stages named and parted by lines."""
+        axes = self.axes(left, top, WIDTH - left, height)
+        every = -(-len(blocks) // 28)
+        axes.set_xlim(-0.6, len(blocks) - 0.4)
+        axes.set_xticks(range(len(blocks)), [str(b["block"]) if (b["block"] - 1) % every == 0 else "" for b in blocks])
+        axes.tick_params(axis="x", length=0)
+        self.text(left - 0.1, top + height + 0.145, "block", ha="right", **LABEL)
+        for stage in dict.fromkeys(block["stage"] for block in blocks):
+            own = [i for i, block in enumerate(blocks) if block["stage"] == stage]
+            middle = left + (WIDTH - left) * (np.mean(own) + 0.6) / (len(blocks) + 0.2)
+            self.text(float(middle), top + height + 0.36, ha="center", **_stage(stage))
+            if own[0]:
+                axes.axvline(own[0] - 0.5, color=LINE, linewidth=0.8, zorder=0)
+        return axes
+
+    def png(self) -> bytes:
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+        return file.getvalue()
+
+
+def _colour(stage: int) -> str:
+    return STAGE_COLOURS[(stage - 1) % len(STAGE_COLOURS)]
+
+
+def _stage(number: int) -> dict[str, Any]:
+    return {"s": f"stage {number}", "fontsize": 11, "fontweight": "bold", "color": _colour(number)}
+
+
+def _percent(share: float) -> str:
+    """12 %, 1.2 %, 0.1 %."""
+    return f"{100 * share:.{0 if share >= 0.0995 or share == 0 else 1}f} %"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+# --- the four pictures ------------------------------------------------------------------------------------------------
+
+
+def _stencils(found: dict[str, Any]) -> _Sheet:
+    tile, pitch, row, top = 0.8, 0.86, 1.1, 0.5
+    lefts = {"patterns": 1.15, "isotropic": 4.9, "directional": 6.72, "transport": 8.54, "energy": 10.42}
+    raw = "conservation" in found["disabled"]
+    sheet = _Sheet(
+        top + row * len(found["stages"]) + 0.4,
+        "Kernels of the heat steps (conservation disabled)" if raw else "Stencils of the heat steps",
+        "What a pixel takes from its neighbours: red taps add, blue taps subtract. A blue centre among red conducts, a "
+        "red centre among blue sharpens.\n"
+        + ("The centre is a tap of its own" if raw else "The centre balances the other taps")
+        + " and often leaves the scale, which is that of the neighbours.",
+    )
+    heads = ("leading patterns of all channels", "most isotropic", "most directional", "most transporting", "energy")
+    for left, head in zip(lefts.values(), heads, strict=True):
+        sheet.text(left, 0.12, head, **HEAD)
+    sheet.text(lefts["patterns"], 0.3, "singular vectors, with their share of the energy", **NOTE)
+    note = "actual channels: the purest of each kind among the stronger half (block.channel · share of the kind)"
+    sheet.text(lefts["isotropic"], 0.3, note, **NOTE)
+    for i, stage in enumerate(found["stages"]):
+        y, stencils = top + row * i, stage["stencils"]
+        limit = max((_neighbours(entry["stencil"]) for entry in stencils["channels"]), default=0.0) or 1.0
+        sheet.text(0, y + 0.3, **_stage(stage["stage"]))
+        sheet.text(0, y + 0.48, f"{_count(stage['blocks'], 'block')} × {stage['channels']}", **LABEL)
+        sheet.text(0, y + 0.65, f"scale ±{limit:.2g}", **LABEL)
+        tiles = [("patterns", e["stencil"] / _neighbours(e["stencil"]), e["share"], "") for e in stencils["patterns"]]
+        for entry in stencils["channels"]:
+            place = f"{entry['block']}.{entry['channel']} · "
+            tiles.append((entry["kind"], entry["stencil"] / limit, entry["share"], place))
+        for j, (kind, values, share, place) in enumerate(tiles):
+            x = lefts[kind] + pitch * sum(other[0] == kind for other in tiles[:j])
+            sheet.field(x, y, tile, values, cmap=DIVERGING, vmin=-1, vmax=1)
+            sheet.text(x + tile / 2, y + tile + 0.14, place + _percent(share), ha="center", **LABEL)
+        axes = sheet.axes(lefts["energy"], y, 0.14, tile)
+        shares = stencils["energy"]
+        ends = np.cumsum(list(shares.values()))
+        for (kind, share), end in zip(shares.items(), ends, strict=True):
+            axes.bar(0, -share, 1, bottom=1 - end + share, color=KIND_SHADES[kind], linewidth=0)
+        axes.set(xlim=(-0.5, 0.5), ylim=(0, 1))
+        axes.axis("off")
+        for j, (kind, share) in enumerate(shares.items()):
+            text = f"{kind[:3]} {_percent(share)}"
+            sheet.text(lefts["energy"] + 0.2, y + 0.2 + 0.24 * j, text, fontsize=7.5, color=MUTED)
+    y = sheet.height - 0.24
+    sheet.scale(lefts["patterns"], y, 4 * pitch - 0.06, Normalize(-1, 1), DIVERGING, ("−1", "−½", "0", "½", "1"))
+    sheet.text(lefts["isotropic"], y + 0.09, "of the scale at the left; for a pattern, of its own largest tap", **LABEL)
+    return sheet
+
+
+def _neighbours(stencil: Floats) -> float:
+    """The largest tap beside the centre."""
+    taps = np.abs(stencil).ravel()
+    return float(np.delete(taps, len(taps) // 2).max())
+
+
+def _rates(found: dict[str, Any]) -> _Sheet:
+    blocks = found["blocks"]
+    seen = any(block["rate"]["std_over_images"] > SAME for block in blocks)
+    sheet = _Sheet(
+        4.9 if seen else 3.5,
+        "Conduction rates r (gate disabled)" if "gate" in found["disabled"] else "Conduction rates r(u)",
+        f"How fast the channels of each block conduct{', over all images' if seen else ''}. At 0 the field stands "
+        "still, at 1 it takes a full step of its stencil.\nShape: distribution; bars: median, middle half, 10 to 90 %; "
+        "dashed: where training starts.",
+    )
+    left = 0.6
+    axes = sheet.blocks(left, 0.05, 3.0, blocks)
+    for i, block in enumerate(blocks):
+        rate, colour = block["rate"], _colour(block["stage"])
+        counts = np.convolve(np.pad(rate["histogram"], 2, mode="symmetric"), [1, 4, 6, 4, 1], mode="valid")
+        width = 0.43 * counts / counts.max()
+        level = (np.arange(len(width)) + 0.5) / len(width)
+        axes.fill_betweenx(level, i - width, i + width, where=width > 0, color=colour, alpha=0.35, linewidth=0)
+        p = rate["percentiles"]
+        axes.plot([i, i], [p["10"], p["90"]], color=colour, linewidth=1)
+        axes.plot([i, i], [p["25"], p["75"]], color=colour, linewidth=4, solid_capstyle="butt")
+        axes.plot(i, p["50"], "o", color="white", markeredgecolor=colour, markersize=4.5, zorder=3)
+    axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.set(ylim=(0, 1), ylabel="r", yticks=np.linspace(0, 1, 5))
+    if seen:
+        lower = sheet.axes(left, 3.85, WIDTH - left, 0.85)
+        for key, colour, side in (("std_over_channels", "#a79e92", -0.19), ("std_over_images", HOT, 0.19)):
+            lower.bar(np.arange(len(blocks)) + side, [block["rate"][key] for block in blocks], 0.36, color=colour)
+        lower.set(xlim=axes.get_xlim(), xticks=[], ylabel="std of r")
+        patches = [Patch(color="#a79e92", label="between channels"), Patch(color=HOT, label="between images: the gate")]
+        lower.legend(handles=patches, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    return sheet
+
+
+def _transfer(found: dict[str, Any]) -> _Sheet:
+    stages, blocks, cycles = found["stages"], found["blocks"], found["frequencies"]
+    left, pitch, side = 0.6, 2.8, 2.0
+    sheet = _Sheet(
+        7.5,
+        "Transfer function |1 + r S(ω)| of the heat steps",
+        "What one step multiplies a wave with: below 1 (blue) it damps, above 1 (red) it amplifies. An explicit scheme "
+        "is stable where it stays within 1.\nWith the mean rate of the images.",
+    )
+    deviation = max(0.02, *(float(np.abs(stage["mean_gain"] - 1).max()) for stage in stages))
+    norm = Normalize(1 - deviation, 1 + deviation)
+    rings = np.arange(len(cycles) // 2 + 1) / len(cycles)  # 0 .. 1/2
+    lowest = min(0.9, *(min(block["gain"]["radial_p10"]) for block in blocks))
+    highest = max(1.1, *(max(block["gain"]["radial_p90"]) for block in blocks))
+    for i, stage in enumerate(stages):
+        x, colour = left + pitch * i, _colour(stage["stage"])
+        sheet.text(x, 0.12, **_stage(stage["stage"]))
+        whole = np.pad(stage["mean_gain"], ((0, 1), (0, 1)), mode="wrap")  # 1/2 beside -1/2, which is the same
+        at, edge = np.append(cycles, 0.5), 0.5 + 0.5 / len(cycles)
+        frame = {"extent": (-edge, edge, -edge, edge), "origin": "lower"}
+        axes = sheet.field(x, 0.22, side, whole, cmap=DIVERGING, norm=norm, **frame)
+        if whole.min() < 1 - 1e-3 and whole.max() > 1 + 1e-3:
+            axes.contour(at, at, whole, [1], colors=INK, linewidths=0.7)
+        axes.set(xlim=(-0.5, 0.5), ylim=(-0.5, 0.5), xticks=(-0.5, 0, 0.5), xticklabels=("−½", "0", "½"))
+        axes.tick_params(length=2)
+        profile = sheet.axes(x, 3.1, side, 1.3)
+        own = [block["gain"] for block in blocks if block["stage"] == stage["stage"]]
+        for j, gain in enumerate(own, 1):
+            band = {"color": colour, "alpha": 0.25 / len(own) ** 0.7, "linewidth": 0}
+            profile.fill_between(rings, gain["radial_p10"], gain["radial_p90"], **band)
+            profile.plot(rings, gain["radial_mean"], color=colour, alpha=0.3 + 0.7 * j / len(own), linewidth=1.5)
+        profile.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        profile.set(xlim=(0, 0.5), ylim=(lowest, highest), xticks=(0, 0.25, 0.5), xticklabels=("0", "¼", "½"))
+        if i == 0:
+            axes.set(yticks=(-0.5, 0, 0.5), yticklabels=("−½", "0", "½"), ylabel="cycles a pixel")
+            profile.set_ylabel("|1 + r S|")
+    ticks = [f"{1 + part * deviation:.2f}" for part in (-1, 0, 1)]
+    sheet.text(left, 2.62, "mean over the channels and blocks of a stage; black line: exactly 1", **NOTE)
+    sheet.scale(left + 3 * pitch, 2.54, side, norm, DIVERGING, ticks)
+    note = (
+        "over |ω| in cycles a pixel, one line a block (the deeper the darker): mean; band: 10 to 90 % of the channels"
+    )
+    sheet.text(left, 3.02, note, **NOTE)
+    axes = sheet.blocks(left, 5.3, 1.75, blocks)
+    for i, block in enumerate(blocks):
+        damped, amplified = block["gain"]["damped"], block["gain"]["amplified"]
+        axes.bar(i, 1, 0.72, color=NEUTRAL)
+        axes.bar(i, damped, 0.72, color=COLD)
+        axes.bar(i, amplified, 0.72, bottom=1 - amplified, color=HOT)
+        axes.plot(i, block["gain"]["stable_channels"], "D", color="white", markeredgecolor=INK, markersize=5)
+    axes.set(ylim=(0, 1), yticks=(0, 0.5, 1), yticklabels=("0", "50 %", "100 %"))
+    diamond: dict[str, Any] = {"color": "none", "marker": "D", "markerfacecolor": "white", "markeredgecolor": INK}
+    handles = [
+        Patch(color=COLD, label="damped by more than 1 %"),
+        Patch(color=NEUTRAL, label="within 1 %"),
+        Patch(color=HOT, label="amplified by more than 1 %"),
+        Line2D([], [], label="channels within the bound at every frequency and rate", markersize=5, **diamond),
+    ]
+    axes.legend(handles=handles, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.01), borderaxespad=0)
+    sheet.text(left, 4.95, "shares of all channels and frequencies of a block", **NOTE)
+    return sheet
+
+
+def _spread(found: dict[str, Any]) -> _Sheet:
+    pitch, side, conducting = 2.9, 2.3, bool(found["blocks"])
+    sheet = _Sheet(
+        6.4 if conducting else 3.4,
+        "Spread through depth",
+        "Top: the pixels that the centre feature (+) of each stage depends on: effective receptive field, root mean "
+        "square gradient."
+        + conducting
+        * "\nBottom: what the heat steps of a stage alone make of one hot pixel, on the stage's own grid.",
+    )
+    style: dict[str, Any] = {"cmap": HEAT, "norm": LogNorm(FLOOR, 1)}
+    for i, stage in enumerate(found["stages"]):
+        x, seen = pitch * i, stage["receptive_field"]
+        sheet.text(x, 0.12, **_stage(stage["stage"]))
+        axes = sheet.field(x, 0.24, side, np.maximum(seen["field"], FLOOR), **style)
+        for colour, width in (("white", 3.0), (INK, 1.2)):
+            y_x = seen["centre"][::-1]
+            axes.plot(*y_x, "+", color=colour, markersize=10, markeredgewidth=width, clip_on=False)
+        height, width = seen["image"]
+        sheet.text(x, 2.74, f"95 % of it on {_percent(seen['fraction_95'])} of {width} × {height} pixels", fontsize=8.5)
+        if conducting:
+            field, after = stage["hot_pixel"]["field"], stage["hot_pixel"]["after"]
+            half = len(field) // 2
+            far = max(1, np.abs(np.argwhere(field > FLOOR) - half).max())
+            near = field[half - far : half + far + 1, half - far : half + far + 1]
+            sheet.field(x, 3.1, side, np.maximum(near, FLOOR), **style)
+            held = f"95 % of it on {after[-1]['area']['95']} of {len(near)} × {len(near)}"
+            sheet.text(x, 3.1 + side + 0.2, f"{_count(len(after), 'step')}: {held}", fontsize=8.5)
+    ticks = [*(f"$10^{{{exponent}}}$" for exponent in range(-4, 0)), "1"]
+    sheet.scale(0, sheet.height - 0.34, side, style["norm"], HEAT, ticks)
+    sheet.text(pitch, sheet.height - 0.25, "of the largest value of each picture", **LABEL)
+    return sheet
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+
+def captions(found: dict[str, Any]) -> dict[str, str]:
+    """What each picture shows and what to see in it, with this run's numbers; by name of the picture."""
+    spread = _about_spread(found)
+    if not found["blocks"]:
+        return {"4-spread": spread + " This model has no heat conduction: it was disabled."}
+    told = {"1-stencils": _about_stencils(found), "2-rates": _about_rates(found), "3-transfer": _about_gains(found)}
+    held = ", ".join(str(stage["hot_pixel"]["after"][-1]["area"]["95"]) for stage in found["stages"])
+    hot = (
+        " Below, a hot pixel after all heat steps of a stage and nothing else: root mean square over the channels, "
+        f"each counting the same. 95 % of its energy lies on {held} pixels of the stage's own grid."
+    )
+    return {**told, "4-spread": spread + hot}
+
+
+def _about_stencils(found: dict[str, Any]) -> str:
+    if "anisotropy" in found["disabled"]:
+        return "Anisotropy is disabled: every channel has the fixed 5-point Laplacian / 4. Nothing was learned here."
+    energy = [
+        f"stage {stage['stage']}: " + ", ".join(f"{k} {_percent(v)}" for k, v in stage["stencils"]["energy"].items())
+        for stage in found["stages"]
+    ]
+    balance = "Each stencil sums to zero: a constant field is at rest. "
+    if "conservation" in found["disabled"]:
+        balance = "Conservation is disabled: the kernels need not sum to zero, a constant field is not at rest. "
+    return (
+        "Left, the leading patterns of all stencils of a stage: singular vectors with their share of the energy. "
+        "Right, two channels of each kind, the purest among the stronger half. A stencil is the sum of an isotropic "
+        "part (equal under all turns and mirrorings of the square), a directional part (else equal under a half turn) "
+        f"and a transporting part (odd: it moves the field). {balance}Energy of the neighbours' taps by kind: "
+        f"{'; '.join(energy)}."
+    )
+
+
+def _about_rates(found: dict[str, Any]) -> str:
+    rates = [block["rate"] for block in found["blocks"]]
+    low, high = min(rate["percentiles"]["0"] for rate in rates), max(rate["percentiles"]["100"] for rate in rates)
+    channels, images = (float(np.mean([rate[f"std_over_{what}"] for rate in rates])) for what in ("channels", "images"))
+    text = (
+        "Distribution of the conduction rate r in each block; training starts at 0.5 (dashed). Here r goes from "
+        f"{low:.2f} to {high:.2f} and differs by {channels:.3f} between the channels of a block (standard deviation, "
+        "mean over the blocks)"
+    )
+    if "gate" in found["disabled"]:
+        return f"{text}. The gate is disabled: a channel has one rate for all images."
+    return text + (f", by {images:.3f} between images: what the gate sees in them." if images > SAME else ".")
+
+
+def _about_gains(found: dict[str, Any]) -> str:
+    gains = [block["gain"] for block in found["blocks"]]
+    damped, amplified, stable = (
+        _percent(float(np.mean([gain[key] for gain in gains]))) for key in ("damped", "amplified", "stable_channels")
+    )
+    return (
+        "What one heat step multiplies each spatial frequency with. Over all blocks, channels and frequencies, "
+        f"{damped} are damped and {amplified} amplified by more than 1 %; the largest factor is "
+        f"{max(gain['max'] for gain in gains):.2f}. {stable} of the channels stay within the stability bound "
+        "|1 + r S| <= 1 at every frequency, whatever rate an image gives them. A step outside it is no error: norms "
+        "and refinements stand between the steps, and to sharpen is to amplify."
+    )
+
+
+def _about_spread(found: dict[str, Any]) -> str:
+    seen = [_percent(stage["receptive_field"]["fraction_95"]) for stage in found["stages"]]
+    rates = found["blocks"] and "gate" not in found["disabled"]
+    return (
+        "Effective receptive field: the root mean square gradient of each stage's centre feature (+) with respect to "
+        f"each pixel. 95 % of its energy lies on {', '.join(seen)} of the picture in stages 1 to {len(seen)}. The even "
+        f"floor comes through the norms{' and the conduction rates' if rates else ''}, which look at the whole map. "
+        "Features stand at multiples of the stride, so on a small image the last ones stand at its upper left."
+    )
