@@ -86,18 +86,23 @@ def shipped_studies() -> list[str]:
     return sorted(file.stem for file in (rcp.recipes_dir() / "ablate").glob("*.y*ml"))
 
 
+def study_file(name: str) -> Path:
+    """The file of a study given by path or, shipped, by name."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    wanted = name.removeprefix("ablate/")
+    for file in (rcp.recipes_dir() / "ablate").glob("*.y*ml"):
+        if file.stem == wanted:
+            return file
+    raise UserError(
+        f'There is no study "{name}".{did_you_mean(wanted, shipped_studies())}',
+        hint=f"Shipped: {', '.join(shipped_studies())}; or name a YAML file.",
+    )
+
+
 def read_study(name: str) -> tuple[str, Study]:
     """(short name, study) of a shipped study or a YAML file. UserError for the first thing that is wrong."""
-    if name.endswith((".yaml", ".yml")):
-        file = Path(name)
-    else:
-        wanted = name.removeprefix("ablate/")
-        file = next((f for f in (rcp.recipes_dir() / "ablate").glob("*.y*ml") if f.stem == wanted), Path())
-        if not file.name:
-            raise UserError(
-                f'There is no study "{name}".{did_you_mean(wanted, shipped_studies())}',
-                hint=f"Shipped: {', '.join(shipped_studies())}; or name a YAML file.",
-            )
+    file = study_file(name)
     try:
         data = rcp.parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:

@@ -333,11 +333,12 @@ def _cost(recipe: Recipe, device: str) -> Cost:
 
 @recipes_app.command("ls")
 def recipes_ls() -> None:
-    """Names and first lines of the shipped recipes."""
+    """Names and first lines of the shipped recipes, and of the studies (hcnet ablate)."""
     from hcnet_cli import recipe as rcp
+    from hcnet_cli.ablations import shipped_studies
 
-    for name in rcp.shipped():
-        first = (rcp.recipes_dir() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    for name in [*(f"ablate/{study}" for study in shipped_studies()), *rcp.shipped()]:
+        first = _any_task(name).read_text(encoding="utf-8").splitlines()[0]
         out.print(f"{name:<34}{first.lstrip('# ')}", markup=False)
 
 
@@ -366,9 +367,12 @@ def recipes_cp(
 
 
 def _any_task(name: str) -> Path:
-    """The shipped recipe's file, by full name or by a short name that is unique."""
+    """The shipped recipe's or study's file, by full name or by a short name that is unique."""
     from hcnet_cli import recipe as rcp
+    from hcnet_cli.ablations import shipped_studies, study_file
 
+    if name.removeprefix("ablate/") in shipped_studies():
+        return study_file(name)
     matches = [full for full in rcp.shipped() if full.split("/", 1)[1] == name]
     return rcp.recipe_file(matches[0] if len(matches) == 1 else name)
 

@@ -28,6 +28,7 @@ from hcnet_cli.console import UserError, duration, err, notice, out, warn
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import FAMILIES, METRICS, Run, is_number
 
+PROGRAM = (sys.executable, "-m", "hcnet_cli")
 LOOK_EVERY = 0.1  # seconds between looks at the processes
 SHOW_EVERY = 2.0  # seconds between looks at how far the runs are
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -239,7 +240,7 @@ class _Study:
                         job.process.kill()
         self.write()
         if self.refused:
-            if not any(cell.run for cell in cells):  # a mistake leaves no study behind
+            if not any(cell.state == "finished" for cell in cells):  # a mistake leaves no study behind
                 self.file.unlink()
             raise self.refused
         if self.stop:
@@ -291,7 +292,7 @@ class _Study:
             "--out": results,
             "--device": self.settings.device,
         }
-        line = [sys.executable, "-m", "hcnet_cli", cell.task, *(str(x) for pair in arguments.items() for x in pair)]
+        line = [*PROGRAM, cell.task, *(str(x) for pair in arguments.items() for x in pair)]
         if cell.run in self.again:
             line.append("--fresh")
         with runs.writing(log), log.open("wb") as file:
@@ -350,7 +351,7 @@ class _Study:
 
     def _left(self) -> str:
         todo = sum(cell.state not in ("finished", "failed") for cell in self.record.cells)
-        if not todo:
+        if not todo or not self.took:
             return ""
         seconds = sum(self.took) / len(self.took) * todo / self.settings.jobs
         return f" · {todo} to go, about {duration(seconds)}"

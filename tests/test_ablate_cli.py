@@ -1,0 +1,358 @@
+"""Protects `hcnet ablate` as a person uses it: cells are ordinary runs, none twice, and no failure is hidden."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL_MODEL, Done
+
+from hcnet_cli import runs, study
+
+Hcnet = Callable[..., Done]
+FAKE_PROGRAM = (sys.executable, str(Path(__file__).parent / "fake_training.py"))
+SMALL = (
+    *("--recipe", "digits", *SMALL_MODEL, "--epochs", "1", "--set", "train.batch_size=8"),
+    *("--set", "data.img_size=16"),
+)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Cells are played by fake_training.py; call it to say how they behave."""
+    monkeypatch.setattr(study, "PROGRAM", FAKE_PROGRAM)
+    monkeypatch.setattr(study, "LOOK_EVERY", 0.02)
+    monkeypatch.chdir(tmp_path)
+
+    def behave(**wanted: Any) -> None:
+        monkeypatch.setenv("FAKE", json.dumps(wanted))
+
+    behave()
+    return behave
+
+
+def calls(results: Path = Path("results")) -> list[list[Any]]:
+    """[task, label, init, fresh, OMP_NUM_THREADS, CUDA_VISIBLE_DEVICES] of every cell that was started."""
+    file = results / "calls.txt"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def labels() -> list[str]:
+    return sorted(call[1] for call in calls())
+
+
+def record(results: Path = Path("results")) -> dict[str, Any]:
+    (file,) = (results / "studies").glob("*.json")
+    return json.loads(file.read_text())
+
+
+def states(results: Path = Path("results")) -> dict[str, str]:
+    return {f"{cell['arm']} s{cell['seed']}": cell["state"] for cell in record(results)["cells"]}
+
+
+# --- the real program -------------------------------------------------------------------------------------------------
+
+
+def test_the_real_program_trains_both_arms_and_shares_its_runs(
+    hcnet: Hcnet, folder_of_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows; a run made by hand before is taken as it is; again, everything is there; the report has the table."""
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))  # somebody may commit meanwhile
+    out = ("--out", tmp_path)
+    assert hcnet("pretrain", *SMALL, "--data", folder_of_images, *out).code == 0
+    (mine,) = (tmp_path / "runs").iterdir()
+    before = (mine / "run.json").read_bytes()
+    arguments = ("ablate", "--disable", "refinement", *SMALL, "--data", folder_of_images, "--seeds", "0", *out)
+    done = hcnet(*arguments)
+    assert done.code == 0, done.err
+    assert "2 runs, 1 of them finished" in done.err
+    assert (mine / "run.json").read_bytes() == before
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert "no-refinement" in done.out
+    assert "numbers, not findings" in " ".join(done.out.split())
+    again = hcnet(*arguments)
+    assert (again.code, again.out) == (0, done.out)
+    assert "2 runs, 2 of them finished" in again.err
+    assert "no-refinement" in hcnet("report", "--results", tmp_path, "--table", "ablation").out
+    ours, other = (
+        json.loads((tmp_path / "runs" / c["run"] / "run.json").read_text()) for c in record(tmp_path)["cells"]
+    )
+    assert ours["params"] > other["params"]
+    assert ours["macs"] > other["macs"]
+    assert other["variant"].startswith("no-refinement")
+
+
+def test_the_plan_is_printed_and_nothing_is_started(hcnet: Hcnet, folder_of_images: Path, tmp_path: Path) -> None:
+    arguments = ("ablate", "--disable", "all", *SMALL, "--data", folder_of_images, "--out", tmp_path / "new")
+    done = hcnet(*arguments, "--dry-run", "--seeds", "0,1")
+    assert done.code == 0, done.err
+    plan = " ".join(done.out.split())
+    for words in ("no-conservation", "12, of which 0 are finished", "about 0:0", "pretrain/digits", "1 epochs"):
+        assert words in plan
+    assert not (tmp_path / "new").exists()
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def test_as_typed_it_is_two_arms_and_three_seeds_of_ten_epochs_on_the_embedded_digits(
+    hcnet: Hcnet, fake: Callable[..., None]
+) -> None:
+    done = hcnet("ablate", "--disable", "refinement")
+    assert done.code == 0
+    assert "using the embedded digits" in done.err
+    assert labels() == [f"{arm} s{seed}" for arm in ("full", "refinement") for seed in range(3)]
+    recipes = {path.name: path.read_text() for path in Path("results/studies").glob("*/*.yaml")}
+    assert recipes.keys() == {"full.yaml", "no-refinement.yaml"}
+    assert all("length: 10" in text and "disable: [" in text for text in recipes.values())
+    assert all(text in done.out for text in ("full", "no-refinement", "91.00"))
+
+
+def test_finished_cells_are_never_run_twice_whatever_study_asks(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    assert hcnet("ablate", "--disable", "refinement", "--seeds", "0").code == 0
+    assert hcnet("ablate", "--disable", "refinement", "--seeds", "0").code == 0
+    assert labels() == ["full s0", "refinement s0"]
+    assert hcnet("ablate", "--study", "components", "--seeds", "0").code == 0
+    assert len(labels()) == len(set(labels())) == 6  # full and no-refinement were there
+    assert hcnet("ablate", "--disable", "refinement", "--seeds", "0,1").code == 0  # one more seed
+    assert [label for label in labels() if label.endswith("1")] == ["full s1", "refinement s1"]
+    assert len(labels()) == len(set(labels())) == 8
+
+
+def test_a_failed_cell_is_recorded_and_the_others_go_on(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    fake(fail=["refinement s1"])
+    done = hcnet("ablate", "--disable", "refinement")
+    assert done.code == 1
+    assert states()["no-refinement s1"] == "failed"
+    assert set(states().values()) == {"failed", "finished"}
+    cell = next(cell for cell in record()["cells"] if cell["state"] == "failed")
+    assert cell["error"] == "It broke."
+    assert "some words" in (Path("results") / cell["log"]).read_text()
+    assert cell["log"] in done.err
+    told = " ".join(done.out.split())
+    assert "Not counted: no-refinement, seed 1: unfinished at 4 of 10 steps; failed: It broke" in told
+    fake()
+    assert hcnet("ablate", "--disable", "refinement").code == 0  # the same command tries it again, and only it
+    assert labels().count("refinement s1") == 2
+    assert len(labels()) == 7
+
+
+def test_a_refusal_of_the_first_arm_is_the_users_mistake(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    """What the program refuses for the full model it would refuse for every cell: one sentence, exit code 2."""
+    fake(refuse=["full s0"], seconds=5)
+    done = hcnet("ablate", "--disable", "refinement", "--jobs", "2")
+    assert done.code == 2
+    assert done.err.endswith("error: The data are not in order.\nMend them.\n")
+    assert len(calls()) <= 2
+    assert not list(Path("results/studies").glob("*.json"))
+
+
+def test_a_refusal_of_another_arm_is_that_arms_failure(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    fake(refuse=["refinement s0"])
+    done = hcnet("ablate", "--disable", "refinement", "--seeds", "0,1")
+    assert done.code == 1
+    assert list(states().values()).count("finished") == 3
+
+
+def test_jobs_divide_cores_and_gpus(hcnet: Hcnet, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(study, "cores", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    fake(seconds=0.5)
+    assert hcnet("ablate", "--disable", "gate", "--jobs", "2", "--seeds", "0,1").code == 0
+    assert {(call[4], call[5]) for call in calls()} == {("4", "3"), ("4", "5")}
+    assert hcnet("ablate", "--disable", "gate", "--jobs", "4", "--seeds", "2,3", "--device", "cpu").code == 0
+    assert {(call[4], call[5]) for call in calls()[4:]} == {("2", "3,5")}
+
+
+def test_torchrun_is_refused(hcnet: Hcnet, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = hcnet("ablate", "--disable", "gate")
+    assert done.code == 2
+    assert "without torchrun" in done.err
+
+
+def test_fine_tuning_waits_for_its_own_pretraining_and_starts_from_it(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    fake(fail=["gate s1"])
+    tasks = ("--task", "finetune-det", "--task", "pretrain", "--task", "finetune-seg")
+    done = hcnet("ablate", "--disable", "gate", *tasks, "--seeds", "0,1", "--jobs", "3")
+    assert done.code == 1
+    started = {(task, label): init for task, label, init, *_ in calls()}
+    assert ("finetune-det", "gate s1") not in started  # its pretraining failed
+    for label in ("full s0", "full s1", "gate s0"):
+        assert started["pretrain", label] == "none"
+        for task in ("finetune-det", "finetune-seg"):
+            name = Path(started[task, label]).name
+            info = runs.read_record(Path(started[task, label]) / "run.json")
+            arm, seed = label.split()
+            assert (info.variant, info.seed) == ("no-gate" if arm == "gate" else "", int(seed[1:])), name
+    text = hcnet("report", "--format", "markdown", "--table", "ablation").out
+    for column in ("top-1", "box AP", "mIoU"):
+        assert column in text
+    assert "Its pretraining failed" in text
+
+
+def test_runs_of_another_code_version_are_told_and_fresh_makes_them_anew(
+    hcnet: Hcnet, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "git_state", lambda: ("new", False))
+    fake(commit="old")
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "0").code == 0
+    fake(commit="new")
+    done = hcnet("ablate", "--disable", "gate", "--seeds", "0,1,2")
+    assert "2 finished runs are of another version of the code" in done.err
+    told = " ".join(done.out.split())
+    assert "Not counted: full, seed 0: unlike the others in code version: old instead of new" in told
+    assert "Not counted: no-gate, seed 0" in told
+    before = len(calls())
+    done = hcnet("ablate", "--disable", "gate", "--seeds", "0,1,2", "--fresh")
+    assert sorted(call[1] for call in calls()[before:]) == ["full s0", "gate s0"]
+    assert all(call[3] for call in calls()[before:])
+    assert "Not counted" not in done.out
+
+
+def test_a_broken_record_is_a_failed_cell_until_fresh(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "0").code == 0
+    (victim,) = Path("results/runs").glob("*no-gate-s0*")
+    (victim / "run.json").write_text("{")
+    done = hcnet("ablate", "--disable", "gate", "--seeds", "0")
+    assert done.code == 1
+    assert "Not counted: no-gate, seed 0: its record cannot be read" in " ".join(done.out.split())
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "0", "--fresh").code == 0
+    assert set(states().values()) == {"finished"}
+
+
+def test_a_run_on_moved_data_is_recognised_by_the_program_itself(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    """The data's path is not their identity: the cell starts, finds itself finished, and is not trained again."""
+    Path("a").mkdir()
+    Path("b").mkdir()
+    arguments = ("ablate", "--disable", "gate", "--recipe", "digits", "--seeds", "0")
+    assert hcnet(*arguments, "--data", "a").code == 0
+    made = {path: (path / "run.json").read_bytes() for path in Path("results/runs").iterdir()}
+    assert hcnet(*arguments, "--data", "b").code == 0
+    assert {path: (path / "run.json").read_bytes() for path in Path("results/runs").iterdir()} == made
+    count = len(calls())
+    assert hcnet(*arguments, "--data", "b").code == 0
+    assert len(calls()) == count  # the study remembers which runs they are
+
+
+def interrupted(tmp_path: Path, *numbers: signal.Signals) -> tuple[int, str]:
+    """The program at a long study, in a process of its own, sent signals while two cells are at work."""
+    code = (
+        "import sys; from hcnet_cli import study, cli\n"
+        f"study.PROGRAM = {FAKE_PROGRAM!r}\n"
+        "sys.argv = ['hcnet', 'ablate', '--disable', 'gate', '--jobs', '2']\n"
+        "cli.main()"
+    )
+    env = {**os.environ, "FAKE": json.dumps({"seconds": 60})}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("results/runs/*/run.json"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.2)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_and_the_same_command_goes_on(
+    number: signal.Signals, tmp_path: Path, hcnet: Hcnet, fake: Callable[..., None]
+) -> None:
+    code, err = interrupted(tmp_path, number)
+    assert code == 128 + number, err
+    assert "Traceback" not in err
+    assert "The same command goes on from there" in err
+    assert sorted(states(tmp_path / "results").values()) == ["interrupted"] * 2 + ["waiting"] * 4
+    for folder in (tmp_path / "results" / "runs").iterdir():
+        assert runs.read_record(folder / "run.json").status == "interrupted"
+    assert hcnet("ablate", "--disable", "gate").code == 0
+    assert set(states().values()) == {"finished"}
+    assert len(list(Path("results/runs").iterdir())) == 6
+
+
+def test_a_second_command_at_the_same_study_is_refused(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "0").code == 0
+    (folder,) = (path for path in Path("results/studies").iterdir() if path.is_dir())
+    with study._alone(folder):
+        done = hcnet("ablate", "--disable", "gate", "--seeds", "0")
+    assert done.code == 2
+    assert "Another process is working at this study" in done.err
+
+
+def test_a_study_file_names_recipes_budget_and_seeds(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    Path("mine.yaml").write_text(
+        "title: rates\n"
+        "arms: {usual: {}, high: {optim.lr: 0.01}}\n"
+        "runs:\n"
+        "  - {recipe: pretrain/digits, changes: {schedule.length: 2}}\n"
+        "  - {recipe: finetune-seg/digit-stuff, init: pretrain}\n"
+        "seeds: [5, 6]\n"
+    )
+    assert hcnet("ablate", "--study", "mine.yaml").code == 0
+    assert record()["seeds"] == [5, 6]
+    assert len(calls()) == 8
+    assert "length: 2" in next(Path("results/studies").glob("*/usual-pretrain.yaml")).read_text()
+    assert hcnet("ablate", "--study", "mine.yaml", "--data", "x").code == 2
+
+
+def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
+    from hcnet_cli import ablations
+    from hcnet_cli import recipe as rcp
+
+    short, asked = ablations.disable_study(["gate"])
+    plan = ablations.plan(short, asked, [ablations.Base(rcp.recipe_file("pretrain/digits"), ())])
+    at_work = study._Study(plan, study.Settings())
+    for cell, state in zip(at_work.record.cells, ("finished", "failed", "running", "waiting"), strict=False):
+        cell.state = state  # type: ignore[assignment]
+    grid = at_work.grid()
+    shown = [str(text) for column in grid.columns for text in column.cells]
+    assert shown == ["full", "no-gate", "finished", "failed", "starting", "waiting", "waiting", "waiting"]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "either components to --disable or a --study"),
+        (("--disable", "gate", "--study", "stencil"), "either components to --disable or a --study"),
+        (("--disable", "gat"), 'unknown component "gat". Did you mean "gate"?'),
+        (("--disable", "conduction+gate"), "without conduction there is no gate to disable"),
+        (("--disable", ""), "unknown component"),
+        (("--study", "component"), 'no study "component". Did you mean "components"?'),
+        (("--study", "mine.yaml"), "mine.yaml cannot be read"),
+        (("--disable", "gate", "--task", "finetune"), "Did you mean"),
+        (("--disable", "gate", "--seeds", "0;1"), "is not a list of whole numbers"),
+        (("--disable", "gate", "--seeds", "1,1"), "names a seed twice"),
+        (("--disable", "gate", "--jobs", "0"), "Invalid value"),
+        (("--disable", "gate", "--size", "xl"), "unknown size"),
+        (("--disable", "gate", "--set", "optim.lrr=1"), 'Did you mean "optim.lr"?'),
+        (("--disable", "gate", "--set", "train.seed=1"), "--set train.seed has no place in an ablation"),
+        (("--disable", "gate", "--set", "model.disable=[refinement]"), "the arm no-gate sets model.disable too"),
+        (("--disable", "gate", "--recipe", "coco-1x"), "no recipe"),
+        (("--disable", "gate", "--task", "pretrain", "--task", "finetune-det", "--epochs", "2"), "study of one task"),
+        (("--disable", "gate", "--task", "finetune-seg", "--epochs", "2"), "This recipe counts steps"),
+        (("--disable", "gate", "--task", "pretrain", "--task", "pretrain"), "the same recipe"),
+        (("--disabel", "gate"), "No such option"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    arguments: tuple[str, ...], words: str, hcnet: Hcnet, fake: Callable[..., None], tmp_path: Path
+) -> None:
+    done = hcnet("ablate", *arguments)
+    assert done.code == 2
+    assert words in " ".join(done.err.replace("│", " ").split())
+    assert "Traceback" not in done.err
+    assert not list(tmp_path.iterdir())
