@@ -171,7 +171,8 @@ def test_rate_statistics() -> None:
     assert found["std_over_channels"] == pytest.approx(0.15)
     assert found["std_over_images"] == pytest.approx(np.std([0.1, 0.2, 0.3]) / 2)
     assert (found["percentiles"]["0"], found["percentiles"]["100"]) == (0.1, 0.5)
-    assert sum(found["histogram"]) == pytest.approx(1)
+    assert np.mean(found["density"]) == pytest.approx(1)
+    assert np.average(np.linspace(0, 1, 200), weights=found["density"]) == pytest.approx(0.35, abs=0.01)
 
 
 def test_parts_of_a_stencil_are_orthogonal_and_sum_to_it() -> None:

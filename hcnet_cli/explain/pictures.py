@@ -142,6 +142,8 @@ def _count(number: int, what: str) -> str:
 
 
 def _stencils(found: dict[str, Any]) -> _Sheet:
+    if "anisotropy" in found["disabled"]:
+        return _laplacian()
     tile, pitch, row, top = 0.8, 0.86, 1.1, 0.5
     lefts = {"patterns": 1.15, "isotropic": 4.9, "directional": 6.72, "transport": 8.54, "energy": 10.42}
     raw = "conservation" in found["disabled"]
@@ -189,6 +191,20 @@ def _stencils(found: dict[str, Any]) -> _Sheet:
     return sheet
 
 
+def _laplacian() -> _Sheet:
+    sheet = _Sheet(
+        1.7,
+        "The stencil of the heat steps (anisotropy disabled)",
+        "The 5-point Laplacian / 4, for every channel of every block: nothing was learned. A pixel takes a quarter of "
+        "each neighbour (red)\nand gives up its own heat (blue).",
+    )
+    taps = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]]) / 4
+    axes = sheet.field(0, 0.1, 1.5, taps, cmap=DIVERGING, vmin=-1, vmax=1)
+    for (y, x), tap in np.ndenumerate(taps):
+        axes.text(x, y, f"{tap:g}".replace("-", "−"), ha="center", va="center", color="white" if tap == -1 else INK)
+    return sheet
+
+
 def _neighbours(stencil: Floats) -> float:
     """The largest tap beside the centre."""
     taps = np.abs(stencil).ravel()
@@ -209,10 +225,9 @@ def _rates(found: dict[str, Any]) -> _Sheet:
     axes = sheet.blocks(left, 0.05, 3.0, blocks)
     for i, block in enumerate(blocks):
         rate, colour = block["rate"], _colour(block["stage"])
-        counts = np.convolve(np.pad(rate["histogram"], 2, mode="symmetric"), [1, 4, 6, 4, 1], mode="valid")
-        width = 0.43 * counts / counts.max()
-        level = (np.arange(len(width)) + 0.5) / len(width)
-        axes.fill_betweenx(level, i - width, i + width, where=width > 0, color=colour, alpha=0.35, linewidth=0)
+        width = 0.43 * rate["density"] / rate["density"].max()
+        level = np.linspace(0, 1, len(width))
+        axes.fill_betweenx(level, i - width, i + width, where=width > 1e-3, color=colour, alpha=0.35, linewidth=0)
         p = rate["percentiles"]
         axes.plot([i, i], [p["10"], p["90"]], color=colour, linewidth=1)
         axes.plot([i, i], [p["25"], p["75"]], color=colour, linewidth=4, solid_capstyle="butt")
@@ -294,32 +309,34 @@ def _transfer(found: dict[str, Any]) -> _Sheet:
 
 def _spread(found: dict[str, Any]) -> _Sheet:
     pitch, side, conducting = 2.9, 2.3, bool(found["blocks"])
+    height, width = found["stages"][0]["receptive_field"]["image"]
+    low = 0.24 + side * min(1, height / width)  # where the upper pictures end
+    upper = "he pixels that the centre feature (+) of each stage depends on: effective receptive field, rms gradient."
+    lower = "Bottom: what the heat steps of a stage alone make of one hot pixel, on the stage's own grid."
     sheet = _Sheet(
-        6.4 if conducting else 3.4,
+        low + (3.85 if conducting else 0.85),
         "Spread through depth",
-        "Top: the pixels that the centre feature (+) of each stage depends on: effective receptive field, root mean "
-        "square gradient."
-        + conducting
-        * "\nBottom: what the heat steps of a stage alone make of one hot pixel, on the stage's own grid.",
+        f"Top: t{upper}\n{lower}" if conducting else f"T{upper}",
     )
     style: dict[str, Any] = {"cmap": HEAT, "norm": LogNorm(FLOOR, 1)}
     for i, stage in enumerate(found["stages"]):
         x, seen = pitch * i, stage["receptive_field"]
         sheet.text(x, 0.12, **_stage(stage["stage"]))
         axes = sheet.field(x, 0.24, side, np.maximum(seen["field"], FLOOR), **style)
-        for colour, width in (("white", 3.0), (INK, 1.2)):
-            y_x = seen["centre"][::-1]
-            axes.plot(*y_x, "+", color=colour, markersize=10, markeredgewidth=width, clip_on=False)
-        height, width = seen["image"]
-        sheet.text(x, 2.74, f"95 % of it on {_percent(seen['fraction_95'])} of {width} × {height} pixels", fontsize=8.5)
+        axes.set_anchor("NW")
+        for colour, thickness in (("white", 3.0), (INK, 1.2)):
+            mark: dict[str, Any] = {"markersize": 10, "markeredgewidth": thickness, "clip_on": False}
+            axes.plot(*seen["centre"][::-1], "+", color=colour, **mark)
+        held = f"95 % of it on {_percent(seen['fraction_95'])} of {width} × {height} pixels"
+        sheet.text(x, low + 0.2, held, fontsize=8.5)
         if conducting:
             field, after = stage["hot_pixel"]["field"], stage["hot_pixel"]["after"]
             half = len(field) // 2
             far = max(1, np.abs(np.argwhere(field > FLOOR) - half).max())
             near = field[half - far : half + far + 1, half - far : half + far + 1]
-            sheet.field(x, 3.1, side, np.maximum(near, FLOOR), **style)
+            sheet.field(x, low + 0.5, side, np.maximum(near, FLOOR), **style)
             held = f"95 % of it on {after[-1]['area']['95']} of {len(near)} × {len(near)}"
-            sheet.text(x, 3.1 + side + 0.2, f"{_count(len(after), 'step')}: {held}", fontsize=8.5)
+            sheet.text(x, low + 0.7 + side, f"{_count(len(after), 'step')}: {held}", fontsize=8.5)
     ticks = [*(f"$10^{{{exponent}}}$" for exponent in range(-4, 0)), "1"]
     sheet.scale(0, sheet.height - 0.34, side, style["norm"], HEAT, ticks)
     sheet.text(pitch, sheet.height - 0.25, "of the largest value of each picture", **LABEL)
@@ -381,13 +398,15 @@ def _about_gains(found: dict[str, Any]) -> str:
     damped, amplified, stable = (
         _percent(float(np.mean([gain[key] for gain in gains]))) for key in ("damped", "amplified", "stable_channels")
     )
-    return (
+    text = (
         "What one heat step multiplies each spatial frequency with. Over all blocks, channels and frequencies, "
         f"{damped} are damped and {amplified} amplified by more than 1 %; the largest factor is "
         f"{max(gain['max'] for gain in gains):.2f}. {stable} of the channels stay within the stability bound "
-        "|1 + r S| <= 1 at every frequency, whatever rate an image gives them. A step outside it is no error: norms "
-        "and refinements stand between the steps, and to sharpen is to amplify."
+        "|1 + r S| <= 1 at every frequency, whatever rate an image gives them."
     )
+    if stable != _percent(1):
+        text += " A step outside it is no error: norms and refinements stand between the steps, and some sharpen."
+    return text
 
 
 def _about_spread(found: dict[str, Any]) -> str:
