@@ -57,8 +57,7 @@ def make_run(folder: Path, task: str = "pretrain", data: Path | str = "digits", 
     """A run folder as training leaves it, without training."""
     overrides = [("data.path", str(data), ""), ("model.disable", list(disable), "")]
     overrides += [("model.depths", list(DEPTHS), ""), ("model.dims", list(DIMS), "")]
-    if task == "pretrain":
-        overrides += [("data.img_size", 16, "")]
+    overrides += [("data.img_size", 16, "")] if task == "pretrain" else [("data.img_scale", [120, 64], "")]
     recipe = rcp.resolve(rcp.recipe_file(SHIPPED[task], task), overrides).recipe
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(rcp.dump_yaml(recipe))
@@ -411,7 +410,7 @@ def test_the_backbone_inside_a_detector_and_a_segmenter(task: str, tmp_path: Pat
     explain(run)
     found = numbers(run)
     assert found["images"] == 2
-    assert found["stages"][0]["receptive_field"]["image"] == [85, 128]  # 40 x 60 fitted to 128 x 128
+    assert found["stages"][0]["receptive_field"]["image"] == [64, 96]  # 40 x 60 fitted to 64 x 120
     by_hand = network().stages[3].blocks[0].conduction.stencil()[:, 0].numpy()
     shown = [entry for entry in found["stages"][3]["stencils"]["channels"] if entry["block"] == 1]
     for entry in shown:
@@ -420,7 +419,7 @@ def test_the_backbone_inside_a_detector_and_a_segmenter(task: str, tmp_path: Pat
     split = "images/validation" if task == "finetune-seg" else "val2017"
     explain(run, image=scenes / split / "1.jpg", out=tmp_path / "one")
     one = json.loads((tmp_path / "one" / "explain.json").read_text())
-    assert one["stages"][0]["receptive_field"]["image"] == [85, 128]
+    assert one["stages"][0]["receptive_field"]["image"] == [64, 96]
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
