@@ -542,16 +542,11 @@ def table(record: StudyRecord, found: Mapping[str, Run | str]) -> Table:
     several = len(record.tasks) > 1
     values: dict[str, dict[str, Any]] = {arm: {"model": arm, "variant": arm} for arm in record.arms}
     members: dict[str, list[Path]] = {arm: [] for arm in record.arms}
-    columns = [
-        Column("model", "variant"),
-        Column("params_m", "#params (M)", "number", secondary=True),
-        Column("macs_g", "MACs (G)", "number", secondary=True),
-        Column("images_per_second", "images/s", "short", secondary=True),
-    ]
     forest: list[tuple[str, float, float, float]] = []
     left_out: list[str] = []
     verdicts: list[str] = []
     every: list[Run] = []
+    wilcoxon: set[str] = set()
     for number, task in enumerate(record.tasks):
         metric = METRICS[FAMILIES[task]][0]
         counted, lines = count(record, task, found)
@@ -563,28 +558,42 @@ def table(record: StudyRecord, found: Mapping[str, Run | str]) -> Table:
         for arm, of_arm in counted.items():
             members[arm] += [run.folder for run in of_arm.values()]
         title = METRIC_TITLES[metric]
-        of = f" {title}" if several else ""
-        columns += [
-            Column(metric, title, "percent"),
-            Column(f"{metric}_n", f"n{of}", "integer", secondary=several),
-            Column(f"{metric}_difference", f"difference{of}", "difference"),
-            Column(f"{metric}_interval", f"95% interval{of}", secondary=several),
-            Column(f"{metric}_p", f"p (Holm){of}", "p"),
-            Column(f"{metric}_effect", f"effect size{of}", "number", secondary=True),
-        ]
-        if any(c is not None and c.p_wilcoxon is not None for c in compared.values()):
-            columns.append(Column(f"{metric}_p_wilcoxon", f"p (Wilcoxon){of}", "p", secondary=True))
+        wilcoxon |= {metric} if any(c is not None and c.p_wilcoxon is not None for c in compared.values()) else set()
         for arm, c in compared.items():
             if c is not None and c.low is not None and c.high is not None:
                 forest.append((f"{arm}{f', {title}' if several else ''}", c.difference, c.low, c.high))
         verdicts += _verdicts(next(iter(record.arms)), title, compared, values, f"{metric}_p")
-    columns.append(Column("source", "source", secondary=True))
     for arm, row in values.items():
         _provenance(row, [run for run in every if run.folder in members[arm]], record)
     rows = [Row("measured" if members[arm] else "unfinished", values[arm], tuple(members[arm])) for arm in record.arms]
     rows.sort(key=lambda row: row.kind == "unfinished")  # stable: renderers group by kind
     notes = [*verdicts, *left_out, *_notes(record, every, values)]
-    return Table("ablation", _title(record, every), columns, rows, notes, forest)
+    return Table("ablation", _title(record, every), _columns(record.tasks, wilcoxon), rows, notes, forest)
+
+
+def _columns(tasks: Sequence[str], wilcoxon: set[str]) -> list[Column]:
+    """Of one task: cost, metric, difference. Of several: the metrics side by side first, what is behind them after."""
+    cost = [
+        Column("params_m", "#params (M)", "number", secondary=True),
+        Column("macs_g", "MACs (G)", "number", secondary=True),
+        Column("images_per_second", "images/s", "short", secondary=True),
+    ]
+    metrics = [METRICS[FAMILIES[task]][0] for task in tasks]
+    several = len(tasks) > 1
+
+    def each(suffix: str, title: str, style: Any, secondary: bool = several) -> list[Column]:
+        of = (lambda m: f"{title} {METRIC_TITLES[m]}") if several else (lambda m: title)
+        return [Column(f"{m}{suffix}", of(m), style, secondary=secondary) for m in metrics]
+
+    shown = [Column(m, METRIC_TITLES[m], "percent") for m in metrics]
+    number, interval = each("_n", "n", "integer"), each("_interval", "95% interval", "text")
+    difference, p = each("_difference", "diff." if several else "difference", "difference"), each("_p", "p (Holm)", "p")
+    effect = each("_effect", "effect size", "number", secondary=True)
+    ranks = [c for c in each("_p_wilcoxon", "p (Wilcoxon)", "p", secondary=True) if c.key.split("_p_")[0] in wilcoxon]
+    head, tail = Column("model", "variant"), Column("source", "source", secondary=True)
+    if several:
+        return [head, *shown, *difference, *p, *cost, *number, *interval, *effect, *ranks, tail]
+    return [head, *cost, *shown, *number, *difference, *interval, *p, *effect, *ranks, tail]
 
 
 def _title(record: StudyRecord, every: Sequence[Run]) -> str:
@@ -681,8 +690,7 @@ def _provenance(row: dict[str, Any], of_arm: Sequence[Run], record: StudyRecord)
         return ", ".join(dict.fromkeys(text for text in texts if text))
 
     row |= {
-        "seeds": ", ".join(str(i.seed) for i in infos),
-        "n": len(infos),
+        "seeds": joined(str(i.seed) for i in infos),
         "study": record.name,
         "source": "measured",
         "runs": ", ".join(run.name for run in of_arm),
