@@ -423,6 +423,21 @@ def report(
         studies, _ = ablations.tables(where)
 
 
+@app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as results/runs/NAME.")],
+    image: Annotated[Path | None, typer.Option(help="A picture to measure on, instead of validation images.")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the pictures, instead of RUN/explain.")
+    ] = None,
+) -> None:
+    """Draw what the heat layers of a run do: stencils, conduction rates, transfer functions, receptive fields."""
+    from hcnet_cli.explain import explain as draw
+
+    for path in draw(run, image, out_dir):
+        out.print(str(path), markup=False)
+
+
 def _version(value: bool) -> None:
     if value:
         out.print(f"hcnet {hcnet_cli.__version__}")

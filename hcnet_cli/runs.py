@@ -203,7 +203,7 @@ class RunFolder:
             "log.txt",
         ):
             (self.path / name).unlink(missing_ok=True)
-        for name in ("last", "previous", "final"):
+        for name in ("last", "previous", "final", "explain"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def append(self, **entry: Any) -> None:
