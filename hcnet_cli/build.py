@@ -257,8 +257,10 @@ def _segmentation(recipe: Recipe, data: Data) -> SegmentationTask:
 
 
 def several_scales(recipe: Recipe, data: Data, model: nn.Module) -> SegmentationTask:
-    """The task that evaluates a trained UPerNet at several scales with flips."""
-    return _segmentation_task(recipe, data, model, segmentation.MULTI_SCALE, flip=True, suffix="_ms")
+    """The task that evaluates a trained UPerNet at several scales, mirrored too if training mirrored."""
+    assert isinstance(recipe.data, rcp.SceneParsing)
+    flip = recipe.data.hflip > 0  # digits are other signs in a mirror
+    return _segmentation_task(recipe, data, model, segmentation.MULTI_SCALE, flip=flip, suffix="_ms")
 
 
 def _segmentation_task(

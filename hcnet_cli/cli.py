@@ -393,7 +393,7 @@ def report(
     from hcnet_cli import ablations
     from hcnet_cli.report import report as make
     from hcnet_cli.report import report_check
-    from hcnet_cli.runs import write_text
+    from hcnet_cli.runs import write_text, writing
 
     for folder in results or []:
         if not folder.is_dir():
@@ -415,6 +415,8 @@ def report(
         if output is None:
             sys.stdout.write(text)
             return
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, text)
         notice(f"Wrote {output}.")
         if not watch:

@@ -267,7 +267,7 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
 
 def _several_scales(job: engine.Job, recipe: Recipe, data: build.Data, folder: RunFolder) -> dict[str, float]:
     """mIoU_ms and its companions, of the best weights."""
-    notice("Evaluating the best weights at several scales, with flips.")
+    notice("Evaluating the best weights at several scales.")
     build.load_init(job.task.model, *build.read_init(str(folder.path)))
     metrics, _ = engine.evaluate(build.build_multi_scale(recipe, data, job))
     return metrics

@@ -219,7 +219,7 @@ def test_several_scales_are_evaluated_beside_and_shown_apart(
     info = runs.read_record(only_run(tmp_path) / "run.json")
     assert {"mIoU", "mIoU_ms"} <= info.metrics.keys()
     assert "ss, whole, 64x64" in info.metric_notes["mIoU"]
-    assert "ms 0.5-1.75 + flip" in info.metric_notes["mIoU_ms"]
+    assert "ms 0.5-1.75, whole, 64x64" in info.metric_notes["mIoU_ms"]  # no flip: digits are not mirrored
 
 
 def test_a_detector_without_masks(hcnet: Hcnet, data: dict[str, Path], tmp_path: Path) -> None:
