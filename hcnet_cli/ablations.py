@@ -250,7 +250,7 @@ def plan(short: str, study: Study, bases: Sequence[Base], seeds: Sequence[int] =
             _meaningful(recipe.model.disable, f"arm {arm}")
             same = next((a for (a, t), other in recipes.items() if t == recipe.task and other == recipe), None)
             if same is not None:
-                raise UserError(f"The arms {same} and {arm} are the same recipe.")
+                raise UserError(f"The arms {same} and {arm} are the same recipe for {recipe.task}.")
             if (arm, recipe.task) in recipes:
                 raise UserError(f"{recipe.task} stands twice in this study.", hint="A study runs each task once.")
             recipes[arm, recipe.task] = recipe
@@ -483,7 +483,7 @@ def count(record: StudyRecord, task: str, found: Mapping[str, Run | str]) -> tup
         elif isinstance(run, str):
             reasons[key] = f"its record cannot be read ({run})"
         else:
-            reasons[key] = "its run is gone" if cell.run else "not run"
+            reasons[key] = "its run is gone" if cell.run else "started" if cell.state == "running" else "not run"
         if key in reasons and cell.state == "failed":
             log = f" (log: {cell.log})" if cell.log else ""
             reasons[key] += f"; failed: {cell.error.rstrip('.') or 'no message'}{log}"

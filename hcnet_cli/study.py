@@ -252,7 +252,7 @@ class _Study:
         return self.record, 1 if failed else 0
 
     def _work(self, show: Callable[[], None]) -> None:
-        asked = 0
+        asked, looked = False, time.monotonic()
         while True:
             for slot, job in list(self.jobs.items()):
                 if (code := job.process.poll()) is not None:
@@ -261,14 +261,26 @@ class _Study:
             if (self.stop or self.refused) and not asked:
                 for job in self.jobs.values():
                     job.process.send_signal(signal.SIGINT)
-                asked = 1
+                asked = True
             while not asked and len(self.jobs) < self.settings.jobs and (cell := self._next()):
                 slot = next(n for n in range(self.settings.jobs) if n not in self.jobs)
                 self.jobs[slot] = self._start(cell, slot)
             if not self.jobs:
                 return
+            if time.monotonic() - looked > SHOW_EVERY:
+                looked = time.monotonic()
+                self._name_runs()
             show()
             time.sleep(LOOK_EVERY)
+
+    def _name_runs(self) -> None:
+        """Writes down which run a cell has become, so that a report knows it even if this process is killed."""
+        unnamed = [job.cell for job in self.jobs.values() if not job.cell.run]
+        found = runs.find_runs(self.settings.results) if unnamed else ((), ())
+        for cell in unnamed:
+            if folder := ablations.find(self.recipe(cell), found):
+                cell.run = folder.name
+                self.write()
 
     def _next(self) -> Cell | None:
         for cell in self.record.cells:

@@ -244,18 +244,22 @@ def test_a_run_on_moved_data_is_recognised_by_the_program_itself(hcnet: Hcnet, f
     assert len(calls()) == count  # the study remembers which runs they are
 
 
+def cells_of(folder: Path) -> list[dict[str, Any]]:
+    return record(folder / "results")["cells"] if list(folder.glob("results/studies/*.json")) else []
+
+
 def interrupted(tmp_path: Path, *numbers: signal.Signals) -> tuple[int, str]:
     """The program at a long study, in a process of its own, sent signals while two cells are at work."""
     code = (
         "import sys; from hcnet_cli import study, cli\n"
-        f"study.PROGRAM = {FAKE_PROGRAM!r}\n"
+        f"study.PROGRAM, study.SHOW_EVERY = {FAKE_PROGRAM!r}, 0.1\n"
         "sys.argv = ['hcnet', 'ablate', '--disable', 'gate', '--jobs', '2']\n"
         "cli.main()"
     )
     env = {**os.environ, "FAKE": json.dumps({"seconds": 60})}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("results/runs/*/run.json"))) < 2 and time.monotonic() < deadline:
+    while sum(bool(cell["run"]) for cell in cells_of(tmp_path)) < 2 and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     for number in numbers:

@@ -215,6 +215,19 @@ def test_combinations_are_refused_just_where_the_model_refuses_them(names: tuple
             ablations.disable_study(["+".join(names)])
 
 
+def test_the_example_of_the_docs_is_a_study(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "ablations.md").read_text()
+    (tmp_path / "mine.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    _, study = ablations.read_study(str(tmp_path / "mine.yaml"))
+    bases = [
+        Base(rcp.recipe_file(run.recipe), tuple((k, v, "the study") for k, v in run.changes.items()), run.init)
+        for _, run in ablations.study_runs(study, [], "")
+    ]
+    plan = ablations.plan("mine", study, bases)
+    assert plan.tasks == ("pretrain", "finetune-det", "finetune-seg")
+    assert plan.from_pretrain == {"finetune-det", "finetune-seg"}
+
+
 def test_a_name_of_a_study_covers_all_that_shapes_it_but_the_seeds() -> None:
     study = ablations.disable_study(["gate"])[1]
     name = planned(study).name
