@@ -25,7 +25,10 @@ from hcnet_cli.data import embedded
 
 Hcnet = Callable[..., Done]
 TIMES = ("images_per_second", "data_wait")
-STEPS = ("--set", "schedule.unit=steps", "--set", "schedule.length=6", "--set", "train.eval_every=3")
+STEPS = (
+    *("--set", "schedule.unit=steps", "--set", "schedule.length=6", "--set", "train.eval_every=3"),
+    *("--set", "optim.eps=0.01"),  # Adam at its usual eps turns the rounding of a tiny gradient into a whole step
+)
 SMALL = {
     "finetune-det": (
         *("--recipe", "digit-scenes", *SMALL_MODEL, *STEPS, "--set", "schedule.milestones=[5]", "--batch-size", "4"),
@@ -121,7 +124,10 @@ def test_killed_and_started_again_is_never_interrupted(
 
 @pytest.mark.parametrize("task", TASKS)
 def test_two_processes_are_one_run(task: str, data: dict[str, Path], finished: dict[str, Path], tmp_path: Path) -> None:
-    """Same run name; the weights of one process but for rounding (batch norm is synchronised); metrics near equal."""
+    """Same run name, same losses but for rounding; in segmentation (batch norm is synchronised) the same weights too.
+
+    In detection rounding may choose another proposal after the first step; the test below is bit for bit.
+    """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, *command(task, data, tmp_path)[1:]], env=environment(), capture_output=True, text=True
@@ -130,11 +136,13 @@ def test_two_processes_are_one_run(task: str, data: dict[str, Path], finished: d
     folder = only_run(tmp_path)
     assert folder.name == finished[task].name
     assert runs.read_record(folder / "run.json").processes == 2
-    one, two = (load_file(f / "last" / "model.safetensors") for f in (finished[task], folder))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=2e-2, atol=2e-4, msg=name)
     losses = [[e["loss"] for e in runs.read_log(f / "metrics.jsonl") if "loss" in e] for f in (finished[task], folder)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)
+    if task == "finetune-seg":
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        one, two = (load_file(f / "last" / "model.safetensors") for f in (finished[task], folder))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_detection_in_micro_batches_equals_two_processes_bit_for_bit(
