@@ -328,7 +328,9 @@ def find_init(recipe: Recipe, results: Path) -> str:
     ]
     if candidates:
         return max(candidates)[-1]
-    size, first = recipe.model.size, f"hcnet pretrain --size {recipe.model.size}"
+    shape = rcp.variant(recipe)
+    size = recipe.model.size + (f" ({shape})" if shape else "")
+    first = f"hcnet pretrain --size {recipe.model.size}" + (" with the same --set options" if shape else "")
     if recipe.data.path not in embedded.EMBEDDED:
         raise UserError(
             f"There is no finished pretrain run of size {size} under {results}.",

@@ -363,7 +363,8 @@ def recipes_cp(
         destination.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{destination} cannot be written: {error.strerror}.") from None
-    notice(f"Wrote {destination}; use it with --recipe {destination}.")
+    use = f"hcnet ablate --study {destination}" if "arms:" in text else f"--recipe {destination}"
+    notice(f"Wrote {destination}; use it with {use}.")
 
 
 def _any_task(name: str) -> Path:
@@ -465,6 +466,7 @@ def main() -> None:
                 err.print(error.hint, markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        notice("Stopped. What was saved is intact; the same command goes on from there.")
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -22,6 +22,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.recipe import Recipe
 
 SCHEMA = 1
+ELSEWHERE = "Choose another place with --out (of a report: --output)."
 
 
 class DataInfo(BaseModel):
@@ -116,11 +117,7 @@ def writing(path: Path) -> Iterator[None]:
                 f"The disk is full ({free} MiB free): {path} could not be written.",
                 hint="What was saved before is intact. Free some space and run the same command again.",
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise UserError(
-                f"{path} cannot be written: {error.strerror}.", hint="Choose another place with --out."
-            ) from None
-        raise
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.", hint=ELSEWHERE) from None
 
 
 def existing_parent(path: Path) -> Path:
@@ -223,7 +220,10 @@ def read_record(path: Path) -> RunInfo:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
+        raise UserError(
+            f"{path} cannot be read: {error}.",
+            hint="Start that run over with --fresh, or give this one another --name.",
+        ) from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA:
         raise UserError(f"{path} is of version {version}; this program reads version {SCHEMA}.")

@@ -66,6 +66,11 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
             if dist.is_main():
                 _print_plan(recipe, resolved.sources, data, task, device, folder)
             return folder.path, None, 0
+        if options.eval_only and account is None and not folder.best.is_file():
+            raise UserError(
+                f"{folder.path} has no best.safetensors to evaluate.",
+                hint="Train it first, or name weights with --init RUN, FILE.safetensors or FILE.pth.",
+            )
         info = _describe(recipe, data, task, device, fingerprint, account, options)
         with _alone_in(folder):
             return _train_in(folder, info, recipe, data, task, device, account, options)
@@ -258,7 +263,7 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
         notice("The same command goes on from there.")
         return
     notice(f"Finished in {duration(info.train_seconds)} of training. Best at step {info.best_step}: {shown}.")
-    if info.data_wait_share and info.data_wait_share > WAITING_TOO_LONG:
+    if info.train_seconds > 60 and (info.data_wait_share or 0) > WAITING_TOO_LONG:
         warn(f"{info.data_wait_share:.0%} of the training time went into waiting for data; more --workers may help.")
     if info.unreadable_images:
         warn(f"{info.unreadable_images} training images could not be read; others took their places.")
@@ -286,11 +291,6 @@ def _evaluate_only(
     """Metrics of the run's best weights, or of the weights that --init names, on the validation data."""
     whole = account is not None and account.total == len(task.model.state_dict())
     if account is None:
-        if not folder.best.is_file():
-            raise UserError(
-                f"{folder.path} has no best.safetensors to evaluate.",
-                hint="Train it first, or name weights with --init RUN, FILE.safetensors or FILE.pth.",
-            )
         account = build.load_init(task.model, *build.read_init(str(folder.path)))
     elif lacking := sorted({*account.missing, *account.reinitialised} | (set() if whole else {"the head"})):
         names = ", ".join(lacking[:5])
@@ -353,6 +353,7 @@ def _print_plan(
                        f"{state_bytes / 2**30:.2f} weights, gradients and optimizer, "
                        f"{activations / 2**20:.0f} MiB activations an image")
         )  # fmt: skip
+    notice("Timing two small batches ...")
     per_image = build.seconds_per_image(recipe, data, task, device)
     lines.append(
         ("time", f"about {duration(per_image * batch * plan.total)} on this {device.type} by one process "

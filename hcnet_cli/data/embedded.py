@@ -60,16 +60,16 @@ def ensure(name: str) -> Path:
             f'There is no embedded data set "{name}".{did_you_mean(name, EMBEDDED)}', hint=f"Known: {known}."
         )
     folder = cache_dir() / f"embedded-v{VERSION}" / name
-    if folder.is_dir():
-        return folder
     temporary = folder.with_name(f".{name}-{uuid.uuid4().hex}")
     try:
+        if folder.is_dir():
+            return folder
         temporary.mkdir(parents=True)
         notice(f"Making the embedded data set {name} in {folder} (once, some seconds).")
         EMBEDDED[name](temporary)
         temporary.rename(folder)
     except OSError as error:
-        if not folder.is_dir():  # otherwise another process was quicker
+        if not os.path.isdir(folder):  # otherwise another process was quicker
             raise UserError(
                 f"The embedded data set {name} cannot be written to {folder}: {error.strerror or error}.",
                 hint="Set HCNET_CACHE to a folder with some free space that you may write to.",

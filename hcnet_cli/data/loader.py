@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Protocol
 
@@ -135,6 +136,9 @@ def _obey_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # the recipe's number is the user's choice
 
 
 def _data_loader(fetch: _Fetch, requests: Iterable[list[Request]], workers: int, persistent: bool) -> DataLoader[Any]:
