@@ -83,7 +83,8 @@ class Index:
 def scan(root: str | Path) -> Index:
     """Reads the folders; no file is opened, the digest covers names and, of SIZED files a class, sizes.
 
-    Raises UserError for a folder that is not as it should be."""
+    Raises UserError for a folder that is not as it should be.
+    """
     root = Path(root)
     _check_layout(root)
     try:
