@@ -72,7 +72,7 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
                 hint="Train it first, or name weights with --init RUN, FILE.safetensors or FILE.pth.",
             )
         info = _describe(recipe, data, task, device, fingerprint, account, options)
-        with _alone_in(folder):
+        with dist.on_main(folder.lock):  # what goes wrong on the main process, goes wrong on all
             return _train_in(folder, info, recipe, data, task, device, account, options)
 
 
@@ -132,11 +132,6 @@ def _train_in(
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
-
-
-def _alone_in(folder: RunFolder) -> Any:
-    """The folder's lock on the main process; an error of the main process is everybody's."""
-    return dist.on_main(folder.lock)
 
 
 def _look_at_earlier(folder: RunFolder, info: RunInfo, recipe: Recipe, options: Options) -> RunInfo | None:

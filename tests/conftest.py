@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from hcnet_cli import runs
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; set before torch is loaded
 
@@ -81,6 +84,29 @@ def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[..., label] += 100
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
     return root
+
+
+def environment() -> dict[str, str]:
+    """For a process of the program beside others."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def only_run(results: Path) -> Path:
+    (folder,) = (results / "runs").iterdir()
+    return folder
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must be equal whatever happened on the way: weights, metrics, and the log but for its times."""
+    times = ("images_per_second", "data_wait")
+    info = runs.read_record(folder / "run.json")
+    assert info.status == "finished", info.error
+    return {
+        "log": [{k: v for k, v in e.items() if k not in times} for e in runs.read_log(folder / "metrics.jsonl")],
+        "metrics": info.metrics,
+        "best": (folder / "best.safetensors").read_bytes(),
+        "last": (folder / "last" / "model.safetensors").read_bytes(),
+    }
 
 
 SMALL_MODEL = ("--set", "model.depths=[1,1,1,1]", "--set", "model.dims=[8,8,16,16]")

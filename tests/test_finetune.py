@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,11 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, Done
+from conftest import SMALL_MODEL, Done, environment, only_run, outcome
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
@@ -24,7 +22,6 @@ from hcnet_cli import runs
 from hcnet_cli.data import embedded
 
 Hcnet = Callable[..., Done]
-TIMES = ("images_per_second", "data_wait")
 STEPS = (
     *("--set", "schedule.unit=steps", "--set", "schedule.length=6", "--set", "train.eval_every=3"),
     *("--set", "optim.eps=0.01"),  # Adam at its usual eps turns the rounding of a tiny gradient into a whole step
@@ -74,22 +71,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def command(task: str, data: dict[str, Path], results: Path, *more: str) -> list[str]:
     where = ("--data", str(data[task]), "--out", str(results))
     return [sys.executable, "-m", "hcnet_cli", task, *SMALL[task], *where, "--init", "none", *more]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def only_run(results: Path) -> Path:
-    (folder,) = (results / "runs").iterdir()
-    return folder
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    log = [{k: v for k, v in e.items() if k not in TIMES} for e in runs.read_log(folder / "metrics.jsonl")]
-    info = runs.read_record(folder / "run.json")
-    assert info.status == "finished", info.error
-    return {"log": log, "metrics": info.metrics, "last": (folder / "last" / "model.safetensors").read_bytes()}
 
 
 @pytest.fixture(scope="module")

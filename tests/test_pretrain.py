@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import SMALL_MODEL, Done
+from conftest import SMALL_MODEL, Done, environment, only_run, outcome
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -29,33 +29,10 @@ SMALL = (
     *("--epochs", "3", "--batch-size", "8", "--set", "data.img_size=16", "--set", "train.log_every=2"),
 )
 MIXED = ("--set", "data.mixup=0.8", "--set", "data.cutmix=1.0", "--set", "model.drop_path_rate=0.3")
-TIMES = ("images_per_second", "data_wait")
 
 
 def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "hcnet_cli", "pretrain", *SMALL, *map(str, arguments)]
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
-
-
-def only_run(results: Path) -> Path:
-    (folder,) = (results / "runs").iterdir()
-    return folder
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """What must be equal whatever happened on the way: weights, metrics, and the log but for its times."""
-    log = [{k: v for k, v in e.items() if k not in TIMES} for e in runs.read_log(folder / "metrics.jsonl")]
-    info = runs.read_record(folder / "run.json")
-    assert info.status == "finished"
-    return {
-        "log": log,
-        "metrics": info.metrics,
-        "best": (folder / "best.safetensors").read_bytes(),
-        "last": (folder / "last" / "model.safetensors").read_bytes(),
-    }
 
 
 @pytest.fixture(scope="module")
