@@ -41,7 +41,7 @@ METRIC_TITLES = {"top1": "top-1", "box_AP": "box AP", "mIoU": "mIoU"}
 # What an arm may not change: the budget, the data and the seeds are every arm's.
 SHARED = frozenset(
     {
-        *("task", "protocol", "init", "data.format", "data.path", "train.seed", "train.batch_size"),
+        *("task", "protocol", "data.format", "data.path", "train.seed", "train.batch_size"),
         *("schedule.length", "schedule.unit"),
     }
 )
@@ -225,9 +225,11 @@ class Plan:
         return base.model_copy(update={"train": train, **({"init": init} if task in self.from_pretrain else {})})
 
 
-def plan(short: str, study: Study, bases: Sequence[Base], seeds: Sequence[int] = ()) -> Plan:
+def plan(
+    short: str, study: Study, bases: Sequence[Base], seeds: Sequence[int] = (), results: Path = Path("results")
+) -> Plan:
     """The recipes of every arm. UserError for an arm that names an unknown field, changes what all arms share, has no
-    meaning or is the same as another.
+    meaning or is the same as another. `init: auto` becomes the best pretrain run under `results`.
     """
     recipes: dict[tuple[str, str], Recipe] = {}
     tasks: list[str] = []
@@ -246,7 +248,7 @@ def plan(short: str, study: Study, bases: Sequence[Base], seeds: Sequence[int] =
                         f"{common[key]}: the arm {arm} sets {key} too; a field is an axis or the same for all."
                     )
             recipe = rcp.resolve(base.file, [*base.overrides, *own]).recipe
-            recipe = recipe.model_copy(update={"init": "none" if base.init == "pretrain" else base.init})
+            recipe = recipe.model_copy(update={"init": _init(arm, changes, base, recipe, results)})
             _meaningful(recipe.model.disable, f"arm {arm}")
             same = next((a for (a, t), other in recipes.items() if t == recipe.task and other == recipe), None)
             if same is not None:
@@ -278,6 +280,14 @@ def plan(short: str, study: Study, bases: Sequence[Base], seeds: Sequence[int] =
     )
 
 
+def _init(arm: str, changes: Mapping[str, Any], base: Base, recipe: Recipe, results: Path) -> str:
+    """Where an arm's weights come from: what the arm sets, else what all arms share; a path, or "none"."""
+    wanted = str(changes.get("init", "none" if base.init == "pretrain" else base.init))
+    if "init" in changes and base.init != "none":
+        raise UserError(f"arm {arm}: init is an axis of this study and stands under runs too.")
+    return runs.best_pretraining(recipe, results) if wanted == "auto" else wanted
+
+
 # --- finding the runs of cells ----------------------------------------------------------------------------------------
 
 
@@ -286,7 +296,7 @@ def run_key(recipe: Recipe) -> str:
     flat = rcp.flatten(recipe.model_dump(mode="json"))
     kept = {k: v for k, v in flat.items() if k not in rcp.NOT_IN_FINGERPRINT and k != "train.precision"}
     kept["data.path"] = str(Path(recipe.data.path or "").resolve())
-    kept["init"] = recipe.init if recipe.init in ("none", "auto") else str(Path(recipe.init).resolve())
+    kept["init"] = recipe.init if recipe.init == "none" else str(Path(recipe.init).resolve())
     return json.dumps(kept, sort_keys=True)
 
 

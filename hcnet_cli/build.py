@@ -20,13 +20,13 @@ from torch import Tensor, nn
 import hcnet_cli.models  # registers the sizes with timm
 from hcnet_cli import dist, optim, profile, rng
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import UserError
 from hcnet_cli.data import ade20k, coco, embedded, imagenet, loader
 from hcnet_cli.engine import Job, to_device
 from hcnet_cli.models.mask_rcnn import MaskRCNN
 from hcnet_cli.models.upernet import UPerNet
 from hcnet_cli.recipe import Recipe, Steps
-from hcnet_cli.runs import DataInfo, find_runs
+from hcnet_cli.runs import DataInfo
 from hcnet_cli.tasks import detection, segmentation
 from hcnet_cli.tasks.classification import ClassificationTask
 from hcnet_cli.tasks.detection import DetectionTask
@@ -311,33 +311,6 @@ def read_init(source: str) -> tuple[str, dict[str, Tensor]]:
             raise UserError(f"{path} is not a run with weights: it has no best.safetensors.")
         path = best
     return str(path), read_weights(path)
-
-
-def find_init(recipe: Recipe, results: Path) -> str:
-    """What `init: auto` means here: the finished pretrain run of the same model on the most images, then with the best
-    top-1, then the newest. UserError where there is none, but for embedded data: "none", with a notice.
-    """
-    if recipe.init != "auto":
-        return recipe.init
-    candidates = [
-        (info.data.num_train, info.metrics.get("top1", 0.0), info.finished, str(folder))
-        for folder, info in find_runs(results)[0]
-        if (info.task, info.status, info.size) == ("pretrain", "finished", recipe.model.size)
-        and info.variant == rcp.variant(recipe)
-        and (folder / "best.safetensors").exists()
-    ]
-    if candidates:
-        return max(candidates)[-1]
-    shape = rcp.variant(recipe)
-    size = recipe.model.size + (f" ({shape})" if shape else "")
-    first = f"hcnet pretrain --size {recipe.model.size}" + (" with the same --set options" if shape else "")
-    if recipe.data.path not in embedded.EMBEDDED:
-        raise UserError(
-            f"There is no finished pretrain run of size {size} under {results}.",
-            hint=f"Run `{first}` first, name weights with --init, or start from scratch with --init none.",
-        )
-    notice(f"No pretrain run of size {size} under {results}: starting from scratch (`{first}` makes one).")
-    return "none"
 
 
 def load_init(model: Any, name: str, state: dict[str, Tensor]) -> Account:

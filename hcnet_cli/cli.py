@@ -249,7 +249,7 @@ def ablate(
         typer.Option(help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each."),
     ] = None,
     study_name: Annotated[
-        str | None, typer.Option("--study", help="components, stencil, or a YAML file of your own arms.")
+        str | None, typer.Option("--study", help="components, stencil, pretraining, or a YAML file.")
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -293,7 +293,7 @@ def ablate(
                 hint="Name recipes, and what all arms change in them, under runs: in a study file.",
             )
     bases = [_ablation_base(kind, one, ctx.params) for kind, one in wanted]
-    plan = ablations.plan(short, asked, bases, ablations.parse_seeds(seeds) if seeds else ())
+    plan = ablations.plan(short, asked, bases, ablations.parse_seeds(seeds) if seeds else (), out_dir)
     settings = study.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
     if dry_run:
         study.preview(plan, settings, lambda one: _cost(one, device))

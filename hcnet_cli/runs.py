@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, notice
+from hcnet_cli.names import EMBEDDED
 from hcnet_cli.recipe import Recipe
 
 SCHEMA = 1
@@ -262,6 +263,45 @@ def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Pat
         else:
             good.append((folder, info))
     return good, broken
+
+
+def best_pretraining(recipe: Recipe, results: Path) -> str:
+    """The finished pretrain run of the same model on the most images, then with the best top-1, then the newest.
+
+    UserError where there is none.
+    """
+    candidates = [
+        (info.data.num_train, info.metrics.get("top1", 0.0), info.finished, str(folder))
+        for folder, info in find_runs(results)[0]
+        if (info.task, info.status, info.size) == ("pretrain", "finished", recipe.model.size)
+        and info.variant == rcp.variant(recipe)
+        and (folder / "best.safetensors").exists()
+    ]
+    if candidates:
+        return max(candidates)[-1]
+    shape = rcp.variant(recipe)
+    size = recipe.model.size + (f" ({shape})" if shape else "")
+    first = f"hcnet pretrain --size {recipe.model.size}" + (" with the same --set options" if shape else "")
+    raise UserError(
+        f"There is no finished pretrain run of size {size} under {results}.",
+        hint=f"Run `{first}` first, name weights with --init, or start from scratch with --init none.",
+    )
+
+
+def find_init(recipe: Recipe, results: Path) -> str:
+    """What `init` means here: "auto" is the best pretraining, or "none", with a notice, where embedded data
+    have none.
+    """
+    if recipe.init != "auto":
+        return recipe.init
+    try:
+        return best_pretraining(recipe, results)
+    except UserError as error:
+        if recipe.data.path not in EMBEDDED.values():
+            raise
+        first = error.hint.split("`")[1]
+        notice(f"{str(error).rstrip('.')}: starting from scratch (`{first}` makes one).")
+    return "none"
 
 
 def git_state() -> tuple[str, bool]:

@@ -55,7 +55,7 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         recipe = resolved.recipe.model_copy(update={"train": train_part})
         data = build.build_data(recipe)
         task = build.build_task(recipe, data)
-        recipe = recipe.model_copy(update={"init": dist.from_main(lambda: build.find_init(recipe, options.results))})
+        recipe = recipe.model_copy(update={"init": dist.from_main(lambda: runs.find_init(recipe, options.results))})
         account = build.load_init(task.model, *build.read_init(recipe.init)) if recipe.init != "none" else None
         contents = {"data": data.info.digest, **({"init": account.digest} if account else {})}
         fingerprint = rcp.fingerprint(recipe, **contents)

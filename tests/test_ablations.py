@@ -165,7 +165,7 @@ def planned(study: Study, *bases: Base) -> ablations.Plan:
     return ablations.plan("mine", study, bases or (base(),))
 
 
-@pytest.mark.parametrize("name", ablations.shipped_studies())
+@pytest.mark.parametrize("name", [name for name in ablations.shipped_studies() if name != "pretraining"])
 def test_shipped_arms_differ_in_what_they_say_and_in_nothing_else(name: str) -> None:
     short, study = ablations.read_study(name)
     plan = planned(study)
@@ -186,6 +186,23 @@ def test_components_and_stencil_are_what_their_names_say() -> None:
     assert [rcp.variant(recipe) for recipe in plan.recipes.values()] == [
         *("", "kernel_size=3", "kernel_size=7", "no-anisotropy")
     ]
+
+
+def test_pretraining_is_an_axis_of_weights_and_of_nothing_else(tmp_path: Path) -> None:
+    """The arm starts from the best pretrain run by its path, so that the study knows its cells again."""
+    study = ablations.read_study("pretraining")[1]
+    scenes = Base(rcp.recipe_file("finetune-det/digit-scenes"), ())
+    with pytest.raises(UserError, match="no finished pretrain run of size pico"):
+        ablations.plan("mine", study, [scenes], (), tmp_path)
+    folders = {seed: make_run(tmp_path, seed=seed, score=90.0 + seed) for seed in (0, 1)}
+    for folder in folders.values():
+        (folder / "best.safetensors").touch()
+    plan = ablations.plan("mine", study, [scenes], (), tmp_path)
+    scratch, pretrained = (plan.recipes[arm, "finetune-det"] for arm in plan.arms)
+    assert (scratch.init, pretrained.init) == ("none", str(folders[1]))
+    assert rcp.differences(scratch, pretrained).keys() == {"init"}
+    with pytest.raises(UserError, match="stands under runs too"):
+        ablations.plan("mine", study, [Base(scenes.file, (), "weights.safetensors")], (), tmp_path)
 
 
 def test_disable_makes_an_arm_of_each_and_one_of_several() -> None:
