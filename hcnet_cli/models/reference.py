@@ -1,4 +1,4 @@
-"""HcNet spelt out literally: the authors' released formulation, layout and names, as the tests' and benchmarks' unit.
+"""HcNet spelt out literally: the authors' released formulation, layout and names, the unit of tests and of hcnet bench.
 
 Each line is one term of the equations (paper; `HcNet/models/HcNet.py` of the authors' repository), with the separate
 passes over the feature map and the contiguous layout that the released model has. Nothing of `hcnet_cli` is used.
