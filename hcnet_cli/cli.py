@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show and copy the shipped recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+bench_app = typer.Typer()
+app.add_typer(bench_app, name="bench")
 
 EMBEDDED_NOTE = {
     "digits": "1,797 real handwritten digits, 32 x 32",
@@ -439,6 +441,53 @@ def explain(
 
     for path in draw(run, image, out_dir):
         out.print(str(path), markup=False)
+
+
+Output = Annotated[Path | None, typer.Option(help="A .md or .json file to write besides.")]
+
+
+@bench_app.callback(invoke_without_command=True)
+def bench(
+    ctx: typer.Context,
+    models: Annotated[
+        str, typer.Option(help="Comma list: reference (the literal form), sizes, any names of timm.")
+    ] = "hcnet_tiny,reference",
+    mode: Annotated[str, typer.Option(help="Comma list of infer and train.")] = "infer",
+    precision: Annotated[str, typer.Option(help="Comma list of fp32, bf16 and fp16.")] = "fp32",
+    compile_models: Annotated[bool, typer.Option("--compile", help="Each also compiled, beside eager.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    img_size: Annotated[int, typer.Option(min=8, help="Height and width of the images.")] = 224,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
+    device: Device = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender; figures are medians over them.")] = 7,
+    output: Output = None,
+) -> None:
+    """Time models side by side: images/s, latency, peak memory, share of what the machine can multiply.
+
+    Every model in every mode and precision is a contender; they take turns in one process, so that what else this
+    machine does slows all alike, and ratios hold. `hcnet bench data` times the input pipeline.
+    """
+    if ctx.invoked_subcommand is not None:
+        if given := [name for name in ctx.params if "COMMANDLINE" in str(ctx.get_parameter_source(name))]:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} times models, and {ctx.invoked_subcommand} times something else.",
+                hint=f"See hcnet bench {ctx.invoked_subcommand} --help.",
+            )
+        return
+    from hcnet_cli import bench as timing
+    from hcnet_cli.report import render
+
+    timing.check_output(output)
+    settings = timing.settings(batch_size, img_size, rounds, device, threads)
+    made = timing.measure(timing.contenders(models, mode, precision, compile_models), settings)
+    sys.stdout.write(render(timing.tables(made), "rich"))
+    if output is not None:
+        known = timing.facts(settings.device, sys.argv)
+        timing.write(output, (timing.json_text if output.suffix == ".json" else timing.page)(made, known))
+    if made.stopped:
+        raise typer.Exit(130)
+    if all(contender.error for contender in made.contenders):
+        raise typer.Exit(1)
 
 
 def _version(value: bool) -> None:

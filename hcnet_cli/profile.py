@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as record
 from torch.utils.flop_counter import FlopCounterMode
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library speaks on standard error otherwise
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,6 +90,30 @@ def peak_memory_mb(device: str | torch.device | None = None) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+def peak_allocation(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes of tensors at the peak of `run()`, above those there were before; None where PyTorch cannot tell.
+
+    So activations, gradients and temporaries, but not weights. On the CPU from the allocations that PyTorch's profiler
+    records: scratch memory inside oneDNN is not among them.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        return None
+    with record(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events: Any = recorded.profiler.kineto_results.events()
+    peak = now = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 @contextlib.contextmanager

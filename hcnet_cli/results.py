@@ -97,14 +97,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as data; report/ prints it. `forest`: (label, difference, low, high) of each arm, for a forest plot."""
+    """A table as data; report/ prints it. `forest`: (label, difference, low, high) of each arm, for a forest plot.
 
-    name: str  # "imagenet", "coco", "ade20k" or "ablation"
+    `whole`: the flag that shows all columns, for where there is room for some.
+    """
+
+    name: str  # "imagenet", "coco", "ade20k", "ablation" or "bench"
     title: str
     columns: Sequence[Column]
     rows: Sequence[Row]
     notes: Sequence[str] = ()
     forest: Sequence[tuple[str, float, float, float]] = ()
+    whole: str = "--format markdown"
 
     @property
     def measured(self) -> bool:

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "hcnet_cli"
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["train", "explain"],
+    ["bench_data"],
+    ["train", "explain", "bench"],
     ["build"],
     ["engine", "tasks"],
     ["models", "data", "metrics", "optim", "profile", "checkpoint", "weights"],

@@ -78,7 +78,7 @@ def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: 
         lines = list(table.notes)
         left_out = [c.title for c in table.columns if c not in columns]
         if left_out:
-            lines.append(f"Not shown for want of width: {', '.join(left_out)} (--format markdown has all).")
+            lines.append(f"Not shown for want of width: {', '.join(left_out)} ({table.whole} has all).")
         for line in lines:
             console.print(Text(line, style="dim"))
         sources = run_lines(table)

@@ -1,0 +1,652 @@
+"""`hcnet bench`: models timed side by side in one process, the contenders taking turns.
+
+What is measured and how: docs/speed.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import timm
+import torch
+import torch._inductor.config
+import torch.nn.functional as F
+from rich.live import Live
+from rich.text import Text
+from timm.utils.model import reparameterize_model
+from torch import Tensor, nn
+
+import hcnet_cli
+from hcnet_cli import build, optim, profile, report, rng, runs
+from hcnet_cli.console import UserError, did_you_mean, err, notice, warn
+from hcnet_cli.models import HcNet, remap_official_state_dict
+from hcnet_cli.models.reference import ReferenceHcNet
+from hcnet_cli.names import SIZES
+from hcnet_cli.results import Column, Row, Table
+
+REFERENCE = "reference"
+MODES = ("infer", "train")
+ENDINGS = (".md", ".json")
+SECONDS = {"rate": 0.5, "latency": 0.15}  # about what a contender gets of a round, but one pass at least
+WARM_UP = 3  # passes: compilation, choice of kernels, the optimizer's state
+BUSY = 0.2  # cores that other processes may take before that is said
+Key = TypeVar("Key")
+Figure = TypeVar("Figure")
+
+
+@dataclass(frozen=True)
+class Settings:
+    batch_size: int
+    img_size: int
+    rounds: int
+    device: torch.device
+
+
+def settings(batch_size: int, img_size: int, rounds: int, device: str, threads: int | None) -> Settings:
+    """The settings of a bench; CPU threads are set for the process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Settings(batch_size, img_size, rounds, build.pick_device(device))
+
+
+@dataclass(eq=False)
+class Contender:
+    """A model in one form, and what was measured of it. Lists have an entry for each round."""
+
+    model: str
+    mode: str  # of MODES
+    precision: str
+    compiled: bool
+    layout: str = ""
+    params: int | None = None
+    macs: int | None = None  # of one image, forward
+    peak_bytes: int | None = None  # of one pass or step, see profile.peak_allocation
+    rates: list[float] = field(default_factory=list)  # images/s
+    latencies: list[float] = field(default_factory=list)  # ms at batch 1
+    error: str = ""
+
+    @property
+    def form(self) -> str:
+        return f"{self.precision} {'compiled' if self.compiled else 'eager'}"
+
+
+@dataclass
+class Measurement:
+    """One bench. `matmul`: GFLOP/s of a matrix product in each precision, by mode and round."""
+
+    settings: Settings
+    contenders: list[Contender]
+    matmul: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    others: float | None = None  # cores that other processes took while the clock ran
+    stopped: bool = False
+
+    @property
+    def modes(self) -> list[str]:
+        return list(dict.fromkeys(c.mode for c in self.contenders))
+
+    def of(self, mode: str) -> list[Contender]:
+        return [c for c in self.contenders if c.mode == mode]
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def contenders(models: str, modes: str, precisions: str, compiled: bool) -> list[Contender]:
+    """The cross product of comma lists; with `compiled` each form twice. UserError for a name nobody knows."""
+    names = [model_name(word) for word in _words(models)]
+    for what, given, known in (("mode", modes, MODES), ("precision", precisions, tuple(profile.DTYPES))):
+        for word in _words(given):
+            if word not in known:
+                hint = f"Known: {', '.join(known)}."
+                raise UserError(f'Unknown {what} "{word}".{did_you_mean(word, known)}', hint=hint)
+    forms = itertools.product(
+        _words(modes), dict.fromkeys(names), _words(precisions), (False, True) if compiled else (False,)
+    )
+    return [Contender(model, mode, precision, form) for mode, model, precision, form in forms]
+
+
+def _words(text: str) -> list[str]:
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise UserError("A list of models, modes or precisions is empty.", hint="Names are separated by commas.")
+    return words
+
+
+def model_name(word: str) -> str:
+    """The name in timm's registry of what a person typed: that name itself, or a --size; or "reference"."""
+    if word == REFERENCE or (word not in SIZES and timm.is_model(word)):
+        return word
+    if word in SIZES:
+        return SIZES[word]
+    raise UserError(
+        f'Unknown model "{word}".{did_you_mean(word, [REFERENCE, *SIZES, *timm.list_models()])}',
+        hint=f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, and every model of timm.",
+    )
+
+
+def check_output(output: Path | None) -> None:
+    """UserError, before anything is timed, for a file that cannot be written in the end."""
+    if output is None:
+        return
+    if output.suffix not in ENDINGS:
+        raise UserError(f"{output} ends in neither {' nor '.join(ENDINGS)}.", hint="The ending chooses the format.")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder.")
+    with runs.writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
+
+
+# --- one contender ----------------------------------------------------------------------------------------------------
+
+
+def create(name: str, img_size: int, literal_of: str) -> nn.Module:
+    """A model with random weights, the same at every call; the reference has those of the HcNet it spells out."""
+    if name == REFERENCE:
+        model = create(literal_of, img_size, "")
+        assert isinstance(model, HcNet)
+        return literal(model)
+    config = timm.get_pretrained_cfg(name)
+    fixed: dict[str, Any] = {"img_size": img_size} if config is not None and config.fixed_input_size else {}
+    with rng.seeded(0):
+        return timm.create_model(name, **fixed)
+
+
+def literal(model: HcNet) -> ReferenceHcNet:
+    """The official formulation of a model, with its weights."""
+    twin = ReferenceHcNet(model.depths, [info["num_chs"] for info in model.feature_info], model.num_classes)
+    weights = model.state_dict()
+    for name, tensor in remap_official_state_dict(twin.state_dict()).items():  # views: what is copied arrives in twin
+        tensor.copy_(weights[name])
+    return twin
+
+
+@dataclass
+class Runner:
+    """One pass or training step of a contender on a batch, and on one image."""
+
+    whole: Callable[[], None]
+    single: Callable[[], None] | None
+    repeats: dict[str, int]
+
+
+def prepare(
+    contender: Contender, settings: Settings, literal_of: str, layouts: dict[tuple[str, ...], torch.memory_format]
+) -> Runner:
+    """Builds, compiles and warms up; fills in what needs no clock. Raises whatever the model or compiler raises.
+
+    layouts: what was found fastest for the same model, shared between its eager and compiled forms.
+    """
+    device, training = settings.device, contender.mode == "train"
+    dtype = profile.DTYPES[contender.precision]
+    if training:
+        build.pick_precision(contender.precision, device)
+    model = create(contender.model, settings.img_size, literal_of)
+    contender.params = profile.count_params(model)
+    contender.macs = profile.count_macs(model, torch.zeros(1, 3, settings.img_size, settings.img_size))
+    images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size).to(device)
+    if training:
+        model.train().to(device)
+    else:
+        model = reparameterize_model(model.eval()).to(device, dtype)  # folds in fp32, then rounds
+        images = images.to(dtype)
+
+    def passes(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
+        return training_step(model, forward, images, dtype) if training else inference(forward, images)
+
+    if isinstance(model, ReferenceHcNet):
+        layout = torch.contiguous_format
+    elif isinstance(model, HcNet):  # converts images itself, as it must with those of a data loader
+        layout = torch.channels_last
+        model.to(memory_format=layout)
+    else:
+        key = (contender.model, contender.mode, contender.precision)
+        if key not in layouts:
+            layouts[key] = faster_layout(model, images, device, passes)
+        layout = layouts[key]
+        model.to(memory_format=layout)
+        images = images.contiguous(memory_format=layout)
+    contender.layout = "channels_last" if layout is torch.channels_last else "contiguous"
+
+    forward: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if contender.compiled else model
+    whole = passes(forward, images)
+    single = None if training or settings.batch_size == 1 else passes(forward, images[:1].clone())
+    runs_of = {"rate": whole, **({"latency": single} if single else {})}
+    # Compilation happens at the first pass, and these settings matter only then. A model's graphs are kept for good.
+    with (
+        torch._inductor.config.patch(freezing=not training),
+        torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10_000),
+    ):
+        for run, _ in itertools.product(runs_of.values(), range(WARM_UP)):
+            run()
+        contender.peak_bytes = profile.peak_allocation(whole, device)
+    repeats = {kind: max(1, round(SECONDS[kind] / seconds(run, 1, device))) for kind, run in runs_of.items()}
+    return Runner(whole, single, repeats)
+
+
+def inference(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        with torch.inference_mode():
+            forward(images)
+
+    return run
+
+
+def training_step(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Forward under autocast, loss, backward, optimizer step. No loss scaling for fp16: it costs next to nothing."""
+    targets = torch.randint(getattr(model, "num_classes", 1000), (len(images),)).to(images.device)
+    optimizer = optim.adamw(model, lr=1e-6, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, no_decay="1d")
+
+    def run() -> None:
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):
+            loss = F.cross_entropy(forward(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def faster_layout(
+    model: nn.Module, images: Tensor, device: torch.device, passes: Callable[[nn.Module, Tensor], Callable[[], None]]
+) -> torch.memory_format:
+    """Contiguous or channels_last, whichever a short eager trial finds faster."""
+    best: dict[torch.memory_format, float] = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        run = passes(model.to(memory_format=layout), images.contiguous(memory_format=layout))
+        run()
+        best[layout] = min(seconds(run, 1, device) for _ in range(3))
+    return min(best, key=lambda layout: best[layout])
+
+
+def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Time of `repeats` calls, waiting for the device at both ends."""
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], object], int]:
+    """A product of two large squares, and its floating point operations. Smaller squares where it is slow (fp16)."""
+    size, limit = 256, 8192 if device.type == "cuda" else 2048
+    while True:
+        a, b = (torch.randn(size, size).to(device, profile.DTYPES[precision]) for _ in range(2))
+
+        def run(a: Tensor = a, b: Tensor = b) -> Tensor:
+            return torch.mm(a, b)
+
+        run()
+        if size >= limit or seconds(run, 1, device) > 0.05:
+            return run, 2 * size**3
+        size *= 2
+
+
+# --- taking turns -----------------------------------------------------------------------------------------------------
+
+
+def take_turns(jobs: Mapping[Key, Callable[[], Figure]], rounds: int) -> Iterator[dict[Key, Figure]]:
+    """Yields what each job returned, round by round; every round begins with the next job."""
+    names = list(jobs)
+    for number in range(rounds):
+        first = number % len(names)
+        yield {name: jobs[name]() for name in names[first:] + names[:first]}
+
+
+def ratio(rates: Sequence[float], unit: Sequence[float]) -> float:
+    """How many times the unit's rate: the median over the rounds, so that what slows a whole round cancels."""
+    return statistics.median(rate / one for rate, one in zip(rates, unit, strict=True))
+
+
+def cpu_of_others() -> float | None:
+    """CPU seconds that other processes have used since this machine started; None where the system does not tell."""
+    try:
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        user, nice, system, _, _, irq, softirq, steal = (int(word) for word in words[1:9])
+        used = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
+    return used - time.process_time()
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """Shows what is being done: one line that changes on a terminal (without a thread of its own), else plain lines."""
+    if not err.is_terminal:
+        yield notice
+        return
+    with Live(console=err, auto_refresh=False, transient=True) as live:
+        yield lambda text: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def measure(asked: list[Contender], settings: Settings) -> Measurement:
+    """Times the contenders, one mode after another. What fails says why in `error` and is left out.
+
+    Ctrl-C ends it with the finished rounds, if there are any.
+    """
+    made = Measurement(settings, asked)
+    literal_of = next((c.model for c in asked if c.model in SIZES.values()), SIZES["t"])
+    used: list[tuple[float, float]] = []  # by others, in how many seconds
+    with telling() as tell:
+        try:
+            for mode in made.modes:
+                _measure_mode(made, mode, literal_of, tell, used)
+                gc.collect()
+                torch._dynamo.reset()
+                if settings.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        except KeyboardInterrupt:
+            if not any(c.rates for c in asked):
+                raise
+            made.stopped = True
+    if used:
+        made.others = sum(cpu for cpu, _ in used) / sum(wall for _, wall in used)
+    return made
+
+
+def _measure_mode(
+    made: Measurement, mode: str, literal_of: str, tell: Callable[[str], None], used: list[tuple[float, float]]
+) -> None:
+    settings, asked = made.settings, made.of(mode)
+    layouts: dict[tuple[str, ...], torch.memory_format] = {}
+    jobs: dict[Contender | str, Callable[[], tuple[float, float | None] | None]] = {}
+    for number, contender in enumerate(asked, 1):
+        what = "compiling" if contender.compiled else "preparing"
+        tell(f"{mode}: {what} {number} of {len(asked)}: {contender.model}, {contender.form}")
+        try:
+            runner = prepare(contender, settings, literal_of, layouts)
+        except Exception as error:  # a model or a compiler can raise anything; the others are still worth timing
+            contender.error = reason(error)
+            warn(f"{contender.model}, {contender.form}, {mode}: {contender.error}")
+        else:
+            jobs[contender] = _turn(contender, runner, settings)
+    if not jobs:
+        return
+    matmul: dict[str, list[float]] = {}
+    for precision in dict.fromkeys(c.precision for c in asked if c in jobs):
+        jobs[precision] = _matmul_turn(precision, settings.device)
+        matmul[precision] = []
+    made.matmul[mode] = matmul
+    turns = take_turns(jobs, settings.rounds)
+    for number in range(1, settings.rounds + 1):
+        tell(f"{mode}: round {number} of {settings.rounds}")
+        before, start = cpu_of_others(), time.perf_counter()
+        found = next(turns)
+        after, wall = cpu_of_others(), time.perf_counter() - start
+        if before is not None and after is not None:
+            used.append((after - before, wall))
+        for who, figures in found.items():
+            if figures is None:
+                continue
+            if isinstance(who, str):
+                matmul[who].append(figures[0])
+                continue
+            who.rates.append(figures[0])
+            if figures[1] is not None:
+                who.latencies.append(figures[1])
+
+
+def _turn(contender: Contender, runner: Runner, settings: Settings) -> Callable[[], tuple[float, float | None] | None]:
+    """A contender's part of a round: images/s, and ms at batch 1 in inference; None once it has failed."""
+
+    def turn() -> tuple[float, float | None] | None:
+        if contender.error:
+            return None
+        try:
+            rate = (
+                settings.batch_size
+                * runner.repeats["rate"]
+                / seconds(runner.whole, runner.repeats["rate"], settings.device)
+            )
+            if contender.mode == "train":
+                return rate, None
+            if runner.single is None:
+                return rate, 1000 / rate
+            took = seconds(runner.single, runner.repeats["latency"], settings.device)
+            return rate, 1000 * took / runner.repeats["latency"]
+        except Exception as error:
+            contender.error = reason(error)
+            contender.rates.clear()
+            return None
+
+    return turn
+
+
+def _matmul_turn(precision: str, device: torch.device) -> Callable[[], tuple[float, None]]:
+    run, operations = matrix_product(precision, device)
+    return lambda: (operations / seconds(run, 1, device) / 1e9, None)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong in one line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{kind}{text}"[:200].rstrip(": ")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def unit_of(asked: Sequence[Contender]) -> Contender | None:
+    """What the ratios of a mode are to: the reference in eager fp32, else the first contender that ran."""
+    ran = [c for c in asked if c.rates]
+    return next((c for c in ran if (c.model, c.form) == (REFERENCE, "fp32 eager")), ran[0] if ran else None)
+
+
+def figures(contender: Contender, unit: Contender, peak: float) -> dict[str, Any]:
+    """What a row shows. peak: GFLOP/s of the matrix product in the contender's precision."""
+    rate = statistics.median(contender.rates)
+    factor = 3 if contender.mode == "train" else 1  # backward: twice the work of forward
+    gflops = None if contender.macs is None else 2 * contender.macs * factor * rate / 1e9
+    return {
+        "images_per_second": rate,
+        "ratio": ratio(contender.rates, unit.rates),
+        "spread": f"{_short(min(contender.rates))}–{_short(max(contender.rates))}",
+        "latency_ms": statistics.median(contender.latencies) if contender.latencies else None,
+        "peak_mib": None if contender.peak_bytes is None else contender.peak_bytes / 2**20,
+        "gflops": gflops,
+        "share": None if gflops is None else 100 * gflops / peak,
+    }
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("form", "form"),
+    Column("images_per_second", "images/s", "short"),
+    Column("ratio", "ratio", "number"),
+    Column("spread", "min–max", secondary=True),
+    Column("latency_ms", "latency (ms)", "short", secondary=True),
+    Column("peak_mib", "peak (MiB)", "short", secondary=True),
+    Column("share", "of peak (%)", "short", secondary=True),
+    Column("gflops", "GFLOP/s", "short", secondary=True),
+    Column("params_m", "#params (M)", "number", secondary=True),
+    Column("macs_g", "MACs (G)", "number", secondary=True),
+    Column("layout", "layout", secondary=True),
+)
+TITLES = {"infer": "Inference", "train": "Training step"}
+
+
+def tables(made: Measurement) -> list[Table]:
+    """One table for each mode."""
+    return [_table(made, mode) for mode in made.modes]
+
+
+def _table(made: Measurement, mode: str) -> Table:
+    settings, asked, unit = made.settings, made.of(mode), unit_of(made.of(mode))
+    rows: list[Row] = []
+    notes: list[str] = []
+    for contender in asked:
+        values: dict[str, Any] = {"model": contender.model, "form": contender.form, "layout": contender.layout}
+        values["params_m"] = None if contender.params is None else contender.params / 1e6
+        values["macs_g"] = None if contender.macs is None else contender.macs / 1e9
+        mark = ""
+        if contender.rates and unit is not None:
+            values |= figures(contender, unit, max(made.matmul[mode][contender.precision]))
+        elif contender.error:
+            notes.append(f"[{len(notes) + 1}] {contender.error}")
+            mark = f"[{len(notes)}]"
+        rows.append(Row("measured", values, mark=mark))
+    columns = [c for c in COLUMNS if c.key != "latency_ms" or mode == "infer"]
+    if unit is None:
+        return Table("bench", TITLES[mode], columns, rows, [*notes, "Nothing ran to the end of a round."])
+    rounds = len(unit.rates)
+    notes += [
+        f"images/s: median of {rounds} round{'s' * (rounds != 1)}, in each of which every contender has a turn; "
+        "min–max: over the rounds.",
+        f"ratio: to {unit.model}, {unit.form}, in the same round; median over the rounds.",
+        f"peak: tensors allocated in one {'training step' if mode == 'train' else 'pass'} above what lay there before "
+        "(activations, gradients, temporaries; not weights).",
+        "of peak: achieved GFLOP/s (two for a MAC" + (", three times those of the forward pass" * (mode == "train"))
+        + f") as a share of a large matrix product's, measured in the same rounds: {_peaks(made.matmul[mode])}.",
+    ]  # fmt: skip
+    if made.stopped:
+        notes.append(f"Stopped after {rounds} of {settings.rounds} rounds.")
+    if (busy := busy_note(made.others)) is not None:
+        notes.append(busy)
+    title = f"{TITLES[mode]}: batch {settings.batch_size}, {settings.img_size} x {settings.img_size}"
+    return Table("bench", title, columns, rows, notes, whole="--output FILE.md")
+
+
+def _peaks(matmul: Mapping[str, Sequence[float]]) -> str:
+    return ", ".join(f"{max(rates):,.0f} in {precision}" for precision, rates in matmul.items())
+
+
+def busy_note(others: float | None) -> str | None:
+    """What is to be said where other processes took a noticeable part of the machine."""
+    if others is None or others < BUSY:
+        return None
+    return f"This machine was busy: other processes took {others:.1f} of {os.cpu_count()} cores while the clock ran."
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> str:
+    """The processor or GPU that was measured."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def facts(device: torch.device, argv: Sequence[str]) -> dict[str, str]:
+    """Where figures come from: command, machine, system, versions, commit, date."""
+    commit, dirty = runs.git_state()
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "hcnet": hcnet_cli.__version__,
+    }
+    return {
+        "command": shlex.join(["hcnet", *argv[1:]]),
+        "machine": f"{machine(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, {device}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": (commit or "unknown") + (" with changes" if dirty else ""),
+        "date": runs.now(),
+    }
+
+
+def markdown(title: str, known: Mapping[str, str], made: Sequence[Table]) -> str:
+    """A page that says how it was made, then the tables."""
+    lines = [f"# {title}", "", *(f"- {what}: {_code(what, text)}" for what, text in known.items()), ""]
+    return "\n".join(lines) + "\n" + report.render(made, "markdown")
+
+
+def _code(what: str, text: str) -> str:
+    return f"`{text}`" if what in ("command", "commit") else text
+
+
+def page(made: Measurement, known: Mapping[str, str]) -> str:
+    """The Markdown file."""
+    settings = made.settings
+    known = {
+        **known,
+        "protocol": f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, {settings.rounds} rounds "
+        "of alternating contenders after warm-up (docs/speed.md)",
+    }
+    text = markdown("Speed, side by side", known, tables(made))
+    if settings.device.type == "cpu":
+        text += f"\n## On a GPU\n\nNot measured here. This fills it:\n\n    {gpu_command(made)}\n"
+    return text
+
+
+def gpu_command(made: Measurement) -> str:
+    """The same bench on a CUDA device."""
+    settings, asked = made.settings, made.contenders
+    lists = {
+        "models": (c.model for c in asked),
+        "mode": (c.mode for c in asked),
+        "precision": (c.precision for c in asked),
+    }
+    words = ["hcnet", "bench"]
+    for flag, values in lists.items():
+        words += [f"--{flag}", ",".join(dict.fromkeys(values))]
+    words += ["--compile"] if any(c.compiled for c in asked) else []
+    words += ["--batch-size", str(settings.batch_size), "--img-size", str(settings.img_size)]
+    words += ["--rounds", str(settings.rounds), "--device", "cuda", "--output", "speed-gpu.md"]
+    return shlex.join(words)
+
+
+def json_text(made: Measurement, known: Mapping[str, str]) -> str:
+    """Everything, with the figures of each round."""
+    modes = []
+    for mode in made.modes:
+        unit = unit_of(made.of(mode))
+        rows = []
+        for contender in made.of(mode):
+            row = dataclasses.asdict(contender)
+            if contender.rates and unit is not None:
+                row |= figures(contender, unit, max(made.matmul[mode][contender.precision]))
+            rows.append(row)
+        modes.append(
+            {
+                "mode": mode,
+                "unit": None if unit is None else f"{unit.model}, {unit.form}",
+                "matmul_gflops": made.matmul.get(mode, {}),
+                "contenders": rows,
+            }
+        )
+    settings = {**dataclasses.asdict(made.settings), "device": str(made.settings.device)}
+    whole = {**known, **settings, "stopped": made.stopped, "cores_of_others": made.others, "modes": modes}
+    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+
+
+def write(output: Path, text: str) -> None:
+    with runs.writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_text(output, text)
+    notice(f"Wrote {output}.")
