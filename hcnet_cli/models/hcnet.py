@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, get_act_layer, get_norm_layer, trunc_normal_
+from timm.layers import GELU, ClassifierHead, get_act_layer, get_norm_layer, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
@@ -110,12 +110,16 @@ class HeatConduction(nn.Module):
         else:
             laplacian = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]) / 4
             self.register_buffer("weight", laplacian.expand(dim, 1, 3, 3).contiguous(), persistent=False)
+        self.register_buffer("folded", None)  # S as a constant, after `fuse`
         self.padding = self.weight.shape[-1] // 2
         self.gate = nn.Linear(dim, dim, bias=False) if gate else nn.Identity()
         self.rate = None if gate else nn.Parameter(torch.zeros(dim))
 
     def stencil(self) -> Tensor:
         """S: [C, 1, K, K], each channel's sum is zero (unless conservation is disabled)."""
+        folded = self.folded
+        if folded is not None:
+            return folded
         if not self.conservation:
             return self.weight
         p = self.padding
@@ -127,9 +131,46 @@ class HeatConduction(nn.Module):
             return torch.sigmoid(self.rate)[None, :, None, None]
         return torch.sigmoid(self.gate(u.mean(dim=(2, 3))))[:, :, None, None]
 
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> "HeatConduction":
+        """For inference (timm's `reparameterize_model`): S is a constant, w is gone."""
+        self.folded = self.stencil().detach()
+        del self.weight
+        return self
+
     def forward(self, u: Tensor) -> Tensor:
         flow = F.conv2d(u, self.stencil(), padding=self.padding, groups=self.dim)
         return torch.addcmul(u, self.conduction_rate(u), flow)
+
+
+class _GeluFilters(torch.autograd.Function):
+    """filters(gelu(x)) that keeps x alone: gelu(x) is computed once more in the backward pass.
+
+    It is a fourth of what a block would keep, and costs one pass over the map.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(F.gelu(x), weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        pad, (dx, dw) = [weight.shape[-1] // 2] * 2, ctx.needs_input_grad
+        grad_act, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, F.gelu(x), weight, None, [1, 1], pad, [1, 1], False, [0, 0], weight.shape[0], [dx, dw, False]
+        )
+        return torch.ops.aten.gelu_backward(grad_act, x) if dx else None, grad_weight
+
+
+@register_notrace_function
+def gelu_filters(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise filters of gelu(x). x: [B, C, H, W]; weight: [C, 1, 3, 3]."""
+    if torch.jit.is_scripting():
+        return F.conv2d(F.gelu(x), weight, padding=1, groups=weight.shape[0])
+    return _GeluFilters.apply(x, weight.to(x.dtype))  # under autocast x comes from a linear layer, in its type
 
 
 class RefinementApproximation(nn.Module):
@@ -154,6 +195,7 @@ class RefinementApproximation(nn.Module):
         self.norm = norm_layer(dim)
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = act_layer()
+        self.is_gelu = isinstance(self.act, (nn.GELU, GELU)) and getattr(self.act, "approximate", "none") == "none"
         self.filters = (
             nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False) if filters else None
         )
@@ -162,10 +204,86 @@ class RefinementApproximation(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         # The 1x1 convolutions are linear layers on [B, H, W, C], a view of channels_last: no copy, one matrix product.
         x = self.norm(u).permute(0, 2, 3, 1)  # [B, C, H, W] -> [B, H, W, C]
-        x = self.act(self.fc1(x))  # [B, H, W, C] -> [B, H, W, RC]
-        if self.filters is not None:
-            x = self.filters(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.fc1(x)  # [B, H, W, C] -> [B, H, W, RC]
+        if self.filters is None:
+            x = self.act(x)
+        elif self.is_gelu:
+            x = gelu_filters(x.permute(0, 3, 1, 2), self.filters.weight).permute(0, 2, 3, 1)
+        else:
+            x = self.filters(self.act(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.fc2(x).permute(0, 3, 1, 2)  # [B, H, W, RC] -> [B, C, H, W]
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """For inference (timm's `reparameterize_model`): what the CPU gains from; elsewhere it changes nothing."""
+        hidden_dim = self.fc1.out_features
+        folded: Any = self
+        folded.fc1, folded.fc2 = PackedLinear(self.fc1), PackedLinear(self.fc2)
+        return RefinementByImages(folded, hidden_dim)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with constant weights, on the CPU in the memory order that oneDNN computes in.
+
+    In float32 that is faster than F.linear, which calls another library (BLAS). Where it cannot be used, and in a
+    graph of torch.compile, which reorders constants itself, it is F.linear.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.constant: Tensor
+        self.bias: Tensor
+        self.register_buffer("constant", linear.weight.detach())
+        self.register_buffer("bias", linear.bias.detach())
+        self._pack()
+
+    def _pack(self) -> None:
+        self.packed: Tensor | None = None
+        usable = torch.backends.mkldnn.is_available() and self.constant.device.type == "cpu"
+        if usable and self.constant.dtype == torch.bfloat16:
+            usable = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if usable and self.constant.dtype in (torch.float32, torch.bfloat16):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None or torch.compiler.is_compiling():
+            return F.linear(x, self.constant, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        super()._apply(fn, recurse)  # .to(device), .bfloat16(): the packed copy follows
+        self._pack()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None}  # oneDNN's order is of one machine
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pack()
+
+
+class RefinementByImages(nn.Module):
+    """A refinement for inference on the CPU: a few images at a time, so that the hidden maps stay in the cache.
+
+    They are R times as large as anything else in the network; for a whole batch they would go through main memory.
+    """
+
+    CACHE = 8 * 2**20  # bytes of one hidden map
+
+    def __init__(self, branch: RefinementApproximation, hidden_dim: int) -> None:
+        super().__init__()
+        self.branch = branch
+        self.hidden_dim = hidden_dim
+
+    def forward(self, u: Tensor) -> Tensor:
+        batch, _, height, width = u.shape
+        if u.device.type != "cpu" or not isinstance(batch, int):  # a symbolic batch of torch.compile
+            return self.branch(u)
+        images = max(1, self.CACHE // (self.hidden_dim * height * width * u.element_size()))
+        if images >= batch:
+            return self.branch(u)
+        return torch.cat([self.branch(part) for part in u.split(images)])
 
 
 class HcBlock(nn.Module):
