@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import auto_augment
+from timm.data import auto_augment, create_transform
 from torchvision import transforms
 
 from hcnet_cli import rng
@@ -336,11 +336,10 @@ def test_training_is_the_recipes_pipeline_in_its_order() -> None:
         "RandomResizedCropAndInterpolation",
         "RandomHorizontalFlip",
         "RandAugment",
-        "MaybeToTensor",
-        "Normalize",
+        "ToNormalised",
         "RandomErasing",
     ]
-    crop, flip, augment, _, normalise, erase = parts
+    crop, flip, augment, normalise, erase = parts
     assert (crop.size, crop.scale, crop.ratio) == ((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
     assert crop.interpolation == transforms.InterpolationMode.BICUBIC
     assert flip.p == 0.5
@@ -349,9 +348,38 @@ def test_training_is_the_recipes_pipeline_in_its_order() -> None:
     for op in augment.ops:
         assert (op.prob, op.magnitude, op.magnitude_std) == (0.5, 9, 0.5)
         assert op.kwargs == {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BICUBIC}
-    assert normalise.mean.tolist() == pytest.approx(MEAN)
+    assert normalise.mean.flatten().tolist() == pytest.approx(MEAN)
+    assert normalise.std.flatten().tolist() == pytest.approx(STD)
     assert (erase.probability, erase.mode, erase.min_area, erase.max_area) == (0.25, "pixel", 0.02, 1 / 3)
     assert (erase.min_count, erase.max_count, erase.device) == (1, 1, "cpu")
+
+
+@pytest.mark.parametrize("size", [(50, 40), (1, 7), (64, 64)])
+def test_normalising_in_one_is_torchvisions_two_to_the_last_bit(size: tuple[int, int]) -> None:
+    image = picture(size)
+    expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])(image)
+    assert torch.equal(imagenet.ToNormalised(MEAN, STD)(image), expected)
+
+
+def test_training_images_are_those_of_timms_own_transform() -> None:
+    """The same draws give the same pixels: crop, flip, RandAugment and erasing see nothing of how we normalise."""
+    settings: dict[str, Any] = {
+        "scale": (0.08, 1.0),
+        "ratio": (3 / 4, 4 / 3),
+        "color_jitter": 0.4,
+        "auto_augment": "rand-m9-mstd0.5-inc1",
+        "interpolation": "bicubic",
+        "re_prob": 0.25,
+        "re_mode": "pixel",
+    }
+    ours = train_transform(img_size=48, **settings, **NORMAL)
+    timms = create_transform(48, is_training=True, **settings, **NORMAL)
+    imagenet.mend_posterize(timms)
+    for key in range(40):
+        with rng.seeded(key):
+            image = ours(picture(seed=key))
+        with rng.seeded(key):
+            assert torch.equal(image, timms(picture(seed=key))), key
 
 
 def test_colour_jitter_acts_only_without_randaugment() -> None:
@@ -363,8 +391,7 @@ def test_colour_jitter_acts_only_without_randaugment() -> None:
     assert "ColorJitter" not in names(color_jitter=None, auto_augment=None)
     assert names(auto_augment=None, color_jitter=None, hflip=0.0, re_prob=0.0) == [
         "RandomResizedCropAndInterpolation",
-        "MaybeToTensor",
-        "Normalize",
+        "ToNormalised",
     ]
 
 
