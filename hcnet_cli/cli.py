@@ -490,6 +490,36 @@ def bench(
         raise typer.Exit(1)
 
 
+@bench_app.command("data")
+def bench_data(
+    data: Annotated[str | None, typer.Option(help="An image folder (default: synthetic JPEGs).")] = None,
+    recipe: Annotated[str, typer.Option(help="The pretrain recipe whose augmentation is timed.")] = "imagenet",
+    img_size: Annotated[int | None, typer.Option(min=8, help="Height and width (default: the recipe's).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load data; 0: this one.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each pipeline; figures are medians over them.")] = 5,
+    output: Output = None,
+) -> None:
+    """Time the training input pipeline alone, beside timm's on the same folder with the same augmentation."""
+    from hcnet_cli import bench, bench_data, build
+    from hcnet_cli.report import render
+
+    bench.check_output(output)
+    with bench_data.folder(data) as (root, name):
+        made = bench_data.measure(
+            bench_data.read_recipe(recipe, root, img_size),
+            root,
+            name,
+            batch_size=batch_size,
+            workers=workers,
+            rounds=rounds,
+        )
+    sys.stdout.write(render([bench_data.table(made)], "rich"))
+    if output is not None:
+        known = bench.facts(build.pick_device("cpu"), sys.argv)
+        bench.write(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
+
+
 def _version(value: bool) -> None:
     if value:
         out.print(f"hcnet {hcnet_cli.__version__}")
