@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hcnet_cli.models import HcNet
-from hcnet_cli.models.hcnet import HcBlock, PackedLinear, RefinementByImages, gelu_filters
+from hcnet_cli.models.hcnet import HcBlock, PackedLinear, RefinementByImages, gelu_filters, stencil_conv
 from hcnet_cli.models.reference import Block as LiteralBlock
 
 VARIANTS = [(), ("conduction",), ("refinement",), ("gate",), ("anisotropy",), ("conservation",), ("gate", "refinement")]
@@ -201,3 +201,22 @@ def test_recomputed_gelu_gives_autograds_gradients(frozen: str | None) -> None:
         torch.autograd.grad(ours, inputs, cotangent), torch.autograd.grad(plain, inputs, cotangent), strict=True
     )
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("k", [5, 7, 9])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_weight_gradient_in_windows_is_autograds(k: int, bf16: bool) -> None:
+    """Integers, so that sums in any order are exact; a map large enough to be computed in windows, odd sides."""
+    torch.manual_seed(0)
+    u = torch.randint(-2, 3, (1, 8, 181, 183)).float().contiguous(memory_format=torch.channels_last).requires_grad_()
+    stencil = torch.randint(-2, 3, (8, 1, k, k)).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ours = stencil_conv(u, stencil)
+        plain = nn.functional.conv2d(u, stencil, padding=k // 2, groups=8)
+    assert "StencilConv" in str(ours.grad_fn)
+    assert ours.dtype is plain.dtype
+    assert torch.equal(ours, plain)
+    cotangent = torch.randint(-1, 2, ours.shape).to(ours.dtype)
+    for a, b in zip(*(torch.autograd.grad(out, (u, stencil), cotangent) for out in (ours, plain)), strict=True):
+        assert a.dtype is torch.float32
+        torch.testing.assert_close(a, b, rtol=0.01 if bf16 else 0, atol=0)
