@@ -83,6 +83,9 @@ def test_folded_form_can_be_copied_saved_and_cast() -> None:
         assert half.dtype is torch.bfloat16
         torch.testing.assert_close(half.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item())
         torch.testing.assert_close(folded.float()(x), expected, rtol=0, atol=0.1 * expected.abs().max().item())
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = folded(x)
+        torch.testing.assert_close(mixed.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item())
 
 
 def test_weights_cannot_slip_into_a_folded_model() -> None:

@@ -293,7 +293,7 @@ class PackedLinear(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.constant)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None or torch.compiler.is_compiling():
+        if self.packed is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self.constant, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
