@@ -54,13 +54,14 @@ class Settings:
     img_size: int
     rounds: int
     device: torch.device
+    threads: int = 1  # of PyTorch on the CPU
 
 
 def settings(batch_size: int, img_size: int, rounds: int, device: str, threads: int | None) -> Settings:
     """The settings of a bench; CPU threads are set for the process."""
     if threads is not None:
         torch.set_num_threads(threads)
-    return Settings(batch_size, img_size, rounds, build.pick_device(device))
+    return Settings(batch_size, img_size, rounds, build.pick_device(device), torch.get_num_threads())
 
 
 @dataclass(eq=False)
@@ -482,7 +483,7 @@ COLUMNS = (
     Column("model", "model"),
     Column("form", "form"),
     Column("images_per_second", "images/s", "short"),
-    Column("ratio", "ratio", "number"),
+    Column("ratio", "ratio", "percent"),
     Column("spread", "min–max", secondary=True),
     Column("latency_ms", "latency (ms)", "short", secondary=True),
     Column("peak_mib", "peak (MiB)", "short", secondary=True),
@@ -561,8 +562,8 @@ def machine(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def facts(device: torch.device, argv: Sequence[str]) -> dict[str, str]:
-    """Where figures come from: command, machine, system, versions, commit, date."""
+def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, str]:
+    """Where figures come from, asked before the clock runs: command, machine, system, versions, commit, date."""
     commit, dirty = runs.git_state()
     versions = {
         "Python": platform.python_version(),
@@ -572,7 +573,7 @@ def facts(device: torch.device, argv: Sequence[str]) -> dict[str, str]:
     }
     return {
         "command": shlex.join(["hcnet", *argv[1:]]),
-        "machine": f"{machine(device)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, {device}",
+        "machine": f"{machine(device)}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)} used, {device}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": (commit or "unknown") + (" with changes" if dirty else ""),

@@ -266,7 +266,7 @@ COLUMNS = (
     Column("decode", "decode", "short"),
     Column("augment", "decode, augment", "short"),
     Column("loader", "loader", "short"),
-    Column("ratio", "ratio", "number"),
+    Column("ratio", "ratio", "percent"),
     Column("spread", "min–max", secondary=True),
     Column("per_core", "a process", "short", secondary=True),
 )

@@ -479,10 +479,10 @@ def bench(
 
     timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
+    known = timing.facts(settings.device, sys.argv, settings.threads)
     made = timing.measure(timing.contenders(models, mode, precision, compile_models), settings)
     sys.stdout.write(render(timing.tables(made), "rich"))
     if output is not None:
-        known = timing.facts(settings.device, sys.argv)
         timing.write(output, (timing.json_text if output.suffix == ".json" else timing.page)(made, known))
     if made.stopped:
         raise typer.Exit(130)
@@ -505,6 +505,7 @@ def bench_data(
     from hcnet_cli.report import render
 
     bench.check_output(output)
+    known = bench.facts(build.pick_device("cpu"), sys.argv, threads=1)
     with bench_data.folder(data) as (root, name):
         made = bench_data.measure(
             bench_data.read_recipe(recipe, root, img_size),
@@ -516,7 +517,6 @@ def bench_data(
         )
     sys.stdout.write(render([bench_data.table(made)], "rich"))
     if output is not None:
-        known = bench.facts(build.pick_device("cpu"), sys.argv)
         bench.write(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
 
 

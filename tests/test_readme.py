@@ -46,7 +46,7 @@ def test_the_readme_names_the_two_commands_and_the_five() -> None:
     found = commands()
     assert {"make demo", "make test"} <= set(found)
     words = {shlex.split(line)[1] for line in found if line.startswith("hcnet")}
-    assert {"pretrain", "finetune-det", "finetune-seg", "ablate", "report"} <= words
+    assert {"pretrain", "finetune-det", "finetune-seg", "ablate", "report", "bench"} <= words
 
 
 def test_make_knows_its_targets() -> None:
@@ -83,6 +83,11 @@ def test_every_command_runs(line: str, hcnet: Hcnet, tmp_path: Path, monkeypatch
         Image.new("RGB", (40, 30), "orange").save("photo.jpg")
     if arguments[0] == "ablate":
         arguments = [*arguments, "--dry-run"]
+    if arguments[:2] == ["bench", "data"]:
+        arguments += ["--img-size", "32", "--batch-size", "8", "--rounds", "1", "--workers", "0"]
+    elif arguments[0] == "bench":  # compiling takes minutes
+        arguments = [word for word in arguments if word != "--compile"]
+        arguments += ["--models", "pico,reference", "--img-size", "32", "--batch-size", "1", "--rounds", "1"]
     done = hcnet(*arguments)
     assert done.code == 0, done.err
     assert "Traceback" not in done.err
