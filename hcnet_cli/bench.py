@@ -43,6 +43,7 @@ MODES = ("infer", "train")
 ENDINGS = (".md", ".json")
 SECONDS = {"rate": 0.5, "latency": 0.15}  # about what a contender gets of a round, but one pass at least
 WARM_UP = 3  # passes: compilation, choice of kernels, the optimizer's state
+MATTERS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # to speed
 BUSY = 0.2  # cores that other processes may take before that is said
 Key = TypeVar("Key")
 Figure = TypeVar("Figure")
@@ -576,6 +577,8 @@ def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, 
         "machine": f"{machine(device)}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)} used, {device}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "environment": ", ".join(f"{name}={os.environ[name]}" for name in MATTERS if name in os.environ)
+        or "PyTorch's own allocator and threads",
         "commit": (commit or "unknown") + (" with changes" if dirty else ""),
         "date": runs.now(),
     }
