@@ -285,7 +285,15 @@ def _init(arm: str, changes: Mapping[str, Any], base: Base, recipe: Recipe, resu
     wanted = str(changes.get("init", "none" if base.init == "pretrain" else base.init))
     if "init" in changes and base.init != "none":
         raise UserError(f"arm {arm}: init is an axis of this study and stands under runs too.")
-    return runs.best_pretraining(recipe, results) if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    try:
+        return runs.best_pretraining(recipe, results)
+    except UserError as error:
+        size = recipe.model.size
+        raise UserError(
+            str(error), hint=f"The arm {arm} starts from one: hcnet pretrain --size {size} first."
+        ) from None
 
 
 # --- finding the runs of cells ----------------------------------------------------------------------------------------

@@ -144,6 +144,10 @@ def _coco(config: rcp.Coco, root: Path, masks: bool) -> Data:
     splits = {split: coco.load_split(root, split, masks=masks) for split in ("train", "val")}
     (train, train_images), (val, val_images) = splits["train"], splits["val"]
     coco.check_same_classes(train, val)
+    coco.check_sizes(val, val_images)  # what evaluation cannot do without must not be found after hours of training
+    if left_out := {reason: len(ids) for reason, ids in train.dropped.items() if reason != "crowd"}:
+        listed = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
+        notice(f"Training objects left out of {train.file.name}: {listed}.")
     given = config.model_dump(exclude={"format", "path", "eval_backend"})
     train_set = coco.CocoDataset(train, train_images, train=True, **given)
     return Data(
@@ -251,6 +255,12 @@ def _classification(recipe: Recipe, config: rcp.ImageFolder, data: Data) -> Clas
 def _segmentation(recipe: Recipe, data: Data) -> SegmentationTask:
     head = recipe.head
     assert isinstance(head, rcp.UPerNet)
+    together = recipe.train.batch_size // recipe.train.accumulate
+    if together < 2:
+        raise UserError(
+            f"UPerNet trains on two or more images at a time (its batch norm sees 1 x 1 maps), not on {together}.",
+            hint="Choose a larger --batch-size or fewer micro-batches (--accumulate).",
+        )
     shape = head.model_dump(exclude={"kind", "aux_weight"})
     model = UPerNet(build_backbone(recipe, 0), data.info.num_classes, **shape)
     return _segmentation_task(recipe, data, model, (1.0,), flip=False, suffix="")

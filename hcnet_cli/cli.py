@@ -42,7 +42,10 @@ DataPath = Annotated[str | None, typer.Option("--data", help="A data folder, or 
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped recipe (hcnet recipes ls) or a YAML file.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training data.")]
 BatchSize = Annotated[int | None, typer.Option(help="Images per optimizer step, over all processes.")]
-Accumulate = Annotated[int | None, typer.Option(help="Micro-batches a step is divided into; changes no result.")]
+Accumulate = Annotated[
+    int | None,
+    typer.Option(help="Micro-batches a step is divided into; only batch norm can tell."),
+]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate; never scaled in silence.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Init = Annotated[str | None, typer.Option(help="Weights to start from: a run folder, a weights file, auto or none.")]

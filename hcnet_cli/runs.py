@@ -23,7 +23,7 @@ from hcnet_cli.names import EMBEDDED
 from hcnet_cli.recipe import Recipe
 
 SCHEMA = 1
-ELSEWHERE = "Choose another place with --out (of a report: --output)."
+ELSEWHERE = "Choose another place, with --out or --output."
 
 
 class DataInfo(BaseModel):

@@ -337,7 +337,7 @@ def _print_plan(
         ("batch", f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes"),
         ("steps", f"{plan.total} ({plan.epoch} an epoch), warm-up {plan.warmup}"
                   + (" (shortened to half of the run)" if plan.shortened else "")
-                  + f", evaluation every {plan.eval_every}"),
+                  + f", evaluation {f'every {plan.eval_every}' if plan.eval_every < plan.total else 'at the end'}"),
         ("learning rate", f"peak {recipe.optim.lr:g}" + _scaling_advice(recipe)),
     ]  # fmt: skip
     state_bytes = params * 4 * 4

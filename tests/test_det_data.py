@@ -412,3 +412,29 @@ def test_collate_keeps_lists(tmp_path: Path) -> None:
     assert [image.ndim for image in batch["image"]] == [3, 3]
     assert batch["sample"].tolist() == [0, 1]
     assert batch["key"].tolist() == [4, 5]
+
+
+def test_sizes_of_validation_images_are_checked_from_their_headers(tmp_path: Path) -> None:
+    """An image that EXIF turns may have either size; another size, or no image, is named before any training."""
+    Image.new("RGB", (60, 40)).save(tmp_path / "plain.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    (tmp_path / "text.jpg").write_text("no image")
+
+    def annotations(name: str, width: int, height: int) -> coco.Annotations:
+        images = [{"id": 1, "file_name": name, "width": width, "height": height}]
+        content = {"images": images, "categories": [{"id": 1, "name": "a"}], "annotations": []}
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        return read_annotations(tmp_path / "a.json", masks=False)
+
+    for name, size in (("plain.jpg", (60, 40)), ("turned.jpg", (60, 40)), ("turned.jpg", (40, 60))):
+        coco.check_sizes(annotations(name, *size), tmp_path)
+    for name, size, message in (
+        ("plain.jpg", (40, 60), "plain.jpg is 60 x 40 pixels, its annotation file says 40 x 60."),
+        ("turned.jpg", (61, 40), "turned.jpg is 60 x 40 pixels, its annotation file says 61 x 40."),
+        ("text.jpg", (60, 40), "text.jpg cannot be read as an image"),
+    ):
+        with pytest.raises(UserError, match=message) as raised:
+            coco.check_sizes(annotations(name, *size), tmp_path)
+        assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # as from a worker process

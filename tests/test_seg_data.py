@@ -175,7 +175,7 @@ def test_values_out_of_range_name_file_and_value(root):
 
 
 def test_missing_folder_and_empty_folder(root, tmp_path):
-    refused(tmp_path / "nowhere", "has no folder images/training")
+    refused(tmp_path / "nowhere", "There is no folder")
     for path in (*(root / "images/validation").iterdir(), *(root / "annotations/validation").iterdir()):
         path.unlink()
     refused(root, "There is no image in", "validation")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -326,6 +326,21 @@ def read_image(path: Path, width: int, height: int) -> Image.Image:
     raise ValueError(f"is {pixels[0]} x {pixels[1]} pixels, its annotation file says {width} x {height}")
 
 
+def check_sizes(annotations: Annotations, images: Path) -> None:
+    """UserError for the first image that is no image or has another size than its annotations; reads headers alone."""
+    for i, (width, height) in enumerate(annotations.sizes.tolist()):
+        path = images / annotations.name(i)
+        try:
+            with Image.open(path) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                sizes = [image.size, image.size[::-1]] if turned else [image.size]
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+            raise UnusableImageError(path, f"cannot be read as an image: {error}") from None
+        if (width, height) not in sizes:
+            found = f"{sizes[0][0]} x {sizes[0][1]} pixels, its annotation file says {width} x {height}"
+            raise UnusableImageError(path, f"is {found}")
+
+
 class Scene(NamedTuple):
     """An image and its objects."""
 
@@ -372,10 +387,13 @@ def crop(scene: Scene, x: int, y: int, width: int, height: int) -> Scene:
     return Scene(scene.image[:, y : y + height, x : x + width], boxes[keep], scene.labels[keep], masks)
 
 
-class _UnusableError(UserError):
+class UnusableImageError(UserError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"The image {path} {reason}.")
         self.brief = f"{path} ({reason})"
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
+        return UserError, (str(self), self.hint)  # from a worker process it comes as what people read
 
 
 class CocoDataset(Dataset[dict[str, Any]]):
@@ -442,7 +460,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
         try:
             return read_image(path, width, height)
         except ValueError as error:
-            raise _UnusableError(path, str(error)) from None
+            raise UnusableImageError(path, str(error)) from None
 
     def __getitem__(self, request: tuple[int, int, int]) -> dict[str, Any]:
         index, key, _ = request
@@ -453,7 +471,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
             try:
                 with rng.seeded(key):
                     return self._training_item(index, key) | unreadable
-            except _UnusableError as error:
+            except UnusableImageError as error:
                 if attempt == 9:
                     raise UserError(f"Ten training images in a row cannot be used, the last: {error}") from None
                 unreadable = unreadable or {"unreadable": error.brief}
