@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hcnet_cli.models  # registers the sizes with timm
 from hcnet_cli import dist, optim, profile, rng
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, notice
 from hcnet_cli.data import ade20k, coco, embedded, imagenet, loader
 from hcnet_cli.engine import Job, to_device
 from hcnet_cli.models.mask_rcnn import MaskRCNN
