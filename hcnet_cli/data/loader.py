@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, warn
@@ -40,7 +40,7 @@ def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name, first in items[0].items():
         values = [item[name] for item in items]
         if isinstance(first, torch.Tensor):
-            batch[name] = torch.stack(values)
+            batch[name] = default_collate(values)  # stacked; in a worker straight into shared memory
         elif isinstance(first, (int, np.integer)):
             batch[name] = torch.tensor(values, dtype=torch.int64)
         else:
