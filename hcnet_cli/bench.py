@@ -539,7 +539,7 @@ def _table(made: Measurement, mode: str) -> Table:
 
 
 def _peaks(matmul: Mapping[str, Sequence[float]]) -> str:
-    return ", ".join(f"{max(rates):,.0f} in {precision}" for precision, rates in matmul.items())
+    return ", ".join(f"{max(rates):,.0f} GFLOP/s in {precision}" for precision, rates in matmul.items())
 
 
 def busy_note(others: float | None) -> str | None:
@@ -599,8 +599,8 @@ def page(made: Measurement, known: Mapping[str, str]) -> str:
     settings = made.settings
     known = {
         **known,
-        "protocol": f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, {settings.rounds} rounds "
-        "of alternating contenders after warm-up (docs/speed.md)",
+        "protocol": f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, contenders alternating "
+        f"in {settings.rounds} round{'s' * (settings.rounds != 1)} after warm-up (docs/speed.md)",
     }
     text = markdown("Speed, side by side", known, tables(made))
     if settings.device.type == "cpu":
