@@ -540,7 +540,7 @@ def main() -> None:
     """Runs the program; a user's mistake ends in one sentence and exit code 2, never in a traceback."""
     if sys.argv[1:2] != ["bench"]:  # which measures PyTorch as it comes
         # Read when torch is loaded, so set before any command runs; what the user has set stays.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads spin briefly: two runs share the cores well
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # waiting threads spin briefly: two runs can share the cores
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages: far fewer page faults
     try:
         app(prog_name="hcnet")
