@@ -270,10 +270,10 @@ class RefinementApproximation(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with constant weights, on the CPU in the memory order that oneDNN computes in.
+    """A linear layer of maps [B, H, W, C] with constant weights, on the CPU in the memory order that oneDNN computes in.
 
-    In float32 that is faster than F.linear, which calls another library (BLAS). Where it cannot be used, and in a
-    graph of torch.compile, which reorders constants itself, it is F.linear.
+    In float32 that is faster than F.linear, which calls another library (BLAS). torch.compile reorders constants
+    itself, but sends linear layers in float32 to BLAS and 1x1 convolutions to oneDNN: its graph has the latter.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -293,7 +293,9 @@ class PackedLinear(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.constant)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
+            return F.conv2d(x.permute(0, 3, 1, 2), self.constant[:, :, None, None], self.bias).permute(0, 2, 3, 1)
+        if self.packed is None or torch.is_autocast_enabled("cpu"):
             return F.linear(x, self.constant, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
@@ -325,7 +327,7 @@ class RefinementByImages(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         batch, _, height, width = u.shape
-        if u.device.type != "cpu" or not isinstance(batch, int):  # a symbolic batch of torch.compile
+        if u.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler plans its memory itself
             return self.branch(u)
         images = max(1, self.CACHE // (self.hidden_dim * height * width * u.element_size()))
         if images >= batch:
