@@ -270,7 +270,7 @@ class RefinementApproximation(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of maps [B, H, W, C] with constant weights, on the CPU in the memory order that oneDNN computes in.
+    """A linear layer of maps [B, H, W, C] with constant weights, on the CPU in the order in which oneDNN computes.
 
     In float32 that is faster than F.linear, which calls another library (BLAS). torch.compile reorders constants
     itself, but sends linear layers in float32 to BLAS and 1x1 convolutions to oneDNN: its graph has the latter.
