@@ -287,13 +287,10 @@ def _init(arm: str, changes: Mapping[str, Any], base: Base, recipe: Recipe, resu
         raise UserError(f"arm {arm}: init is an axis of this study and stands under runs too.")
     if wanted != "auto":
         return wanted
-    try:
-        return runs.best_pretraining(recipe, results)
-    except UserError as error:
-        size = recipe.model.size
-        raise UserError(
-            str(error), hint=f"The arm {arm} starts from one: hcnet pretrain --size {size} first."
-        ) from None
+    if found := runs.best_pretraining(recipe, results):
+        return found
+    lacking, first = runs.no_pretraining(recipe, results)
+    raise UserError(f"{lacking}.", hint=f"The arm {arm} starts from one: {first} first.")
 
 
 # --- finding the runs of cells ----------------------------------------------------------------------------------------

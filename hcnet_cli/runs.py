@@ -265,11 +265,8 @@ def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Pat
     return good, broken
 
 
-def best_pretraining(recipe: Recipe, results: Path) -> str:
-    """The finished pretrain run of the same model on the most images, then with the best top-1, then the newest.
-
-    UserError where there is none.
-    """
+def best_pretraining(recipe: Recipe, results: Path) -> str | None:
+    """The finished pretrain run of the same model on the most images, then with the best top-1, then the newest."""
     candidates = [
         (info.data.num_train, info.metrics.get("top1", 0.0), info.finished, str(folder))
         for folder, info in find_runs(results)[0]
@@ -277,15 +274,15 @@ def best_pretraining(recipe: Recipe, results: Path) -> str:
         and info.variant == rcp.variant(recipe)
         and (folder / "best.safetensors").exists()
     ]
-    if candidates:
-        return max(candidates)[-1]
+    return max(candidates)[-1] if candidates else None
+
+
+def no_pretraining(recipe: Recipe, results: Path) -> tuple[str, str]:
+    """(that there is none, the command that makes one), for people; no full stops."""
     shape = rcp.variant(recipe)
     size = recipe.model.size + (f" ({shape})" if shape else "")
     first = f"hcnet pretrain --size {recipe.model.size}" + (" with the same --set options" if shape else "")
-    raise UserError(
-        f"There is no finished pretrain run of size {size} under {results}.",
-        hint=f"Run `{first}` first, name weights with --init, or start from scratch with --init none.",
-    )
+    return f"There is no finished pretrain run of size {size} under {results}", first
 
 
 def find_init(recipe: Recipe, results: Path) -> str:
@@ -294,13 +291,13 @@ def find_init(recipe: Recipe, results: Path) -> str:
     """
     if recipe.init != "auto":
         return recipe.init
-    try:
-        return best_pretraining(recipe, results)
-    except UserError as error:
-        if recipe.data.path not in EMBEDDED.values():
-            raise
-        first = error.hint.split("`")[1]
-        notice(f"{str(error).rstrip('.')}: starting from scratch (`{first}` makes one).")
+    if found := best_pretraining(recipe, results):
+        return found
+    lacking, first = no_pretraining(recipe, results)
+    if recipe.data.path not in EMBEDDED.values():
+        hint = f"Run `{first}` first, name weights with --init, or start from scratch with --init none."
+        raise UserError(f"{lacking}.", hint=hint)
+    notice(f"{lacking}: starting from scratch (`{first}` makes one).")
     return "none"
 
 

@@ -81,6 +81,8 @@ def open_folder(
     or 16-bit labels, palette and grey labels mixed, and label values out of range.
     """
     root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}.")
     images, labels = {}, {}
     for split in SPLITS:
         images[split], labels[split] = _pairs(root, split)
@@ -136,8 +138,6 @@ def label_table(num_classes: int, reduce_zero_label: bool, ignore_index: int) ->
 
 def _pairs(root: Path, split: str) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
     """Sorted paths of a split's images and, at the same positions, of their labels."""
-    if not root.is_dir():
-        raise UserError(f"There is no folder {root}.")
     found: dict[str, dict[str, str]] = {}
     for kind in ("images", "annotations"):
         folder = root / kind / split

@@ -6,6 +6,7 @@ and order the file has. The recipe is that of Swin's detection code (REFERENCES 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import random
 import re
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -308,37 +309,51 @@ def dataset_name(root: Path, val: Annotations) -> str:
 # --- images and their objects -----------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image file; ValueError, with a reason to be read after the path, for what goes wrong with it inside."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be read as an image: {error}") from None
+
+
+def _other_size(pixels: tuple[int, int], width: int, height: int) -> ValueError:
+    return ValueError(f"is {pixels[0]} x {pixels[1]} pixels, its annotation file says {width} x {height}")
+
+
 def read_image(path: Path, width: int, height: int) -> Image.Image:
     """The RGB image as its annotations see it, width x height.
 
     That is turned by its EXIF tag, or not if only then the size fits. Raises ValueError, with a reason to be read after
     the path, if it cannot be decoded or has another size.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            for candidate in (ImageOps.exif_transpose(image), image):
-                if candidate.size == (width, height):
-                    return candidate.convert("RGB")
-            pixels = image.size
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read as an image: {error}") from None
-    raise ValueError(f"is {pixels[0]} x {pixels[1]} pixels, its annotation file says {width} x {height}")
+    with _opened(path) as image:
+        image.load()
+        for candidate in (ImageOps.exif_transpose(image), image):
+            if candidate.size == (width, height):
+                return candidate.convert("RGB")
+        pixels = image.size
+    raise _other_size(pixels, width, height)
+
+
+def check_size(path: Path, width: int, height: int) -> None:
+    """As `read_image` would judge the image's size, from its header alone."""
+    with _opened(path) as image:
+        pixels, turned = image.size, image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    if (width, height) != pixels and not (turned and (height, width) == pixels):
+        raise _other_size(pixels, width, height)
 
 
 def check_sizes(annotations: Annotations, images: Path) -> None:
-    """UserError for the first image that is no image or has another size than its annotations; reads headers alone."""
+    """UserError for the first image that is no image or has another size than its annotations."""
     for i, (width, height) in enumerate(annotations.sizes.tolist()):
         path = images / annotations.name(i)
         try:
-            with Image.open(path) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                sizes = [image.size, image.size[::-1]] if turned else [image.size]
-        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-            raise UnusableImageError(path, f"cannot be read as an image: {error}") from None
-        if (width, height) not in sizes:
-            found = f"{sizes[0][0]} x {sizes[0][1]} pixels, its annotation file says {width} x {height}"
-            raise UnusableImageError(path, f"is {found}")
+            check_size(path, width, height)
+        except ValueError as error:
+            raise UnusableImageError(path, str(error)) from None
 
 
 class Scene(NamedTuple):

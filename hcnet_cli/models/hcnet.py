@@ -148,7 +148,6 @@ class HeatConduction(nn.Module):
             raise ValueError(
                 "Without anisotropy the stencil is a fixed Laplacian: there is no conservation to disable."
             )
-        self.dim = dim
         self.conservation = conservation
         self.weight: Tensor
         if anisotropy:
