@@ -277,7 +277,7 @@ def ablate(
     """Train the model with and without its parts, on the same data, budget and seeds, and print what they are worth.
 
     Every cell (arm and seed) is an ordinary run: finished ones are taken as they are, whoever asked for them, and the
-    same command again goes on. Without --epochs the embedded digits get 10 epochs a run, fewer than their recipe has,
+    same command again goes on. Without --epochs the embedded digits get 3 epochs a run, fewer than their recipe has,
     so that two arms and three seeds end within minutes. Fine-tuning starts from the same arm's own pretraining when
     pretrain is among the tasks, else from random weights.
     """

@@ -339,7 +339,7 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
 def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress: Progress) -> None:
     metrics, evaluator = evaluate(job, progress)
     value = metrics[job.task.primary]
-    if state.best is None or value > state.best:
+    if state.best is None or value >= state.best:  # of equals the later, which has trained longer
         state.best, state.best_step, state.metrics = value, state.step, metrics
         if dist.is_main():
             weights = job.ema.module if job.ema is not None else job.task.model

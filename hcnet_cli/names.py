@@ -12,7 +12,7 @@ MEANINGLESS = {  # component -> those that are gone with it and so cannot be dis
     "conduction": ("gate", "anisotropy", "conservation"),
     "anisotropy": ("conservation",),
 }
-ABLATION_LENGTH = {"pretrain/digits": 10}  # epochs of an ablation's runs, where the recipe's own would take too long
+ABLATION_LENGTH = {"pretrain/digits": 3}  # epochs of an ablation's runs, where the recipe's own would take too long
 EMBEDDED = {  # the data set inside the program for each task
     "pretrain": "digits",
     "finetune-det": "digit-scenes",

@@ -94,6 +94,7 @@ class UPerNet(Part):
     pool_scales: tuple[PositiveInt, ...] = (1, 2, 3, 6)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     aux_weight: Annotated[float, Field(ge=0)] = 0.4
+    init_std: Annotated[float, Field(gt=0)] = 0.01  # of the classifiers' weights; narrow heads want more
 
 
 class ImageFolder(Part):

@@ -41,14 +41,29 @@ def grey(path: str | Path) -> np.ndarray[Any, Any]:
 
 def test_digits_are_all_there_split_four_to_one_in_every_class() -> None:
     folder = embedded.ensure("digits")
-    counts = {s: Counter(p.parent.name for p in (folder / s).rglob("*.png")) for s in ("train", "val")}
+    plain = "digit_????.png"
+    counts = {s: Counter(p.parent.name for p in (folder / s).rglob(plain)) for s in ("train", "val")}
     assert sum(counts["train"].values()) + sum(counts["val"].values()) == 1797
     assert sorted(counts["train"]) == sorted(counts["val"]) == [str(d) for d in range(10)]
     for digit, n in counts["val"].items():
         assert abs(n / (n + counts["train"][digit]) - 0.2) < 0.01
-    numbers = [p.name for p in folder.rglob("*.png")]
+    numbers = [p.name for p in folder.rglob(plain)]
     assert len(set(numbers)) == 1797  # no digit is in both
     assert Image.open(next(folder.rglob("*.png"))).size == (32, 32)
+
+
+def test_only_training_digits_are_drawn_again_and_under_their_own_class() -> None:
+    folder = embedded.ensure("digits")
+    plain = {p.stem: p for p in (folder / "train").rglob("digit_????.png")}
+    drawn = list(folder.rglob("digit_????_?.png"))
+    assert len(drawn) == embedded.DRAWN * len(plain)
+    assert len(list(folder.rglob("*.png"))) == 1797 + len(drawn)
+    for path in drawn:
+        assert path.parent == plain[path.stem[:-2]].parent
+        pixels = grey(path)
+        assert pixels.shape == (32, 32)
+        assert pixels.max() > 200
+        assert np.ptp(np.flatnonzero((pixels > 128).any(1))) < 28  # smaller than its image
 
 
 # scenes as COCO

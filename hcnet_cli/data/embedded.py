@@ -7,7 +7,8 @@
 | `digit-stuff` | ADE20K SceneParsing | the same scenes: ten digits and the four textures behind them, 0 = other |
 
 They are made once, on first use, and read by the very loaders that read ImageNet, COCO and ADE20K. The scenes for
-training show only digits of the training split, those for validation only the others.
+training show only digits of the training split, those for validation only the others. `digits` holds those for training
+three times more, drawn as the scenes draw them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from PIL import Image
 
 from hcnet_cli.console import UserError, did_you_mean, notice
 
-VERSION = 2  # raise it when a byte of any set changes: the sets are then made anew, in a new folder
+VERSION = 3  # raise it when a byte of any set changes: the sets are then made anew, in a new folder
+SEED = 2  # of the scenes; not VERSION, so that they stay the same when another set changes
+DRAWN = 3  # images of each training digit beside the digit itself
 SCENES = {"train": 800, "val": 160}
 CANVAS = 128  # pixels, both sides of a scene
 TEXTURES = ("stripes", "dots", "checks", "gradient")
@@ -99,12 +102,30 @@ def _digits() -> dict[str, list[tuple[int, int, NDArray[np.uint8]]]]:
 
 
 def _make_digits(folder: Path) -> None:
+    """Each digit fills its image. For training it is there again as scenes show digits: inked, turned, small, aside.
+
+    A model that has seen nothing but centred digits knows none in a scene, so pretraining on them would be worth
+    nothing there (docs/segmentation.md).
+    """
     for split, digits in _digits().items():
         for label in range(10):
             (folder / split / str(label)).mkdir(parents=True)
         for number, label, grey in digits:
-            image = Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC)
-            image.save(folder / split / str(label) / f"digit_{number:04d}.png")
+            stem = folder / split / str(label) / f"digit_{number:04d}"
+            Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC).save(f"{stem}.png")
+            for again in range(DRAWN if split == "train" else 0):
+                drawn = _drawn(grey, np.random.RandomState([SEED, number, again]))
+                Image.fromarray(drawn).save(f"{stem}_{again + 1}.png")
+
+
+def _drawn(grey: NDArray[np.uint8], random: np.random.RandomState) -> NDArray[np.uint8]:
+    """A digit 14 to 27 pixels high, anywhere on a black image [32, 32]."""
+    shape = _shape(grey, random.randint(14, 28), random)[:32, :32]
+    height, width = shape.shape
+    top, left = random.randint(0, 33 - height), random.randint(0, 33 - width)
+    image = np.zeros((32, 32), dtype=np.uint8)
+    image[top : top + height, left : left + width] = np.rint(shape * 255)
+    return image
 
 
 # scenes
@@ -247,7 +268,7 @@ def _scenes() -> Iterator[tuple[str, int, _Scene]]:
     """(split, number from 1, scene); each scene has a generator of its own."""
     for split, digits in _digits().items():
         for number in range(1, SCENES[split] + 1):
-            yield split, number, _scene(digits, np.random.RandomState([VERSION, split == "val", number]))
+            yield split, number, _scene(digits, np.random.RandomState([SEED, split == "val", number]))
 
 
 def _save_jpeg(image: NDArray[np.uint8], path: Path) -> None:
@@ -322,7 +343,7 @@ def _segmentation(thing: _Object) -> Any:
 def _make_digit_scenes(folder: Path) -> None:
     files = {
         split: {
-            "info": {"description": "digit-scenes: handwritten digits on textures", "version": str(VERSION)},
+            "info": {"description": "digit-scenes: handwritten digits on textures", "version": str(SEED)},
             "categories": [
                 {"id": id_, "name": str(digit), "supercategory": "digit"} for digit, id_ in enumerate(CATEGORY_IDS)
             ],
@@ -331,7 +352,7 @@ def _make_digit_scenes(folder: Path) -> None:
         }
         for split in SCENES
     }
-    random = np.random.RandomState(VERSION)
+    random = np.random.RandomState(SEED)
     image_id = annotation_id = 0
     for split in SCENES:
         (folder / f"{split}2017").mkdir()

@@ -92,18 +92,18 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class SegHead(nn.Module):
-    """What both heads end with: channel dropout and a 1x1 classifier.
+    """What both heads end with: channel dropout and a 1x1 classifier, N(0, init_std).
 
     Dropout removes whole channels of an image. `noise` [C, B], uniform in [0, 1), decides which; without
     it, torch's generator does.
     """
 
-    def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
+    def __init__(self, channels: int, num_classes: int, dropout: float, init_std: float) -> None:
         super().__init__()
         self.channels = channels
         self.dropout = dropout
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.normal_(self.conv_seg.weight, std=init_std)
         nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]
 
     def classify(self, x: Tensor, noise: Tensor | None) -> Tensor:
@@ -127,8 +127,9 @@ class UPerHead(SegHead):
         channels: int = 512,
         pool_scales: Sequence[int] = (1, 2, 3, 6),
         dropout: float = 0.1,
+        init_std: float = 0.01,
     ) -> None:
-        super().__init__(channels, num_classes, dropout)
+        super().__init__(channels, num_classes, dropout, init_std)
         *lower, top = in_chans
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(top, channels, 1)) for scale in pool_scales
@@ -156,8 +157,10 @@ class UPerHead(SegHead):
 class FCNHead(SegHead):
     """One 3x3 convolution and a classifier on a single map; used in training only."""
 
-    def __init__(self, in_chans: int, num_classes: int, channels: int = 256, dropout: float = 0.1) -> None:
-        super().__init__(channels, num_classes, dropout)
+    def __init__(
+        self, in_chans: int, num_classes: int, channels: int = 256, dropout: float = 0.1, init_std: float = 0.01
+    ) -> None:
+        super().__init__(channels, num_classes, dropout, init_std)
         self.convs = nn.Sequential(ConvModule(in_chans, channels, 3))
 
     def forward(self, feature: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -185,6 +188,7 @@ class UPerNet(nn.Module):
         aux_channels: int = 256,
         pool_scales: Sequence[int] = (1, 2, 3, 6),
         dropout: float = 0.1,
+        init_std: float = 0.01,
     ) -> None:
         super().__init__()
         info = list(getattr(backbone, "feature_info", None) or [])
@@ -201,8 +205,8 @@ class UPerNet(nn.Module):
         self.takes_noise = "noise" in inspect.signature(backbone.forward_intermediates).parameters
         self.num_classes = num_classes
         self.norms = nn.ModuleList(nn.GroupNorm(1, chans) for chans in in_chans)
-        self.decode_head = UPerHead(in_chans, num_classes, channels, pool_scales, dropout)
-        self.auxiliary_head = FCNHead(in_chans[2], num_classes, aux_channels, dropout)
+        self.decode_head = UPerHead(in_chans, num_classes, channels, pool_scales, dropout, init_std)
+        self.auxiliary_head = FCNHead(in_chans[2], num_classes, aux_channels, dropout, init_std)
 
     @property
     def num_dropout(self) -> int:
