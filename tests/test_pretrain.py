@@ -158,7 +158,7 @@ def test_a_name_that_holds_another_recipe_is_refused_with_the_keys(
     before = (tmp_path / "runs" / "mine" / "run.json").read_bytes()
     other = hcnet(*arguments, "--lr", "0.5")
     assert other.code == 2
-    assert "optim.lr (0.002 there, 0.5 here)" in other.err
+    assert "optim.lr (0.003 there, 0.5 here)" in other.err
     assert (tmp_path / "runs" / "mine" / "run.json").read_bytes() == before
 
 
@@ -213,7 +213,7 @@ def test_the_plan_says_where_values_come_from_and_what_linear_scaling_would_give
     plan = " ".join(done.out.split())
     for words in ("optim.lr 0.01 --lr", "data.img_size 16 --set data.img_size", "9 (3 an epoch)", "8 = 8 x 1"):
         assert words in plan
-    assert "linear scaling would give --lr 0.0005" in plan  # 2e-3 x 8 / 32
+    assert "linear scaling would give --lr 0.000375" in plan  # 3e-3 x 8 / 64
 
 
 def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -
     assert "Traceback" not in err
     assert process.returncode == 130
     info = runs.read_record(next(tmp_path.glob("results/runs/*/run.json")))
-    assert (info.status, info.steps_total, info.size) == ("interrupted", 300 * 44, "s")
+    assert (info.status, info.steps_total, info.size) == ("interrupted", 300 * 89, "s")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -
         (("--device", "cuda:9"), "device"),
         (("--name", "a/b"), "not the name of a folder"),
         (("--batch-size", "7", "--accumulate", "2"), "does not divide"),
-        (("--batch-size", "2000"), "fewer than one batch"),
+        (("--batch-size", "6000"), "fewer than one batch"),
         (("--precision", "fp8"), "fp8"),
         (("--set", "model.disable=[conduction,gate]"), "gate"),
     ],

@@ -134,6 +134,9 @@ def test_initialisation_is_the_references():
     assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
     assert head.conv_seg.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert not head.conv_seg.bias.any()
+    narrow = tiny_model(150, init_std=0.6)  # a recipe's number: narrow heads stand still with the reference's
+    for classifier in (narrow.decode_head.conv_seg, narrow.auxiliary_head.conv_seg):
+        assert classifier.weight.std().item() == pytest.approx(0.6, rel=0.1)
     assert [tuple(norm.weight.shape) for norm in tiny_model().norms] == [(chans,) for chans in IN_CHANS]
     assert all(
         conv.bias is None for conv in head.modules() if isinstance(conv, nn.Conv2d) and conv is not head.conv_seg

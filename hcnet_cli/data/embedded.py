@@ -119,7 +119,7 @@ def _make_digits(folder: Path) -> None:
 
 
 def _drawn(grey: NDArray[np.uint8], random: np.random.RandomState) -> NDArray[np.uint8]:
-    """A digit 14 to 27 pixels high, anywhere on a black image [32, 32]."""
+    """A digit 14 to 27 pixels high before it is turned, anywhere on a black image [32, 32]."""
     shape = _shape(grey, random.randint(14, 28), random)[:32, :32]
     height, width = shape.shape
     top, left = random.randint(0, 33 - height), random.randint(0, 33 - width)
