@@ -103,7 +103,7 @@ def test_the_plan_is_printed_and_nothing_is_started(hcnet: Hcnet, folder_of_imag
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-def test_as_typed_it_is_two_arms_and_three_seeds_of_ten_epochs_on_the_embedded_digits(
+def test_as_typed_it_is_two_arms_and_three_seeds_of_three_epochs_on_the_embedded_digits(
     hcnet: Hcnet, fake: Callable[..., None]
 ) -> None:
     done = hcnet("ablate", "--disable", "refinement")
@@ -112,7 +112,7 @@ def test_as_typed_it_is_two_arms_and_three_seeds_of_ten_epochs_on_the_embedded_d
     assert labels() == [f"{arm} s{seed}" for arm in ("full", "refinement") for seed in range(3)]
     recipes = {path.name: path.read_text() for path in Path("results/studies").glob("*/*.yaml")}
     assert recipes.keys() == {"full.yaml", "no-refinement.yaml"}
-    assert all("length: 10" in text and "disable: [" in text for text in recipes.values())
+    assert all("length: 3" in text and "disable: [" in text for text in recipes.values())
     assert all(text in done.out for text in ("full", "no-refinement", "91.00"))
 
 

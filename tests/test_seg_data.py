@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -274,7 +275,11 @@ def test_resizing_is_opencvs(height, width, h, w, seed):
     got = ade20k.resize_image(image, (h, w)).astype(float)
     assert np.abs(got - bilinear(image.astype(float), (h, w))).max() <= 1.5
     label = random.randint(0, 256, (height, width)).astype(np.uint8)
-    rows, columns = np.arange(h) * height // h, np.arange(w) * width // w
+    # OpenCV's resizeNN, pixel by pixel: ifx = 1. / ((double)dst / src), sx = min(cvFloor(x * ifx), src - 1)
+    rows, columns = (
+        [min(math.floor(i * (1.0 / (dst / src))), src - 1) for i in range(dst)]
+        for src, dst in ((height, h), (width, w))
+    )
     assert np.array_equal(ade20k.resize_label(label, (h, w)), label[rows][:, columns])
 
 

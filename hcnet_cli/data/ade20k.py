@@ -341,8 +341,14 @@ def resize_image(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def resize_label(label: Pixels, size: tuple[int, int]) -> Pixels:
-    """[H, W] -> [h, w], nearest as OpenCV's."""
-    return F.interpolate(torch.from_numpy(label)[None, None], size=size, mode="nearest")[0, 0].numpy()
+    """[H, W] -> [h, w], nearest as OpenCV's (resizeNN): floor(i * scale) in float64; in float32, as torch does it, some
+    exact multiples fall short.
+    """
+    rows, columns = (
+        np.minimum(np.floor(np.arange(after) * (1 / (after / before))).astype(int), before - 1)
+        for before, after in zip(label.shape, size, strict=True)
+    )
+    return label.take(rows, axis=0).take(columns, axis=1)
 
 
 def random_crop(label: Pixels, crop_size: int, cat_max_ratio: float, ignore_index: int) -> tuple[slice, slice]:
