@@ -104,8 +104,8 @@ def _digits() -> dict[str, list[tuple[int, int, NDArray[np.uint8]]]]:
 def _make_digits(folder: Path) -> None:
     """Each digit fills its image. For training it is there again as scenes show digits: inked, turned, small, aside.
 
-    A model that has seen nothing but centred digits knows none in a scene, so pretraining on them would be worth
-    nothing there (docs/segmentation.md).
+    Maps of a model that has seen nothing but centred digits tell none apart in a scene, and segmentation gains nothing
+    from them (docs/segmentation.md).
     """
     for split, digits in _digits().items():
         for label in range(10):
