@@ -114,15 +114,23 @@ def make_pictures(root: Path, count: int) -> int:
 
 
 def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
-    """The pipeline of `hcnet pretrain`."""
-    images = build.build_data(recipe).train
+    """The pipeline of `hcnet pretrain`, up to normalised batches on this processor."""
+    assert isinstance(recipe.data, rcp.ImageFolder)
+    data = build.build_data(recipe)
+    images, normalise = data.train, imagenet.Normalise(recipe.data.mean, recipe.data.std)
     batches = loader.TrainLoader(
-        images, batch_size=batch_size, accumulate=1, total_steps=ENDLESS, seed=0, workers=workers
+        images,
+        batch_size=batch_size,
+        accumulate=1,
+        total_steps=ENDLESS,
+        seed=0,
+        workers=workers,
+        collate=data.collate,
     )
 
     def start(number: int) -> Iterator[Tensor]:
         for batch in batches.iterate(number * batches.steps_per_epoch):
-            yield batch["image"]
+            yield normalise(batch)
 
     return Pipeline(
         "hcnet",
@@ -279,7 +287,7 @@ def table(made: Measurement) -> Table:
         "ratio: loader, to timm's create_loader as it is by default, in the same round; median over the rounds.",
         "decode, augment: one image after another in this process. loader: whole batches of normalised images, from "
         + (f"{made.workers} worker processes." if made.workers else "this process."),
-        "timm's default leaves normalising and erasing to the device, which here is this processor.",
+        "hcnet and timm's default leave normalising and erasing to the device, which here is this processor.",
     ]
     if (busy := bench.busy_note(made.others)) is not None:
         notes.append(busy)

@@ -106,12 +106,7 @@ def build_data(recipe: Recipe) -> Data:
 
 def _image_folder(config: rcp.ImageFolder, root: Path) -> Data:
     index = imagenet.scan(root)
-    shared: dict[str, Any] = {
-        "img_size": config.img_size,
-        "interpolation": config.interpolation,
-        "mean": config.mean,
-        "std": config.std,
-    }
+    shared: dict[str, Any] = {"img_size": config.img_size, "interpolation": config.interpolation}
     train = imagenet.train_transform(
         **shared,
         scale=config.scale,
@@ -123,6 +118,7 @@ def _image_folder(config: rcp.ImageFolder, root: Path) -> Data:
         re_prob=config.re_prob,
         re_mode=config.re_mode,
         re_count=config.re_count,
+        mean=config.mean,
     )
     return Data(
         info=DataInfo(
@@ -137,6 +133,8 @@ def _image_folder(config: rcp.ImageFolder, root: Path) -> Data:
         val=imagenet.ImageFolder(index, "val", imagenet.eval_transform(**shared, crop_pct=config.crop_pct)),
         class_names=list(index.classes),
         img_size=(config.img_size, config.img_size),
+        collate=imagenet.collate,
+        val_collate=imagenet.collate,
     )
 
 
@@ -249,7 +247,9 @@ def _classification(recipe: Recipe, config: rcp.ImageFolder, data: Data) -> Clas
         switch_prob=config.mixup_switch_prob,
         smoothing=config.smoothing,
     )
-    return ClassificationTask(build_backbone(recipe, data.info.num_classes), data.class_names, mixup, config.smoothing)
+    model = build_backbone(recipe, data.info.num_classes)
+    normalise = imagenet.Normalise(config.mean, config.std)
+    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing)
 
 
 def _segmentation(recipe: Recipe, data: Data) -> SegmentationTask:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision.transforms import Normalize
 
 from hcnet_cli import build
 from hcnet_cli import recipe as rcp
@@ -291,6 +293,11 @@ def test_windows_are_centres_of_one_size() -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
+def normalised(data: build.Data, indices: Iterable[int], recipe: rcp.Recipe) -> list[Tensor]:
+    theirs = Normalize(recipe.data.mean, recipe.data.std)
+    return [theirs(data.val[index, 0, 0]["image"].permute(2, 0, 1) / 255) for index in indices]
+
+
 def test_pictures_and_numbers_of_a_run(drawn: Path) -> None:
     """The numbers in the file are those of the model; captions name every picture."""
     for name in PICTURES:
@@ -304,9 +311,7 @@ def test_pictures_and_numbers_of_a_run(drawn: Path) -> None:
     assert [(b["stage"], b["block"]) for b in found["blocks"]] == [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)]
     _, recipe, backbone = load(drawn)
     data = build.build_data(recipe)
-    for block, step in zip(
-        found["blocks"], heat_steps(backbone, [data.val[i, 0, 0]["image"] for i in range(10)]), strict=True
-    ):
+    for block, step in zip(found["blocks"], heat_steps(backbone, normalised(data, range(10), recipe)), strict=True):
         assert block["rate"]["mean"] == pytest.approx(step.rate.mean(), rel=1e-5)
         gain = [
             abs(1 + r * sum(s[i, j] * cmath.exp(2j * cmath.pi * (i - 2) / 2) for i in range(5) for j in range(5)))
@@ -338,7 +343,7 @@ def test_one_image_instead_of_the_data(drawn: Path, folder_of_images: Path, tmp_
     _, recipe, backbone = load(run)
     data = build.build_data(recipe)
     (index,) = (i for i in range(10) if data.val.describe(i) == str(file))
-    steps = heat_steps(backbone, [data.val[index, 0, 0]["image"]])
+    steps = heat_steps(backbone, normalised(data, [index], recipe))
     assert [b["rate"]["mean"] for b in found["blocks"]] == pytest.approx([s.rate.mean() for s in steps], rel=1e-5)
     assert "between images" not in found["captions"]["2-rates"]
 

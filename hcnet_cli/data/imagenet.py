@@ -4,6 +4,7 @@
     ROOT/val/<class>/**/*.JPEG
 
 Augmentation is timm's, put together by `timm.data.create_transform` with the arguments of Swin's and HcNet's data code.
+Images stay bytes, a quarter of the memory, until a whole batch is normalised on the device.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import Mixup, create_transform
 from timm.data import auto_augment as auto_augment_ops
-from torch import Tensor
-from torch.utils.data import Dataset
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean
@@ -34,7 +37,7 @@ from hcnet_cli.console import UserError, did_you_mean
 SIZED = 100  # files of a class whose size enters the digest: all of a small class, about so many of a large one
 EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm .jp2".split())
 LAYOUT = "An image folder holds train/<class>/ and val/<class>/ with the images inside."
-Transform = Callable[[Image.Image], Tensor]
+Triple = tuple[float, float, float]  # of the channels
 
 # a few of ImageNet's own files have damaged EXIF data; their pixels are fine
 warnings.filterwarnings("ignore", message=".*(EXIF|Truncated File Read)", category=UserWarning, module="PIL")
@@ -223,13 +226,13 @@ def read_image(path: str) -> Image.Image:
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
-    """Items of a split: `image` [3, H, W] normalised, `target` int, `sample`, `key`.
+    """Items of a split: what the transform makes of an image (see `Transform`), `target` int, `sample`, `key`.
 
     In training the transform draws from the request's key alone, and an image that cannot be read is replaced by one
     that the key chooses; the item then names the file under `unreadable`. In evaluation that is a UserError.
     """
 
-    def __init__(self, index: Index, split: str, transform: Transform) -> None:
+    def __init__(self, index: Index, split: str, transform: Callable[[Image.Image], dict[str, Any]]) -> None:
         self.files: Files = {"train": index.train, "val": index.val}[split]
         self.train = split == "train"
         self.folder = str(index.root / split)
@@ -263,21 +266,88 @@ class ImageFolder(Dataset[dict[str, Any]]):
                 index = rng.derive(key, "instead", attempt) % len(self)
                 continue
             with rng.seeded(key):
-                pixels = self.transform(image)
-            return {
-                "sample": index,
-                "key": key,
-                "image": pixels,
-                "target": int(self.files.labels[index]),
-                **unreadable,
-            }
+                made = self.transform(image)
+            return {**made, "sample": index, "key": key, "target": int(self.files.labels[index]), **unreadable}
         raise UserError(
             f"Ten training images in a row cannot be read, the first: {unreadable['unreadable']}.",
             hint="Check that the disk is mounted and the data set was unpacked completely.",
         )
 
 
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch: `image` [B, H, W, 3] uint8; `target`, `sample` and `key` int64 [B]; `holes`, a list of (number in the
+    batch, top, left, height, width), and `fill` float32 [N], the numbers that go into them, one hole after another.
+    """
+    rest = [{name: value for name, value in item.items() if name != "erased"} for item in items]
+    erased = [(number, *hole) for number, item in enumerate(items) for hole in item["erased"]]
+    return {
+        **default_collate(rest),  # in a worker straight into shared memory
+        "holes": [(number, top, left, *patch.shape[1:]) for number, top, left, patch in erased],
+        "fill": torch.cat([torch.empty(0), *(patch.flatten() for *_, patch in erased)]),
+    }
+
+
+class Normalise(nn.Module):
+    """A batch -> images [B, 3, H, W], normalised, then erased; float32, channels-last, on the batch's device.
+
+    Arithmetic and values are those of torchvision's ToTensor and Normalize, to the last bit.
+    """
+
+    constants: Tensor  # [3, 3]: 255, mean and std for each channel
+
+    def __init__(self, mean: Triple, std: Triple) -> None:
+        super().__init__()
+        # 255 is a tensor too: by a plain number CUDA does not divide, it multiplies by the reciprocal
+        self.register_buffer("constants", torch.tensor([(255.0,) * 3, mean, std]), persistent=False)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        pixels = batch["image"]  # [B, H, W, 3]
+        scale, mean, std = self.constants.repeat(1, pixels.shape[2])  # [W * 3] each: loops over three would be slow
+        rows = pixels.flatten(2).float().div_(scale).sub_(mean).div_(std)  # [B, H, W * 3]
+        images = rows.view(pixels.shape).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        sizes = [(3, height, width) for *_, height, width in batch["holes"]]
+        fills = batch["fill"].split([math.prod(size) for size in sizes])
+        for (number, top, left, height, width), size, fill in zip(batch["holes"], sizes, fills, strict=True):
+            images[number, :, top : top + height, left : left + width] = fill.view(size)
+        return images
+
+
 # --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+class Transform:
+    """PIL image -> `image` [H, W, 3] uint8 and `erased`: (top, left, patch [3, h, w]) of all that random erasing pastes
+    once the image is normalised.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[[Any], Any]], erase: RandomErasing | None = None) -> None:
+        self.transforms, self.erase = transforms, erase
+
+    def __call__(self, image: Image.Image) -> dict[str, Any]:
+        for transform in self.transforms:
+            image = transform(image)
+        erased = _Erased(image.height, image.width)
+        if self.erase is not None:
+            self.erase(erased)
+        return {"image": torch.from_numpy(np.array(image)), "erased": erased.patches}
+
+
+class _Erased:
+    """Stands before timm's RandomErasing in the place of an image [3, H, W] and notes what is pasted."""
+
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int) -> None:
+        self.shape = (3, height, width)
+        self.patches: list[tuple[int, int, Tensor]] = []
+
+    def size(self) -> tuple[int, int, int]:
+        return self.shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], patch: Tensor) -> None:
+        _, rows, columns = place
+        size = 3, rows.stop - rows.start, columns.stop - columns.start
+        self.patches.append((rows.start, columns.start, patch.expand(size)))
 
 
 def train_transform(
@@ -293,17 +363,17 @@ def train_transform(
     re_prob: float = 0.25,
     re_mode: str = "pixel",
     re_count: int = 1,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
+    mean: Triple,
 ) -> Transform:
-    """PIL image -> [3, img_size, img_size]; the defaults are Swin's and HcNet's (`data/build.py` of either).
+    """To [img_size, img_size, 3]; the defaults are Swin's and HcNet's (`data/build.py` of either).
 
-    Random resized crop, flip, RandAugment, normalise, random erasing, in this order. As in timm, `color_jitter` has an
-    effect only without `auto_augment` (or with "3a"), and the ops of RandAugment interpolate as the crop does.
+    Random resized crop, flip, RandAugment, random erasing, in this order. As in timm, `color_jitter` has an effect only
+    without `auto_augment` (or with "3a"), and RandAugment interpolates as the crop does and pads with `mean`.
     """
-    transform = create_transform(
+    transform: Any = create_transform(
         img_size,
         is_training=True,
+        use_prefetcher=True,  # leaves normalising and erasing to others
         scale=scale,
         ratio=ratio,
         hflip=hflip,
@@ -311,14 +381,11 @@ def train_transform(
         color_jitter=color_jitter,  # type: ignore[arg-type]  # timm takes None, though it does not say so
         auto_augment=auto_augment,
         interpolation=interpolation,
-        re_prob=re_prob,
-        re_mode=re_mode,
-        re_count=re_count,
         mean=mean,
-        std=std,
     )
     mend_posterize(transform)
-    return _normalise_in_one(transform, mean, std)
+    erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu") if re_prob else None
+    return Transform(transform.transforms[:-1], erase)  # all but the conversion to a tensor
 
 
 def mend_posterize(transform: Any) -> None:
@@ -335,41 +402,13 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return auto_augment_ops.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
-def eval_transform(
-    *,
-    img_size: int,
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> Transform:
-    """PIL image -> [3, img_size, img_size]: shorter side to floor(img_size / crop_pct), centre crop, normalise.
+def eval_transform(*, img_size: int, crop_pct: float = 0.875, interpolation: str = "bicubic") -> Transform:
+    """To [img_size, img_size, 3]: shorter side to floor(img_size / crop_pct), centre crop.
 
     At crop_pct 0.875 that is the reference's int(256 / 224 * img_size).
     """
-    transform = create_transform(img_size, crop_pct=crop_pct, interpolation=interpolation, mean=mean, std=std)
-    return _normalise_in_one(transform, mean, std)
-
-
-class ToNormalised:
-    """RGB image -> [3, H, W], normalised: torchvision's ToTensor and Normalize to the last bit, in half of the time."""
-
-    def __init__(self, mean: tuple[float, float, float], std: tuple[float, float, float]) -> None:
-        self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # bytes, [H, W, 3] -> [3, H, W]
-        planes = pixels.to(torch.float32, memory_format=torch.contiguous_format)  # converted and laid out in one pass
-        return planes.div_(255).sub_(self.mean).div_(self.std)
-
-
-def _normalise_in_one(transform: Any, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Transform:
-    """A transform of timm with ToNormalised in the place of the two parts that do the same."""
-    names = [type(part).__name__ for part in transform.transforms]
-    at = names.index("Normalize")
-    assert names[at - 1] == "MaybeToTensor"
-    transform.transforms[at - 1 : at + 1] = [ToNormalised(mean, std)]
-    return transform
+    transform: Any = create_transform(img_size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
+    return Transform(transform.transforms[:-1])
 
 
 def make_mixup(
@@ -395,17 +434,16 @@ def make_mixup(
     )
 
 
-def mix(batch: dict[str, Any], mixup: Mixup) -> tuple[Tensor, Tensor]:
-    """Mixed images [B, 3, H, W] and soft targets [B, num_classes] of a batch, which stays as it is.
+def mix(images: Tensor, target: Tensor, step_key: int, mixup: Mixup) -> tuple[Tensor, Tensor]:
+    """Images [B, 3, H, W], mixed in place, and soft targets [B, num_classes].
 
     Draws from the step's key, so all micro-batches of a step mix alike, as one batch would. Partners are opposite ends
     of the micro-batch, where the loader puts pairs of the batch.
     """
-    image, target = batch["image"], batch["target"]
-    if len(image) % 2:
+    if len(images) % 2:
         raise UserError(
-            f"Mixup and cutmix mix images in pairs, and a micro-batch of {len(image)} is odd.",
+            f"Mixup and cutmix mix images in pairs, and a micro-batch of {len(images)} is odd.",
             hint="Choose a --batch-size whose share for each process and micro-batch is even.",
         )
-    with rng.seeded(batch["step_key"]):
-        return mixup(image.clone(), target)
+    with rng.seeded(step_key):
+        return mixup(images, target)

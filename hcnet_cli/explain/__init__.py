@@ -114,8 +114,15 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
             f"The validation images of this run cannot be used: {error}",
             hint="Name a picture instead: hcnet explain RUN --image FILE",
         ) from None
-    images = [item["images"][0] if "images" in item else item["image"] for item in items]
+    if isinstance(recipe.data, rcp.ImageFolder):
+        images = _normalised(recipe.data, items)
+    else:
+        images = [item["images"][0] if "images" in item else item["image"] for item in items]
     return images, f"{len(images)} validation image{'s' if len(images) > 1 else ''}"
+
+
+def _normalised(config: rcp.ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:
+    return list(imagenet.Normalise(config.mean, config.std)(imagenet.collate(items)))
 
 
 def _one_image(recipe: Recipe, file: Path) -> tuple[list[Tensor], str]:
@@ -127,8 +134,8 @@ def _one_image(recipe: Recipe, file: Path) -> tuple[list[Tensor], str]:
         raise UserError(f"The image {file} cannot be read: {reason}.") from None
     config = recipe.data
     if isinstance(config, rcp.ImageFolder):
-        names = {"img_size", "crop_pct", "interpolation", "mean", "std"}
-        return [imagenet.eval_transform(**config.model_dump(include=names))(image)], file.name
+        transform = imagenet.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
+        return _normalised(config, [transform(image)]), file.name
     width, height = coco.fit(*image.size, *config.img_scale)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8
     pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0].float() / 255
