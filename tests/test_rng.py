@@ -40,6 +40,17 @@ def test_a_seeded_block_draws_the_same_whatever_was_drawn_before() -> None:
         assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
+def test_what_is_prepared_draws_the_same_each_time() -> None:
+    with rng.seeded(5):
+        first = draw()
+    rng.prepare([5, 6, 5])
+    for _ in range(2):
+        with rng.seeded(5), rng.seeded(6):
+            draw()
+        with rng.seeded(5):
+            assert draw() == first
+
+
 def test_a_seeded_block_leaves_the_generators_as_they_were_even_after_an_error() -> None:
     def undisturbed() -> tuple[float, float, float]:
         random.seed(1)

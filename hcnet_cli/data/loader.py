@@ -106,6 +106,7 @@ class _Fetch(Dataset[Any]):
         self.collate = collate
 
     def __getitem__(self, requests: list[Request]) -> tuple[dict[str, Any], list[str]] | UserError:
+        rng.prepare(key for _, key, _ in requests)
         try:
             items = [self.dataset[request] for request in requests]
             unreadable = [item.pop("unreadable") for item in items if "unreadable" in item]
