@@ -339,18 +339,18 @@ def test_evaluation_is_resize_centre_crop_normalise() -> None:
 
 @pytest.mark.parametrize("img_size", [32, 64, 112, 192, 224, 256, 288, 384, 512])
 def test_the_evaluation_size_is_the_references(img_size: int) -> None:
-    resize = eval_transform(img_size=img_size).transforms[0]
+    resize = eval_transform(img_size=img_size).parts[0]
     assert resize.size == int(256 / 224 * img_size)
 
 
 def test_training_is_the_recipes_pipeline_in_its_order() -> None:
     transform = train_transform(img_size=224, mean=MEAN)
-    assert [type(part).__name__ for part in transform.transforms] == [
+    assert [type(part).__name__ for part in transform.parts] == [
         "RandomResizedCropAndInterpolation",
         "RandomHorizontalFlip",
         "RandAugment",
     ]
-    crop, flip, augment = transform.transforms
+    crop, flip, augment = transform.parts
     erase = transform.erase
     assert (crop.size, crop.scale, crop.ratio) == ((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
     assert crop.interpolation == transforms.InterpolationMode.BICUBIC
@@ -383,6 +383,7 @@ def test_training_images_are_those_of_timms_own_transform(re_mode: str, re_count
     settings: dict[str, Any] = {
         "scale": (0.08, 1.0),
         "ratio": (3 / 4, 4 / 3),
+        "hflip": 0.3,
         "color_jitter": 0.4,
         "auto_augment": "rand-m9-mstd0.5-inc1",
         "interpolation": "bicubic",
@@ -409,7 +410,7 @@ def test_training_images_are_those_of_timms_own_transform(re_mode: str, re_count
 
 def test_colour_jitter_acts_only_without_randaugment() -> None:
     def names(**changes: Any) -> list[str]:
-        return [type(p).__name__ for p in train_transform(img_size=32, mean=MEAN, **changes).transforms]
+        return [type(p).__name__ for p in train_transform(img_size=32, mean=MEAN, **changes).parts]
 
     assert "ColorJitter" not in names(color_jitter=0.4)
     assert "ColorJitter" in names(color_jitter=0.4, auto_augment=None)

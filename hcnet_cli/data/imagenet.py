@@ -30,6 +30,7 @@ from timm.data import auto_augment as auto_augment_ops
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
+from torchvision import transforms
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean
@@ -320,12 +321,12 @@ class Transform:
     once the image is normalised.
     """
 
-    def __init__(self, transforms: Sequence[Callable[[Any], Any]], erase: RandomErasing | None = None) -> None:
-        self.transforms, self.erase = transforms, erase
+    def __init__(self, parts: Sequence[Callable[[Any], Any]], erase: RandomErasing | None = None) -> None:
+        self.parts, self.erase = parts, erase
 
     def __call__(self, image: Image.Image) -> dict[str, Any]:
-        for transform in self.transforms:
-            image = transform(image)
+        for part in self.parts:
+            image = part(image)
         erased = _Erased(image.height, image.width)
         if self.erase is not None:
             self.erase(erased)
@@ -384,8 +385,19 @@ def train_transform(
         mean=mean,
     )
     mend_posterize(transform)
+    parts = [
+        RandomHorizontalFlip(part.p) if isinstance(part, transforms.RandomHorizontalFlip) else part
+        for part in transform.transforms[:-1]  # all but the conversion to a tensor
+    ]
     erase = RandomErasing(re_prob, mode=re_mode, max_count=re_count, device="cpu") if re_prob else None
-    return Transform(transform.transforms[:-1], erase)  # all but the conversion to a tensor
+    return Transform(parts, erase)
+
+
+class RandomHorizontalFlip(transforms.RandomHorizontalFlip):
+    """torchvision's for PIL images, from the same draw, without its ways round: 0.1 ms less of an image's five."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(1).item() < self.p else image
 
 
 def mend_posterize(transform: Any) -> None:
