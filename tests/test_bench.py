@@ -428,16 +428,15 @@ def test_both_pipelines_augment_with_the_same_settings(folder_of_images: Path) -
     recipe = bench_data.read_recipe("imagenet", str(folder_of_images), 32)
     unusual = {"scale": (0.3, 0.9), "ratio": (0.5, 1.5), "hflip": 0.3, "vflip": 0.2, "re_mode": "rand", "re_count": 3}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=unusual)})
-    ours = bench_data.build.build_data(recipe).train.transform.transforms
+    ours = bench_data.build.build_data(recipe).train.transform
     images = create_dataset("", root=str(folder_of_images), split="train", is_training=True)
     bench_data.timm_loader(images, recipe, batch_size=8, workers=0, prefetcher=False)
     timms = images.transform.transforms
-    names = [type(part).__name__ for part in ours]
-    assert names[4:] == ["ToNormalised", "RandomErasing"]
-    assert [type(part).__name__ for part in timms] == [*names[:4], "MaybeToTensor", "Normalize", "RandomErasing"]
-    for one, other in zip((*ours[:3], ours[-1]), (*timms[:3], timms[-1]), strict=True):
+    names = [type(part).__name__ for part in ours.parts]
+    assert [type(part).__name__ for part in timms] == [*names, "MaybeToTensor", "Normalize", "RandomErasing"]
+    for one, other in zip((*ours.parts[:3], ours.erase), (*timms[:3], timms[-1]), strict=True):
         assert repr(one) == repr(other)
-    assert [repr(op) for op in ours[3].ops] == [repr(op) for op in timms[3].ops]
+    assert [repr(op) for op in ours.parts[3].ops] == [repr(op) for op in timms[3].ops]
 
 
 def test_without_data_a_folder_is_made_and_removed(
