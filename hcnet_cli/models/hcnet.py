@@ -271,8 +271,9 @@ class _Refine(torch.autograd.Function):
 @register_notrace_function
 def refine(x: Tensor, w1: Tensor, b1: Tensor, filters: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """fc2(filters(gelu(fc1(x)))) for training. x: [B, H, W, C]; w1: [RC, C]; filters: [RC, 1, 3, 3]; w2: [C, RC]."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     return _Refine.apply(x.contiguous(), w1, b1, filters, w2, b2)
 
 
