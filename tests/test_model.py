@@ -252,7 +252,7 @@ def test_gradient_checkpointing_changes_nothing(given: bool) -> None:
 
 def test_gradient_checkpointing_keeps_fewer_activations() -> None:
     def saved(enable: bool) -> int:
-        model = small().train()
+        model = small(depths=(3, 4, 2, 1)).train()
         model.set_grad_checkpointing(enable)
         parameters = {p.data_ptr() for p in model.parameters()}
         sizes: dict[int, int] = {}
@@ -266,7 +266,7 @@ def test_gradient_checkpointing_keeps_fewer_activations() -> None:
             model(torch.randn(2, 3, 64, 64))
         return sum(sizes.values())
 
-    assert saved(True) < 0.6 * saved(False)  # the refinement keeps little by itself
+    assert saved(True) < saved(False) / 2
 
 
 # ---------------------------------------------------------------------------------------- layout, types, compiler
