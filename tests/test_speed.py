@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hcnet_cli.models import HcNet, hcnet
-from hcnet_cli.models.hcnet import HcBlock, PackedLinear, refine, stencil_conv
+from hcnet_cli.models.hcnet import HcBlock, PackedLinear, conduct, refine
 from hcnet_cli.models.reference import Block as LiteralBlock
 
 VARIANTS = [(), ("conduction",), ("refinement",), ("gate",), ("anisotropy",), ("conservation",), ("gate", "refinement")]
@@ -258,19 +258,26 @@ def test_lean_refinement_in_low_precision(dtype: torch.dtype, monkeypatch: pytes
 @pytest.mark.parametrize("size", [(17, 19), (4, 3), (2, 2), (1, 1), (1, 9)])
 @pytest.mark.parametrize("k", [3, 5, 7, 9])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_stencil_gradients_are_autograds(k: int, size: tuple[int, int], bf16: bool) -> None:
-    """Integers, so that sums in any order are exact: windows, and taps that reach beyond a small map, left out."""
+@pytest.mark.parametrize("images", [1, 2])
+def test_gradients_of_a_heat_step_are_autograds(k: int, size: tuple[int, int], bf16: bool, images: int) -> None:
+    """Integers, so that sums in any order are exact: windows, and taps that reach beyond a small map, left out.
+
+    The rate is of each image, or (without the gate) one for all.
+    """
     torch.manual_seed(0)
     u = torch.randint(-2, 3, (2, 8, *size)).float().contiguous(memory_format=torch.channels_last).requires_grad_()
     stencil = torch.randint(-2, 3, (8, 1, k, k)).float().requires_grad_()
+    rate = torch.randint(1, 3, (images, 8, 1, 1)).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        ours = stencil_conv(u, stencil)
-        plain = nn.functional.conv2d(u, stencil, padding=k // 2, groups=8)
-    assert "StencilConv" in str(ours.grad_fn)
-    assert ours.dtype is plain.dtype
-    assert torch.equal(ours, plain)
-    cotangent = torch.randint(-1, 2, ours.shape).to(ours.dtype)
-    for a, b in zip(*(torch.autograd.grad(out, (u, stencil), cotangent) for out in (ours, plain)), strict=True):
+        ours = conduct(u, stencil, rate)
+        flow = nn.functional.conv2d(u, stencil, padding=k // 2, groups=8)
+    plain = torch.addcmul(u, rate, flow)
+    assert "Conduct" in str(ours.grad_fn)
+    assert ours.dtype is flow.dtype
+    assert torch.equal(ours, plain.to(ours.dtype))
+    cotangent, inputs = torch.randint(-1, 2, ours.shape).float(), (u, stencil, rate)
+    ours_and_plain = (torch.autograd.grad(out, inputs, cotangent.to(out.dtype)) for out in (ours, plain))
+    for a, b in zip(*ours_and_plain, strict=True):
         assert a.dtype is torch.float32
         torch.testing.assert_close(a, b, rtol=0.01 if bf16 else 0, atol=0)
 
@@ -278,7 +285,7 @@ def test_stencil_gradients_are_autograds(k: int, size: tuple[int, int], bf16: bo
 def test_stencil_gradient_of_a_large_map_comes_in_windows() -> None:
     """5 x 5 in four calls of 3 x 3, which oneDNN has quick code for; none with the whole stencil."""
     u, stencil = torch.randn(1, 8, 16, 16, requires_grad=True), torch.randn(8, 1, 5, 5, requires_grad=True)
-    out = stencil_conv(u, stencil)
+    out = conduct(u, stencil, torch.ones(1, 8, 1, 1))
     shapes: list[tuple[int, ...]] = []
 
     class Calls(TorchDispatchMode):
@@ -290,3 +297,29 @@ def test_stencil_gradient_of_a_large_map_comes_in_windows() -> None:
     with Calls():
         out.sum().backward()
     assert shapes == [(3, 3)] * 4
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_backward_pass_stays_in_channels_last(bf16: bool) -> None:
+    """No gradient of a map in another layout: adding two layouts takes four times as long (Tensor.mean makes one)."""
+
+    class Maps(TorchDispatchMode):
+        """Counts the maps that operators make, and those in a layout of their own."""
+
+        maps = others = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape == u.shape and 0 not in out.stride():
+                self.maps += 1
+                self.others += not out.is_contiguous(memory_format=torch.channels_last)
+            return out
+
+    u, block = feature_map().requires_grad_(), blocks()[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = block(u)
+    cotangent = feature_map().to(out.dtype)
+    with Maps() as seen:
+        out.backward(cotangent)
+    assert seen.maps >= 5
+    assert seen.others == 0

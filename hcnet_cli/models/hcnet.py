@@ -73,47 +73,74 @@ def _group_norm_any_layout(x: Tensor, weight: Tensor, bias: Tensor, eps: float) 
 def _depthwise_backward(grad: Tensor, u: Tensor, weight: Tensor, of_u: bool = True) -> tuple[Any, Tensor]:
     """Gradients of a depthwise convolution with respect to u (if wanted) and the weight [C, 1, K, K].
 
-    That of the weight is put together from 3 x 3 windows of a padded map: oneDNN has quick code for these alone, if
-    the map is not smaller itself. A 5 x 5 stencil takes half of the time in float32 on the CPU, a tenth in bfloat16.
+    On the CPU that of u is the convolution with the turned kernel, which oneDNN computes faster than what it calls
+    the gradient. That of the weight is put together from 3 x 3 windows of a padded map: oneDNN has quick code for
+    these alone, if the map is not smaller itself. A 5 x 5 stencil takes half of the time in float32, a tenth in
+    bfloat16.
     """
     (channels, _, k, _), (height, width) = weight.shape, u.shape[2:]
     p = k // 2
 
-    def backward(u: Tensor, weight: Tensor, padding: int, mask: list[bool]) -> Any:
+    def backward(u: Tensor, weight: Tensor, padding: int, of_u: bool = False) -> Any:
         return torch.ops.aten.convolution_backward(
-            grad, u, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], channels, mask
+            grad, u, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], channels, [of_u, True, False]
         )[:2]
 
-    if u.device.type != "cpu" or k < 3 or (k == 3 and min(height, width) >= 3):
-        return backward(u, weight, p, [of_u, True, False])
-    grad_u = backward(u, weight, p, [True, False, False])[0] if of_u else None
+    if u.device.type != "cpu":
+        return backward(u, weight, p, of_u)
+    grad_u = F.conv2d(grad, weight.flip(2, 3), padding=p, groups=channels) if of_u else None
+    if k < 3 or (k == 3 and min(height, width) >= 3):
+        return grad_u, backward(u, weight, p)[1]
     grad_weight, padded = torch.empty_like(weight), F.pad(u, (p, p, p, p))
     starts = sorted({*range(0, k - 2, 3), k - 3})  # windows that cover K taps; where two overlap they agree
     for i in starts:
         for j in starts:
             window = (..., slice(i, i + 3), slice(j, j + 3))
-            shifted = padded[:, :, i : i + height + 2, j : j + width + 2]
-            grad_weight[window] = backward(shifted, weight[window], 0, [False, True, False])[1]
+            shifted = padded[:, :, i : i + height + 2, j : j + width + 2].contiguous(memory_format=torch.channels_last)
+            grad_weight[window] = backward(shifted, weight[window], 0)[1]
     return grad_u, grad_weight
 
 
-class _StencilConv(torch.autograd.Function):
-    """A depthwise convolution with the gradients of `_depthwise_backward`."""
+class _Mean(torch.autograd.Function):
+    """mean_HW(u) whose gradient stays one number for each image and channel.
+
+    That of `Tensor.mean` is a whole map, and a contiguous one, which is slow to add to maps in channels_last.
+    """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, stencil: Tensor) -> Tensor:
-        ctx.save_for_backward(u, stencil)
-        return F.conv2d(u, stencil, padding=stencil.shape[-1] // 2, groups=stencil.shape[0])
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        ctx.shape = u.shape
+        if u.dtype == torch.bfloat16:  # `mean` would copy the map to float32; a sum is in the range of bfloat16
+            return u.sum(dim=(2, 3)) / (u.shape[2] * u.shape[3])
+        return u.mean(dim=(2, 3))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
-        u, stencil = ctx.saved_tensors
-        return _depthwise_backward(grad, u, stencil, ctx.needs_input_grad[0])
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        height, width = ctx.shape[2:]
+        return (grad / (height * width))[:, :, None, None].expand(ctx.shape)
+
+
+class _Conduct(torch.autograd.Function):
+    """u + r . (S * u) with the gradients of `_depthwise_backward`, in few passes over the maps."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, stencil: Tensor, rate: Tensor) -> Tensor:
+        flow = F.conv2d(u, stencil, padding=stencil.shape[-1] // 2, groups=stencil.shape[0])
+        ctx.save_for_backward(u, stencil, rate, flow)
+        return torch.addcmul(u, rate, flow)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        u, stencil, rate, flow = ctx.saved_tensors
+        of_u = ctx.needs_input_grad[0]
+        grad_u, grad_stencil = _depthwise_backward(grad * rate, u, stencil, of_u)
+        return grad + grad_u if of_u else None, grad_stencil, (grad * flow).sum_to_size(rate.shape)
 
 
 @register_notrace_function
-def stencil_conv(u: Tensor, stencil: Tensor) -> Tensor:
-    """S * u with zero padding. u: [B, C, H, W]; stencil: [C, 1, K, K]."""
+def conduct(u: Tensor, stencil: Tensor, rate: Tensor) -> Tensor:
+    """U + r . (S * u) with zero padding. u: [B, C, H, W]; stencil: [C, 1, K, K]; rate: [B or 1, C, 1, 1]."""
     if not torch.jit.is_scripting() and u.device.type == "cpu":
         if not torch.compiler.is_compiling():
             # taps that reach beyond the whole map meet zeros alone, and oneDNN is slow where a kernel exceeds its map
@@ -121,8 +148,8 @@ def stencil_conv(u: Tensor, stencil: Tensor) -> Tensor:
             stencil = stencil[:, :, beyond : stencil.shape[2] - beyond, beyond : stencil.shape[3] - beyond]
         if stencil.requires_grad and torch.is_grad_enabled():
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else u.dtype
-            return _StencilConv.apply(u.to(dtype), stencil.to(dtype))
-    return F.conv2d(u, stencil, padding=stencil.shape[-1] // 2, groups=stencil.shape[0])
+            return _Conduct.apply(u.to(dtype), stencil.to(dtype), rate.to(dtype))
+    return torch.addcmul(u, rate, F.conv2d(u, stencil, padding=stencil.shape[-1] // 2, groups=stencil.shape[0]))
 
 
 class HeatConduction(nn.Module):
@@ -185,7 +212,8 @@ class HeatConduction(nn.Module):
         """r(u): [B, C, H, W] -> [B, C, 1, 1] in (0, 1); [1, C, 1, 1] without the gate."""
         if self.rate is not None:
             return torch.sigmoid(self.rate)[None, :, None, None]
-        return torch.sigmoid(self.gate(u.mean(dim=(2, 3))))[:, :, None, None]
+        mean = u.mean(dim=(2, 3)) if torch.jit.is_scripting() else _Mean.apply(u)
+        return torch.sigmoid(self.gate(mean))[:, :, None, None]
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -196,8 +224,7 @@ class HeatConduction(nn.Module):
         return self
 
     def forward(self, u: Tensor) -> Tensor:
-        flow = stencil_conv(u, self.stencil())
-        return torch.addcmul(u, self.conduction_rate(u), flow)
+        return conduct(u, self.stencil(), self.conduction_rate(u))
 
 
 HIDDEN_VALUES = 2**21  # of a refinement at a time on the CPU, so that its hidden maps stay in the processor's cache
@@ -205,7 +232,11 @@ HIDDEN_VALUES = 2**21  # of a refinement at a time on the CPU, so that its hidde
 
 def _images(x: Tensor, hidden_dim: int) -> int:
     """How many images of maps [B, H, W, C] a refinement computes at a time: on a GPU all of them."""
-    return max(1, HIDDEN_VALUES // (x.shape[1] * x.shape[2] * hidden_dim)) if x.device.type == "cpu" else len(x)
+    if x.device.type != "cpu":
+        return len(x)
+    most = max(1, HIDDEN_VALUES // (x.shape[1] * x.shape[2] * hidden_dim))
+    turns = max(1, -(-len(x) // most))
+    return -(-len(x) // turns)  # 4 and 4 of 8 images instead of 5 and 3
 
 
 def _has_onednn(x: Tensor) -> bool:
@@ -228,6 +259,10 @@ def _filters_of_gelu(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return act, F.conv2d(act, weight, padding=weight.shape[-1] // 2, groups=weight.shape[0]).permute(0, 2, 3, 1)
 
 
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
 class _Refine(torch.autograd.Function):
     """fc2(filters(gelu(fc1(x)))), a few images at a time, of which the backward pass finds x and fc1(x) alone.
 
@@ -239,9 +274,12 @@ class _Refine(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, filters: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         ctx.dtype = w1.dtype
         w1, b1, filters, w2, b2 = (t.to(x.dtype) for t in (w1, b1, filters, w2, b2))
-        hidden = [_linear(part, w1, b1) for part in x.split(_images(x, len(w1)))]
+        hidden, out = [], []
+        for part in x.split(_images(x, len(w1))):
+            hidden.append(_linear(part, w1, b1))
+            out.append(_linear(_filters_of_gelu(hidden[-1], filters)[1], w2, b2))
         ctx.save_for_backward(x, w1, filters, w2, *hidden)
-        return torch.cat([_linear(_filters_of_gelu(h, filters)[1], w2, b2) for h in hidden])
+        return _cat(out)
 
     @staticmethod
     @once_differentiable
@@ -251,21 +289,20 @@ class _Refine(torch.autograd.Function):
         sums: list[Tensor] = []
         sizes = [len(h) for h in hidden]
         for h, part, grad_part in zip(hidden, x.split(sizes), grad.contiguous().split(sizes), strict=True):
+            rows = grad_part.flatten(0, 2)  # [B, H, W, C] -> [BHW, C]
             act, filtered = _filters_of_gelu(h, filters)
+            grad_w2 = rows.t() @ filtered.flatten(0, 2)
+            del filtered  # each map makes room in the cache for the next one
             grad_act, grad_filters = _depthwise_backward(_linear(grad_part, w2.t()).permute(0, 3, 1, 2), act, filters)
-            grad_h = torch.ops.aten.gelu_backward(grad_act.permute(0, 2, 3, 1), h)
+            del act
+            grad_h = grad_act.permute(0, 2, 3, 1)
+            torch.ops.aten.gelu_backward.grad_input(grad_h, h, grad_input=grad_h)
             grads_x.append(_linear(grad_h, w1.t()))
-            rows, grad_rows = grad_part.flatten(0, 2), grad_h.flatten(0, 2)  # [B, H, W, C] -> [BHW, C]
-            of_weights = [
-                grad_rows.t() @ part.flatten(0, 2),
-                grad_rows.sum(0),
-                grad_filters,
-                rows.t() @ filtered.flatten(0, 2),
-                rows.sum(0),
-            ]
+            grad_rows = grad_h.flatten(0, 2)
+            of_weights = [grad_rows.t() @ part.flatten(0, 2), grad_rows.sum(0), grad_filters, grad_w2, rows.sum(0)]
             of_weights = [t.to(ctx.dtype) for t in of_weights]  # to be summed in float32 under autocast
             sums = [s.add_(t) for s, t in zip(sums, of_weights, strict=True)] if sums else of_weights
-        return torch.cat(grads_x), *sums
+        return _cat(grads_x), *sums
 
 
 @register_notrace_function
