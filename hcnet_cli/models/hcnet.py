@@ -371,6 +371,8 @@ class RefinementApproximation(nn.Module):
         hidden_dim = self.fc1.out_features
         folded: Any = self
         folded.fc1, folded.fc2 = PackedLinear(self.fc1), PackedLinear(self.fc2)
+        if self.is_gelu:
+            folded.act = GeluInPlace()
         return RefinementByImages(folded, hidden_dim)
 
 
@@ -412,6 +414,13 @@ class PackedLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._pack()
+
+
+class GeluInPlace(nn.Module):
+    """gelu into its input's memory, which PyTorch has no module for: one map of the cache's instead of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(x)
 
 
 class RefinementByImages(nn.Module):
@@ -495,7 +504,7 @@ class Stem(nn.Module):
         # (An image of one channel has both layouts at once, so its first map may still need the conversion.)
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # [B, 3, H, W] -> [B, C/2, H/2, W/2]
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.act(self.norm1(x))
+        x = self.act(self.norm1(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # of contiguous memory: twice as fast
         return self.norm2(self.conv2(x))  # [B, C/2, H/2, W/2] -> [B, C, H/4, W/4]
 
 
