@@ -120,6 +120,12 @@ class _Mean(torch.autograd.Function):
         return (grad / (height * width))[:, :, None, None].expand(ctx.shape)
 
 
+@register_notrace_function
+def map_mean(u: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C]."""
+    return u.mean(dim=(2, 3)) if torch.jit.is_scripting() else _Mean.apply(u)
+
+
 class _Conduct(torch.autograd.Function):
     """u + r . (S * u) with the gradients of `_depthwise_backward`, in few passes over the maps."""
 
@@ -140,7 +146,7 @@ class _Conduct(torch.autograd.Function):
 
 @register_notrace_function
 def conduct(u: Tensor, stencil: Tensor, rate: Tensor) -> Tensor:
-    """U + r . (S * u) with zero padding. u: [B, C, H, W]; stencil: [C, 1, K, K]; rate: [B or 1, C, 1, 1]."""
+    """The heat step u + r . (S * u) with zero padding. u: [B, C, H, W]; stencil: [C, 1, K, K]; rate: [B or 1, C, 1, 1]."""
     if not torch.jit.is_scripting() and u.device.type == "cpu":
         if not torch.compiler.is_compiling():
             # taps that reach beyond the whole map meet zeros alone, and oneDNN is slow where a kernel exceeds its map
@@ -212,8 +218,7 @@ class HeatConduction(nn.Module):
         """r(u): [B, C, H, W] -> [B, C, 1, 1] in (0, 1); [1, C, 1, 1] without the gate."""
         if self.rate is not None:
             return torch.sigmoid(self.rate)[None, :, None, None]
-        mean = u.mean(dim=(2, 3)) if torch.jit.is_scripting() else _Mean.apply(u)
-        return torch.sigmoid(self.gate(mean))[:, :, None, None]
+        return torch.sigmoid(self.gate(map_mean(u)))[:, :, None, None]
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -235,8 +240,9 @@ def _images(x: Tensor, hidden_dim: int) -> int:
     if x.device.type != "cpu":
         return len(x)
     most = max(1, HIDDEN_VALUES // (x.shape[1] * x.shape[2] * hidden_dim))
-    turns = max(1, -(-len(x) // most))
-    return -(-len(x) // turns)  # 4 and 4 of 8 images instead of 5 and 3
+    images = max(1, len(x))
+    turns = -(-images // most)
+    return -(-images // turns)  # turns of 4 and 4 images instead of 5 and 3
 
 
 def _has_onednn(x: Tensor) -> bool:
