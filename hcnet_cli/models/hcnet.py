@@ -146,7 +146,7 @@ class _Conduct(torch.autograd.Function):
 
 @register_notrace_function
 def conduct(u: Tensor, stencil: Tensor, rate: Tensor) -> Tensor:
-    """The heat step u + r . (S * u) with zero padding. u: [B, C, H, W]; stencil: [C, 1, K, K]; rate: [B or 1, C, 1, 1]."""
+    """The step u + r . (S * u), zero padding. u: [B, C, H, W]; stencil: [C, 1, K, K]; rate: [B or 1, C, 1, 1]."""
     if not torch.jit.is_scripting() and u.device.type == "cpu":
         if not torch.compiler.is_compiling():
             # taps that reach beyond the whole map meet zeros alone, and oneDNN is slow where a kernel exceeds its map
