@@ -224,8 +224,9 @@ class HeatConduction(nn.Module):
     @torch.no_grad()
     def fuse(self) -> "HeatConduction":
         """For inference (timm's `reparameterize_model`): S is a constant, w is gone."""
-        self.folded = self.stencil().detach()
-        del self.weight
+        if self.folded is None:
+            self.folded = self.stencil().detach()
+            del self.weight
         return self
 
     def forward(self, u: Tensor) -> Tensor:
@@ -374,6 +375,8 @@ class RefinementApproximation(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """For inference (timm's `reparameterize_model`): what the CPU gains from; elsewhere it changes nothing."""
+        if isinstance(self.fc1, PackedLinear):  # a model may be folded twice
+            return self
         hidden_dim = self.fc1.out_features
         folded: Any = self
         folded.fc1, folded.fc2 = PackedLinear(self.fc1), PackedLinear(self.fc2)
