@@ -48,7 +48,13 @@ Accumulate = Annotated[
 ]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate; never scaled in silence.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
-Init = Annotated[str | None, typer.Option(help="Weights to start from: a run folder, a weights file, auto or none.")]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help="Weights to start from: a run folder, a weights file, none, or auto: the best pretrain run of this size "
+        "(on embedded data none if there is none)."
+    ),
+]
 Name = Annotated[str, typer.Option(help="Name of the run folder, instead of one made from the recipe.")]
 Out = Annotated[Path, typer.Option("--out", help="Results folder; runs go to OUT/runs/.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -385,7 +391,10 @@ def _any_task(name: str) -> Path:
 
 @app.command()
 def report(
-    fmt: Annotated[str, typer.Option("--format", help="rich, markdown, csv, json, latex or html.")] = "rich",
+    fmt: Annotated[
+        str | None,
+        typer.Option("--format", help="rich, markdown, csv, json, latex or html; else what the output's ending names."),
+    ] = None,
     table: Annotated[str, typer.Option(help="imagenet, coco, ade20k, ablation or all.")] = "all",
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; may be repeated.")] = None,
     published: Annotated[list[Path] | None, typer.Option(help="CSV of further published numbers; may repeat.")] = None,
@@ -397,8 +406,8 @@ def report(
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
     from hcnet_cli import ablations
+    from hcnet_cli.report import format_for, report_check
     from hcnet_cli.report import report as make
-    from hcnet_cli.report import report_check
     from hcnet_cli.runs import write_text, writing
 
     for folder in results or []:
@@ -412,6 +421,7 @@ def report(
         for line in (differing := report_check(where, check, published=more, extra=studies)):
             out.print(line, markup=False)
         raise typer.Exit(1 if differing else 0)
+    fmt = fmt or format_for(output)
     if watch and (fmt != "html" or output is None):
         raise UserError("--watch refreshes a page in a file.", hint="Add --format html --output report.html")
     while True:

@@ -333,7 +333,9 @@ def recipe_file(name: str, task: str = "") -> Path:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked recipe, and for each value (dotted key) that is not the recipe file's where it came from."""
+    """A checked recipe, and for each value (dotted key) that is not the recipe file's where it came from ("default":
+    the file says nothing).
+    """
 
     recipe: Recipe
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -371,6 +373,7 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         raise UserError(f"The recipe {file} is not a mapping of keys to values.")
     base = check(data, str(file))
     known = flatten(base.model_dump())
+    unsaid = known.keys() - flatten(data).keys()
     sources: dict[str, str] = {}
     nested: Any = data
     for key, value, source in overrides:
@@ -388,6 +391,7 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         node[last] = value
         sources[key] = source
     recipe = check(data, str(file), sources)
+    sources = dict.fromkeys(sorted(unsaid), "default") | sources
     if recipe.model.drop_path_rate is None:
         sources["model.drop_path_rate"] = f"size {recipe.model.size}"
         model = recipe.model.model_copy(update={"drop_path_rate": DROP_PATH[recipe.model.size]})
@@ -398,9 +402,14 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
 def check(data: Mapping[str, Any], origin: str, sources: Mapping[str, str] = MappingProxyType({})) -> Recipe:
     """A Recipe from plain data, or a UserError about the first thing that is wrong, naming the flag it came from."""
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError(_one_sentence(error, data, origin, sources)) from None
+    taken = flatten(recipe.model_dump())
+    for key, value in flatten(data).items():
+        if isinstance(value, bool) and not isinstance(taken[key], bool):  # pydantic takes true for 1
+            raise UserError(f'{sources.get(key, origin)}: "{key}" cannot be {json.dumps(value)}: it is a number.')
+    return recipe
 
 
 def _one_sentence(error: ValidationError, data: Mapping[str, Any], origin: str, sources: Mapping[str, str]) -> str:
@@ -418,7 +427,8 @@ def _one_sentence(error: ValidationError, data: Mapping[str, Any], origin: str, 
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
     if first["type"] == "value_error":
         return f"{origin}: {message if message.endswith('?') else message + '.'}"
-    return f'{origin}: "{key}" cannot be {first["input"]!r}: {message[0].lower()}{message[1:]}.'
+    given = json.dumps(first["input"], default=str, ensure_ascii=False)  # as in the recipe: null, true
+    return f'{origin}: "{key}" cannot be {given}: {message[0].lower()}{message[1:]}.'
 
 
 def _known_keys(data: Mapping[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.weights import Account
 
 WAITING_TOO_LONG = 0.2  # share of the training time spent waiting for data
+MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         )
         if options.dry_run:
             if dist.is_main():
-                _print_plan(recipe, resolved.sources, data, task, device, folder)
+                found = {"init": "auto"} if resolved.recipe.init == "auto" else {}
+                _print_plan(recipe, {**resolved.sources, **found}, data, task, device, folder)
             return folder.path, None, 0
         if options.eval_only and account is None and not folder.best.is_file():
             raise UserError(
@@ -201,7 +203,7 @@ def _how_measured(task: Any, data: build.Data, recipe: Recipe) -> dict[str, str]
     if not isinstance(recipe.data, rcp.SceneParsing):
         return {}
     several = build.several_scales(recipe, data, task.model)
-    return {one.primary: one.protocol for one in (task, several)}
+    return {one.primary: one.protocol for one in ((task, several) if recipe.data.multi_scale else (task,))}
 
 
 def _announce(info: RunInfo, folder: RunFolder, state: engine.State, shortened: bool, account: Account | None) -> None:
@@ -211,6 +213,8 @@ def _announce(info: RunInfo, folder: RunFolder, state: engine.State, shortened: 
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {folder.path}")
+    if (passes := info.steps_total * info.batch_size // info.data.num_train) > MANY_PASSES:
+        notice(f"That is {passes:,} passes over the training images; --set schedule.length=N gives a shorter schedule.")
     if shortened:
         notice("The warm-up was shortened to half of the run.")
     if account:
@@ -321,10 +325,8 @@ def _print_plan(
     """What would happen, on standard output: every value with its origin, batches, learning rate, cost, place."""
     plan, batch = data.steps(recipe), recipe.train.batch_size
     table = rich.table.Table("key", "value", "from", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    default = f"recipe {recipe.protocol}"
     for key, value in rcp.flatten(recipe.model_dump(mode="json")).items():
-        source = sources.get(key, "" if value is None else default)
-        table.add_row(key, "–" if value is None else str(value), source)
+        table.add_row(key, "–" if value is None else str(value), sources.get(key, "recipe"))
     out.print(table)
     micro = batch // (recipe.train.accumulate * dist.processes())
     params, macs = profile.count_params(task.model), build.macs(task, data)

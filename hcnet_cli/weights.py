@@ -79,7 +79,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 @dataclass
 class Account:
-    """What became of each tensor: loaded, re-initialised (other shape), missing in the file, unexpected in the file."""
+    """What became of each tensor: loaded, re-initialised (other shape), missing in the file, or not needed here."""
 
     source: str
     digest: str
@@ -94,7 +94,7 @@ class Account:
         for what, names in (
             ("re-initialised (shape differs)", self.reinitialised),
             ("missing in the file", self.missing),
-            ("unexpected in the file", self.unexpected),
+            ("not needed here", self.unexpected),
         ):
             if names:
                 shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

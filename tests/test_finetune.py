@@ -198,6 +198,7 @@ def test_init_auto_without_a_run_is_an_error_on_your_own_data_and_a_notice_on_th
     done = hcnet("finetune-seg", *SMALL["finetune-seg"], "--out", tmp_path, "--dry-run")
     assert done.code == 0
     assert "starting from scratch" in done.err
+    assert "init none auto" in " ".join(done.out.split())  # the value, and that it was looked for
 
 
 def test_several_scales_are_evaluated_beside_and_shown_apart(
@@ -209,6 +210,8 @@ def test_several_scales_are_evaluated_beside_and_shown_apart(
     assert {"mIoU", "mIoU_ms"} <= info.metrics.keys()
     assert "ss, whole, 64x64" in info.metric_notes["mIoU"]
     assert "ms 0.5-1.75, whole, 64x64" in info.metric_notes["mIoU_ms"]  # no flip: digits are not mirrored
+    assert hcnet(*arguments, "--init", "none", "--single-scale", "--fresh").code == 0
+    assert set(runs.read_record(only_run(tmp_path) / "run.json").metric_notes) == {"mIoU"}
 
 
 def test_a_detector_without_masks(hcnet: Hcnet, data: dict[str, Path], tmp_path: Path) -> None:

@@ -213,6 +213,8 @@ def test_the_plan_says_where_values_come_from_and_what_linear_scaling_would_give
     plan = " ".join(done.out.split())
     for words in ("optim.lr 0.01 --lr", "data.img_size 16 --set data.img_size", "9 (3 an epoch)", "8 = 8 x 1"):
         assert words in plan
+    for words in ("schedule.kind cosine recipe", "schedule.power 1.0 default", "model.depths [1, 1, 1, 1] --set"):
+        assert words in plan
     assert "linear scaling would give --lr 0.000375" in plan  # 3e-3 x 8 / 64
 
 

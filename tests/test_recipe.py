@@ -45,7 +45,9 @@ def test_a_resolved_recipe_can_be_run_again(name: str, tmp_path: Path) -> None:
     [
         ("optim.lrr", 1, 'unknown recipe key "optim.lrr". Did you mean "optim.lr"?'),
         ("optim", 1, "It is a section"),
-        ("optim.lr", "fast", "\"optim.lr\" cannot be 'fast'"),
+        ("optim.lr", "fast", '"optim.lr" cannot be "fast"'),
+        ("optim.lr", True, '"optim.lr" cannot be true: it is a number.'),
+        ("train.workers", None, '"train.workers" cannot be null'),
         ("optim.lr", -1, "greater than 0"),
         ("optim.lr", float("nan"), "finite"),
         ("model.size", "tt", 'Did you mean "t"?'),

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from synthetic_runs import make_run
 
 from hcnet_cli.console import UserError
-from hcnet_cli.report import FORMATS, render, report, report_check
+from hcnet_cli.report import FORMATS, format_for, render, report, report_check
 from hcnet_cli.report.tables import number
 from hcnet_cli.results import Column, Row, Table, mark_best
 
@@ -59,6 +59,13 @@ def parsed(text: str) -> list[list[list[str]]]:
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_same_runs_same_bytes(folder, fmt):
     assert report([folder], fmt=fmt, width=80) == report([folder], fmt=fmt, width=80)
+
+
+def test_the_ending_of_a_file_names_the_format():
+    assert format_for(None) == "rich"
+    assert [format_for(Path(f"report.{ending}")) for ending in FORMATS.values()] == list(FORMATS)
+    with pytest.raises(UserError, match=r"Unknown ending of a report \"\.docx\""):
+        format_for(Path("report.docx"))
 
 
 def test_markdown_tables_are_whole(folder):

@@ -88,6 +88,12 @@ def test_folded_form_can_be_copied_saved_and_cast() -> None:
         torch.testing.assert_close(mixed.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item())
 
 
+def test_a_model_may_be_folded_twice() -> None:
+    folded, x = reparameterize_model(small()), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(reparameterize_model(folded)(x), folded(x))
+
+
 def test_weights_cannot_slip_into_a_folded_model() -> None:
     """They would be used in part only: w is folded into S, and the linear layers are reordered copies."""
     for disable in ((), ("conduction",)):

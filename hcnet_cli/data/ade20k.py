@@ -110,7 +110,8 @@ def open_folder(
             raise _out_of_range(path, value, valid)
     missing = count - len({int(lut[value]) for value in first_seen} - {ignore_index})
     if scan_labels and missing:
-        warn(f"{missing} of {count} classes occur in no label of {root}.")
+        source = "" if names or num_classes else " (their number is the largest label's; a classes.txt would name them)"
+        warn(f"{missing} of {count} classes occur in no label of {root}{source}.")
     return SceneFolder(
         root=root,
         name="ade20k" if count == 150 and len(images["validation"]) == 2000 else _slug(root.name),

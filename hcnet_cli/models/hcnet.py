@@ -224,7 +224,7 @@ class HeatConduction(nn.Module):
     @torch.no_grad()
     def fuse(self) -> "HeatConduction":
         """For inference (timm's `reparameterize_model`): S is a constant, w is gone."""
-        if self.folded is None:
+        if hasattr(self, "weight"):  # a model may be folded twice
             self.folded = self.stencil().detach()
             del self.weight
         return self
@@ -375,7 +375,7 @@ class RefinementApproximation(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """For inference (timm's `reparameterize_model`): what the CPU gains from; elsewhere it changes nothing."""
-        if isinstance(self.fc1, PackedLinear):  # a model may be folded twice
+        if isinstance(self.fc1, PackedLinear):  # folded before
             return self
         hidden_dim = self.fc1.out_features
         folded: Any = self

@@ -106,6 +106,14 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
     return lines
 
 
+def format_for(output: Path | None) -> str:
+    """The format that a file's ending names; rich for the terminal. UserError for an unknown ending."""
+    endings = {f".{ending}": fmt for fmt, ending in FORMATS.items()}
+    suffix = ".txt" if output is None else output.suffix
+    _known("ending of a report", suffix, endings)
+    return endings[suffix]
+
+
 def _known(what: str, value: str, known: Sequence[str] | dict[str, str]) -> None:
     if value not in known:
         raise UserError(f'Unknown {what} "{value}".{did_you_mean(value, known)}', hint=f"Known: {', '.join(known)}.")
