@@ -391,7 +391,7 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         node[last] = value
         sources[key] = source
     recipe = check(data, str(file), sources)
-    sources = dict.fromkeys(sorted(unsaid), "default") | sources
+    sources = dict.fromkeys(unsaid, "default") | sources
     if recipe.model.drop_path_rate is None:
         sources["model.drop_path_rate"] = f"size {recipe.model.size}"
         model = recipe.model.model_copy(update={"drop_path_rate": DROP_PATH[recipe.model.size]})

@@ -65,8 +65,7 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         )
         if options.dry_run:
             if dist.is_main():
-                found = {"init": "auto"} if resolved.recipe.init == "auto" else {}
-                _print_plan(recipe, {**resolved.sources, **found}, data, task, device, folder)
+                _print_plan(recipe, resolved, data, task, device, folder)
             return folder.path, None, 0
         if options.eval_only and account is None and not folder.best.is_file():
             raise UserError(
@@ -202,8 +201,10 @@ def _how_measured(task: Any, data: build.Data, recipe: Recipe) -> dict[str, str]
     """How each score that has several protocols is made, for the tables."""
     if not isinstance(recipe.data, rcp.SceneParsing):
         return {}
-    several = build.several_scales(recipe, data, task.model)
-    return {one.primary: one.protocol for one in ((task, several) if recipe.data.multi_scale else (task,))}
+    tasks = [task]
+    if recipe.data.multi_scale:
+        tasks.append(build.several_scales(recipe, data, task.model))
+    return {one.primary: one.protocol for one in tasks}
 
 
 def _announce(info: RunInfo, folder: RunFolder, state: engine.State, shortened: bool, account: Account | None) -> None:
@@ -320,13 +321,15 @@ def _evaluate_only(
 
 
 def _print_plan(
-    recipe: Recipe, sources: Any, data: build.Data, task: Any, device: torch.device, folder: RunFolder
+    recipe: Recipe, resolved: Resolved, data: build.Data, task: Any, device: torch.device, folder: RunFolder
 ) -> None:
     """What would happen, on standard output: every value with its origin, batches, learning rate, cost, place."""
     plan, batch = data.steps(recipe), recipe.train.batch_size
     table = rich.table.Table("key", "value", "from", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    asked = rcp.flatten(resolved.recipe.model_dump(mode="json"))
     for key, value in rcp.flatten(recipe.model_dump(mode="json")).items():
-        table.add_row(key, "–" if value is None else str(value), sources.get(key, "recipe"))
+        source = "auto" if asked[key] == "auto" else resolved.sources.get(key, "recipe")
+        table.add_row(key, "–" if value is None else str(value), source)
     out.print(table)
     micro = batch // (recipe.train.accumulate * dist.processes())
     params, macs = profile.count_params(task.model), build.macs(task, data)

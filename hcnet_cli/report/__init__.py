@@ -14,6 +14,7 @@ from hcnet_cli.results import Results, Table, collect
 
 TABLES = ("imagenet", "coco", "ade20k", "ablation")
 FORMATS = {"rich": "txt", "markdown": "md", "csv": "csv", "json": "json", "latex": "tex", "html": "html"}
+ENDINGS = {ending: fmt for fmt, ending in FORMATS.items()}
 FIRST_RUN = "No runs yet. The first takes two minutes: hcnet pretrain --size pico"
 
 
@@ -85,8 +86,7 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
 
     One line for each file that does; empty when all agree. UserError when there is nothing to compare.
     """
-    endings = {ending: fmt for fmt, ending in FORMATS.items()}
-    pattern = re.compile(rf"({'|'.join((*TABLES, 'all'))})\.({'|'.join(endings)})")
+    pattern = re.compile(rf"({'|'.join((*TABLES, 'all'))})\.({'|'.join(ENDINGS)})")
     files = [(p, m) for p in sorted(folder.glob("*.*")) if (m := pattern.fullmatch(p.name))]
     if not files:
         raise UserError(
@@ -96,7 +96,7 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
         raise UserError(f"There are no runs under {', '.join(map(str, results))} to check {folder} against.")
     lines = []
     for path, match in files:
-        fmt = endings[match[2]]
+        fmt = ENDINGS[match[2]]
         now = report(results, table=match[1], fmt=fmt, published=published, extra=extra, output=path, width=80)
         then = path.read_text(encoding="utf-8")
         if now != then:
@@ -108,10 +108,10 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
 
 def format_for(output: Path | None) -> str:
     """The format that a file's ending names; rich for the terminal. UserError for an unknown ending."""
-    endings = {f".{ending}": fmt for fmt, ending in FORMATS.items()}
-    suffix = ".txt" if output is None else output.suffix
-    _known("ending of a report", suffix, endings)
-    return endings[suffix]
+    if output is None:
+        return "rich"
+    _known("ending of a report", output.suffix, [f".{ending}" for ending in ENDINGS])
+    return ENDINGS[output.suffix[1:]]
 
 
 def _known(what: str, value: str, known: Sequence[str] | dict[str, str]) -> None:
