@@ -89,6 +89,8 @@ def shipped_studies() -> list[str]:
 def study_file(name: str) -> Path:
     """The file of a study given by path or, shipped, by name."""
     if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"There is no study file {name}.", hint="`hcnet recipes ls` lists the shipped ones.")
         return Path(name)
     wanted = name.removeprefix("ablate/")
     for file in (rcp.recipes_dir() / "ablate").glob("*.y*ml"):
@@ -138,8 +140,9 @@ def disable_study(given: Sequence[str]) -> tuple[str, Study]:
             names = [name.strip() for name in one.split("+")]
             for name in names:
                 if name not in COMPONENTS:
+                    known = COMPONENTS if "+" in one else (*COMPONENTS, "all")
                     raise UserError(
-                        f'--disable {text}: unknown component "{name}".{did_you_mean(name, (*COMPONENTS, "all"))}',
+                        f'--disable {text}: unknown component "{name}".{did_you_mean(name, known)}',
                         hint=f"Known: {', '.join(COMPONENTS)}; several in one arm: a+b; each by itself: all.",
                     )
             ordered = [name for name in COMPONENTS if name in names]

@@ -26,7 +26,7 @@ from torch import Tensor
 from hcnet_cli import bench, build, rng
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
-from hcnet_cli.data import imagenet, loader
+from hcnet_cli.data import embedded, imagenet, loader
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import Column, Row, Table
 
@@ -57,6 +57,7 @@ class Measurement:
     workers: int
     rounds: int
     others: float | None = None
+    stopped: bool = False
 
 
 def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
@@ -74,7 +75,7 @@ def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
 def folder(data: str | None) -> Iterator[tuple[str, str]]:
     """The folder to read and what to call it: the one named, or one of synthetic photographs for the time being."""
     if data is not None:
-        yield data, data
+        yield str(embedded.ensure(data)) if data in embedded.EMBEDDED else data, data
         return
     with tempfile.TemporaryDirectory(prefix="hcnet-bench-") as temporary:
         notice(f"No --data: making {PICTURES} synthetic JPEGs of 500 x 375 in a temporary folder.")
@@ -205,13 +206,18 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
         numbers = itertools.count()
         turns = bench.take_turns({p.name: _turn(p, made, numbers) for p in pipelines}, rounds)
         before, begun = bench.cpu_of_others(), time.perf_counter()
-        with bench.telling() as tell:
-            for number in range(1, rounds + 1):
-                tell(f"round {number} of {rounds}")
-                for name, found in next(turns).items():
-                    figures = next(p.figures for p in pipelines if p.name == name)
-                    for kind, rate in found.items():
-                        figures[kind].append(rate)
+        try:
+            with bench.telling() as tell:
+                for number in range(1, rounds + 1):
+                    tell(f"round {number} of {rounds}")
+                    for name, found in next(turns).items():
+                        figures = next(p.figures for p in pipelines if p.name == name)
+                        for kind, rate in found.items():
+                            figures[kind].append(rate)
+        except KeyboardInterrupt:
+            if not pipelines[0].figures["loader"]:
+                raise
+            made.rounds, made.stopped = len(pipelines[0].figures["loader"]), True
         after, wall = bench.cpu_of_others(), time.perf_counter() - begun
         if before is not None and after is not None and not workers:  # workers are other processes too
             made.others = (after - before) / wall
@@ -282,13 +288,15 @@ COLUMNS = (
 
 def table(made: Measurement) -> Table:
     notes = [
-        f"Images/s: medians of {made.rounds} rounds of alternating pipelines, one thread a process; min–max: of the "
-        "loader, over the rounds.",
+        f"Images/s: medians over the rounds ({made.rounds}) of alternating pipelines, one thread a process; min–max: "
+        "of the loader, over the rounds.",
         "ratio: loader, to timm's create_loader as it is by default, in the same round; median over the rounds.",
         "decode, augment: one image after another in this process. loader: whole batches of normalised images, from "
         + (f"{made.workers} worker processes." if made.workers else "this process."),
         "hcnet and timm's default leave normalising and erasing to the device, which here is this processor.",
     ]
+    if made.stopped:
+        notes.append(f"Stopped after {made.rounds} of the rounds asked for.")
     if (busy := bench.busy_note(made.others)) is not None:
         notes.append(busy)
     title = f"Input pipeline: {made.data}, {made.img_size} x {made.img_size}, batch {made.batch_size}"

@@ -33,6 +33,8 @@ from hcnet_cli.tasks.detection import DetectionTask
 from hcnet_cli.tasks.segmentation import SegmentationTask
 from hcnet_cli.weights import Account, load_into, read_weights
 
+TRIAL = 0.3  # seconds of a step, above which estimating the time tries no larger batch
+
 
 @dataclass
 class Data:
@@ -318,7 +320,11 @@ def read_init(source: str) -> tuple[str, dict[str, Tensor]]:
     if path.is_dir():
         best = path / "best.safetensors"
         if not best.is_file():
-            raise UserError(f"{path} is not a run with weights: it has no best.safetensors.")
+            inside = sorted(str(file.parent) for file in path.glob("runs/*/best.safetensors"))
+            raise UserError(
+                f"{path} is not a run with weights: it has no best.safetensors.",
+                hint=f"Runs in it: {', '.join(inside[:3])}{' ...' * (len(inside) > 3)}" if inside else "",
+            )
         path = best
     return str(path), read_weights(path)
 
@@ -444,19 +450,24 @@ def saved_activations(task: Any, image: tuple[int, int]) -> int:
 
 
 def seconds_per_image(recipe: Recipe, data: Data, task: Any, device: torch.device) -> float:
-    """Forward and backward time of one training image, measured on two small batches of real data. Rough."""
-    size = min(2, recipe.train.batch_size)
-    batches = loader.TrainLoader(
-        data.train, batch_size=size, accumulate=1, total_steps=3, seed=0, workers=0, collate=data.collate
-    )
+    """Forward and backward time of one training image, measured on a few batches of real data. Rough.
+
+    Of two images first, then, while that takes no time to speak of, of up to as many as training takes together.
+    """
+    most = recipe.train.batch_size // (recipe.train.accumulate * dist.processes())
+    size, seconds = 0, 0.0
     task.to(device).train()
-    times = []
-    for batch in batches.iterate(0):
-        begun = time.perf_counter()
-        losses = task(to_device(batch, device))
-        torch.stack(list(losses.values())).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
+    while size < most and seconds < TRIAL:
+        size = min(4 * size or 2, most)
+        batches = loader.TrainLoader(
+            data.train, batch_size=size, accumulate=1, total_steps=2, seed=0, workers=0, collate=data.collate
+        )
+        for batch in batches.iterate(0):
+            begun = time.perf_counter()
+            losses = task(to_device(batch, device))
+            torch.stack(list(losses.values())).sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begun
     task.zero_grad(set_to_none=True)
-    return min(times[1:]) / size
+    return seconds / size

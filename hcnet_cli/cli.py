@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ bench_app = typer.Typer()
 app.add_typer(bench_app, name="bench")
 
 EMBEDDED_NOTE = {
-    "digits": "1,797 real handwritten digits, 32 x 32",
+    "digits": "1,797 real handwritten digits, 32 x 32, those for training also drawn three times anew",
     "digit-scenes": "scenes of handwritten digits with boxes and masks, 128 x 128",
     "digit-stuff": "the same scenes with a class for every pixel, 128 x 128",
 }
@@ -55,7 +56,7 @@ Init = Annotated[
         "(on embedded data none if there is none)."
     ),
 ]
-Name = Annotated[str, typer.Option(help="Name of the run folder, instead of one made from the recipe.")]
+Name = Annotated[str | None, typer.Option(help="Name of the run folder, instead of one made from the recipe.")]
 Out = Annotated[Path, typer.Option("--out", help="Results folder; runs go to OUT/runs/.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")]
@@ -79,7 +80,7 @@ def pretrain(
     lr: LearningRate = None,
     seed: Seed = None,
     init: Init = None,
-    name: Name = "",
+    name: Name = None,
     out_dir: Out = Path("results"),
     device: Device = "auto",
     precision: Precision = None,
@@ -112,7 +113,7 @@ def finetune_det(
     init: Init = None,
     with_masks: Annotated[bool | None, typer.Option("--masks/--no-masks", help="Without: Faster R-CNN.")] = None,
     eval_backend: Annotated[str | None, typer.Option(help="faster-coco-eval or pycocotools.")] = None,
-    name: Name = "",
+    name: Name = None,
     out_dir: Out = Path("results"),
     device: Device = "auto",
     precision: Precision = None,
@@ -150,7 +151,7 @@ def finetune_seg(
         bool | None, typer.Option("--multi-scale/--single-scale", help="Also at six scales.")
     ] = None,
     eval_mode: Annotated[str | None, typer.Option(help="whole images, or slide a window over them.")] = None,
-    name: Name = "",
+    name: Name = None,
     out_dir: Out = Path("results"),
     device: Device = "auto",
     precision: Precision = None,
@@ -233,14 +234,16 @@ def _resolve(task: str, given: dict[str, Any]) -> Resolved:
 
 def _train(task: str, given: dict[str, Any]) -> None:
     name = given["name"]
-    if name and (Path(name).name != name or name in (".", "..")):
+    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
+    if given["eval_only"] and (given["dry_run"] or given["fresh"]):
+        raise UserError(f"--eval-only trains nothing, so --{'fresh' if given['fresh'] else 'dry-run'} has no place.")
     resolved = _resolve(task, given)
     from hcnet_cli.train import Options, train
 
     options = Options(
         results=given["out_dir"],
-        name=name,
+        name=name or "",
         device=given["device"],
         fresh=given["fresh"],
         dry_run=given["dry_run"],
@@ -292,7 +295,9 @@ def ablate(
 
     if bool(disable) == bool(study_name):
         raise UserError(
-            "Name either components to --disable or a --study.",
+            "--disable makes a study of its own: leave it or --study out."
+            if disable
+            else "Name components to --disable, or a --study.",
             hint=f"For example: hcnet ablate --disable refinement. Studies: {', '.join(ablations.shipped_studies())}.",
         )
     short, asked = ablations.read_study(study_name) if study_name else ablations.disable_study(disable or [])
@@ -304,7 +309,7 @@ def ablate(
                 hint="Name recipes, and what all arms change in them, under runs: in a study file.",
             )
     bases = [_ablation_base(kind, one, ctx.params) for kind, one in wanted]
-    plan = ablations.plan(short, asked, bases, ablations.parse_seeds(seeds) if seeds else (), out_dir)
+    plan = ablations.plan(short, asked, bases, ablations.parse_seeds(seeds) if seeds is not None else (), out_dir)
     settings = study.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
     if dry_run:
         study.preview(plan, settings, lambda one: _cost(one, device))
@@ -330,7 +335,7 @@ def _ablation_base(task: str, one: StudyRun, given: dict[str, Any]) -> Base:
 
 
 def _cost(recipe: Recipe, device: str) -> Cost:
-    """What one run of a recipe takes; the time from a trial of two images."""
+    """What one run of a recipe takes; the time from a short trial."""
     from hcnet_cli import build, profile
     from hcnet_cli.study import Cost
 
@@ -418,8 +423,14 @@ def report(
     for line in unreadable:
         warn(f"{line}.")
     if check is not None:
+        if output is not None or fmt is not None:
+            raise UserError(
+                f"--check compares every table in {check}; --{'output' if output else 'format'} has no place."
+            )
         for line in (differing := report_check(where, check, published=more, extra=studies)):
             out.print(line, markup=False)
+        if not differing:
+            notice(f"All tables in {check} agree with the runs.")
         raise typer.Exit(1 if differing else 0)
     fmt = fmt or format_for(output)
     if watch and (fmt != "html" or output is None):
@@ -518,6 +529,7 @@ def bench_data(
     from hcnet_cli.report import render
 
     bench.check_output(output)
+    bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it
     known = bench.facts(build.pick_device("cpu"), sys.argv, threads=1)
     with bench_data.folder(data) as (root, name):
         made = bench_data.measure(
@@ -531,6 +543,8 @@ def bench_data(
     sys.stdout.write(render([bench_data.table(made)], "rich"))
     if output is not None:
         bench.write(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
+    if made.stopped:
+        raise typer.Exit(130)
 
 
 def _version(value: bool) -> None:
@@ -553,7 +567,10 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # waiting threads spin briefly: two runs can share the cores
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages: far fewer page faults
     try:
-        app(prog_name="hcnet")
+        try:
+            app(prog_name="hcnet")
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         if is_main_process():
             err.print("[bold red]error:[/] ", end="")
@@ -565,5 +582,16 @@ def main() -> None:
         notice("Stopped. What was saved is intact; the same command goes on from there.")
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _close_output()
+        err.print("[bold red]error:[/] The disk is full: what is printed here could not be written.")
+        sys.exit(2)
+
+
+def _close_output() -> None:
+    """What is still to be printed goes nowhere, instead of failing once more when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -222,7 +222,7 @@ class Recipe(Part):
     optim: Optim
     schedule: Schedule
     train: Train
-    init: str = "none"
+    init: str = Field(default="none", min_length=1)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Recipe:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -79,6 +80,7 @@ class RunInfo(BaseModel):
     argv: list[str] = []
     versions: dict[str, str] = {}
     machine: str = ""
+    host: str = ""  # the computer's name
     started: str = ""
     finished: str = ""
     train_seconds: float = 0.0
@@ -138,9 +140,16 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` with `text`: temp file, fsync, rename. Readers see the old or the new file, never half."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replaces `path` with `text`: temp file, fsync, rename. Readers see the old or the new file, never half.
+
+    A link stays and the file it points to is replaced; a pipe or a device gets the text as it would from any program.
+    """
     with writing(path):
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            path.write_bytes(text.encode())
+            return
+        temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             temp.write_bytes(text.encode())
             sync(temp)
@@ -170,7 +179,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=1)  # `is_locked` holds it for a moment
             except Timeout:
                 raise UserError(
                     f"Another process is working in {self.path}.",
@@ -181,11 +190,27 @@ class RunFolder:
         finally:
             lock.release()
 
+    def is_locked(self) -> bool:
+        """Whether a command works in the folder; True too where that cannot be found out, as on a read-only disk."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, OSError):
+            return True
+        lock.release()
+        return False
+
     def read(self) -> RunInfo | None:
-        """The record, or None for a folder without one. UserError for one that cannot be understood."""
+        """The record, or None for a folder without one. UserError for one that cannot be understood.
+
+        A run that was killed on this machine could not write so: it is "interrupted", though its record says "running".
+        """
         if not self.record.exists():
             return None
-        return read_record(self.record)
+        info = read_record(self.record)
+        if info.status == "running" and info.host == platform.node() and not self.is_locked():
+            info.status = "interrupted"
+        return info
 
     def write(self, info: RunInfo) -> None:
         write_text(self.record, info.model_dump_json(indent=2) + "\n")

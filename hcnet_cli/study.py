@@ -100,7 +100,7 @@ def preview(plan: Plan, settings: Settings, cost: Callable[[Recipe], Cost]) -> N
         f"size {recipe.model.size}, {recipe.schedule.length} {recipe.schedule.unit}, data {recipe.data.path}",
         "runs": f"{len(study.record.cells)}, of which {len(study.record.cells) - todo} are finished",
         "time": f"about {duration(left)} of training one after another, evaluation and start-up not counted ("
-        + ("from a trial of two images, too high for small ones)" if tried else "at the speed of earlier runs)"),
+        + ("from a short trial)" if tried else "at the speed of earlier runs)"),
         "study": f"{settings.results / 'studies' / plan.name}.json",
     }
     for name, text in lines.items():

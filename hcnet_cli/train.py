@@ -67,12 +67,9 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
             if dist.is_main():
                 _print_plan(recipe, resolved, data, task, device, folder)
             return folder.path, None, 0
-        if options.eval_only and account is None and not folder.best.is_file():
-            raise UserError(
-                f"{folder.path} has no best.safetensors to evaluate.",
-                hint="Train it first, or name weights with --init RUN, FILE.safetensors or FILE.pth.",
-            )
         info = _describe(recipe, data, task, device, fingerprint, account, options)
+        if options.eval_only:
+            return folder.path, _evaluate_only(folder, info, recipe, data, task, device, account), 0
         with dist.on_main(folder.lock):  # what goes wrong on the main process, goes wrong on all
             return _train_in(folder, info, recipe, data, task, device, account, options)
 
@@ -87,13 +84,15 @@ def _train_in(
     account: Account | None,
     options: Options,
 ) -> tuple[Path, RunInfo | None, int]:
-    earlier = dist.from_main(lambda: _look_at_earlier(folder, info, recipe, options))
-    if options.eval_only:
-        return folder.path, _evaluate_only(folder, earlier, info, recipe, data, task, device, account), 0
+    if options.fresh:
+        dist.from_main(folder.clear)
+    earlier = dist.from_main(lambda: _look_at_earlier(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
+        dist.from_main(lambda: _check_best(folder))
         notice(f"This run is finished: {folder.path}")
         notice("Start it over with --fresh; `hcnet report` prints the table.")
         return folder.path, earlier, 0
+    dist.from_main(lambda: _check_disk(folder, task, recipe))
     job = build.build_job(recipe, data, task, device)
     state = engine.restore(job, folder.path)
     if earlier is not None:
@@ -135,11 +134,8 @@ def _train_in(
 # --- before -----------------------------------------------------------------------------------------------------------
 
 
-def _look_at_earlier(folder: RunFolder, info: RunInfo, recipe: Recipe, options: Options) -> RunInfo | None:
+def _look_at_earlier(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo | None:
     """The record of an earlier run of this very recipe in the folder; UserError if the folder holds another's."""
-    if options.fresh and not options.eval_only:
-        folder.clear()
-        return None
     earlier = folder.read()
     if earlier is not None and earlier.fingerprint != info.fingerprint:
         theirs = rcp.resolve(folder.recipe_file).recipe if folder.recipe_file.exists() else None
@@ -150,6 +146,34 @@ def _look_at_earlier(folder: RunFolder, info: RunInfo, recipe: Recipe, options: 
             hint="Choose another --name, or give --fresh to replace it.",
         )
     return earlier
+
+
+def _check_best(folder: RunFolder) -> None:
+    """UserError for a finished run whose weights are gone or cut short."""
+    try:
+        build.read_init(str(folder.path))
+    except UserError as error:
+        raise UserError(
+            f"This run is finished, but its weights are lost: {error}", hint="Train it again with --fresh."
+        ) from None
+
+
+def _disk_need(task: Any, recipe: Recipe) -> int:
+    """Bytes of a run's folder at its largest: three checkpoints while one is written, and the best weights."""
+    weights = profile.count_params(task.model) * 4
+    return weights * (3 * (4 if recipe.train.ema_decay is not None else 3) + 1)
+
+
+def _check_disk(folder: RunFolder, task: Any, recipe: Recipe) -> None:
+    """UserError before hours of training whose result could not be kept."""
+    need, there = _disk_need(task, recipe), sum(p.stat().st_size for p in folder.path.rglob("*") if p.is_file())
+    free = shutil.disk_usage(folder.path).free
+    if free + there < need:
+        raise UserError(
+            f"The disk has too little space for this run: its checkpoints need about {(need - there) / 2**20:.0f} MiB "
+            f"in {folder.path}, {free / 2**20:.0f} MiB are free.",
+            hint="Free some space, or choose another place with --out.",
+        )
 
 
 def _describe(
@@ -193,6 +217,7 @@ def _describe(
             "safetensors": safetensors.__version__,
         },
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        host=platform.node(),
         started=runs.now(),
     )
 
@@ -278,9 +303,18 @@ def _several_scales(job: engine.Job, recipe: Recipe, data: build.Data, folder: R
     return metrics
 
 
+def _lacking(account: Account | None, task: Any) -> str:
+    """What weights that were loaded lack of the task's, for people; "" where they are whole."""
+    if account is None:
+        return ""
+    names = sorted({*account.missing, *account.reinitialised})
+    if account.total < len(task.model.state_dict()):
+        names.insert(0, "the head")
+    return ", ".join(names[:5])
+
+
 def _evaluate_only(
     folder: RunFolder,
-    earlier: RunInfo | None,
     info: RunInfo,
     recipe: Recipe,
     data: build.Data,
@@ -288,13 +322,20 @@ def _evaluate_only(
     device: torch.device,
     account: Account | None,
 ) -> RunInfo:
-    """Metrics of the run's best weights, or of the weights that --init names, on the validation data."""
-    whole = account is not None and account.total == len(task.model.state_dict())
-    if account is None:
+    """Metrics, on the validation data, of weights that --init names and that are whole, else of the run's best.
+
+    The former become a run of their own, the only thing that is written.
+    """
+    lacking = _lacking(account, task)
+    if lacking or account is None:
+        if not folder.best.is_file():
+            why = f", and {account.source} lacks {lacking}" if account else ""
+            raise UserError(
+                f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",
+                hint="Train it first, or name whole weights with --init RUN, FILE.safetensors or FILE.pth.",
+            )
         account = build.load_init(task.model, *build.read_init(str(folder.path)))
-    elif lacking := sorted({*account.missing, *account.reinitialised} | (set() if whole else {"the head"})):
-        names = ", ".join(lacking[:5])
-        raise UserError(f"{account.source} lacks weights for this model and data: {names}.")
+    earlier = dist.from_main(lambda: _look_at_earlier(folder, info, recipe))
     job = build.build_job(recipe, data, task, device)
     job.ema = None
     notice(str(account))
@@ -309,11 +350,12 @@ def _evaluate_only(
             update={"status": "finished", "metrics": metrics, "evaluated_only": True, "finished": runs.now()}
         )
         info.steps_total = 0
-        if dist.is_main():
-            runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
-            (folder.path / "final").mkdir(exist_ok=True)
-            evaluator.save(folder.path / "final")
-            folder.write(info)
+        with dist.on_main(folder.lock):
+            if dist.is_main():
+                runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+                (folder.path / "final").mkdir(exist_ok=True)
+                evaluator.save(folder.path / "final")
+                folder.write(info)
     return info
 
 
@@ -353,16 +395,15 @@ def _print_plan(
                        f"{state_bytes / 2**30:.2f} weights, gradients and optimizer, "
                        f"{activations / 2**20:.0f} MiB activations an image")
         )  # fmt: skip
-    notice("Timing two small batches ...")
+    notice("Timing some small batches ...")
     per_image = build.seconds_per_image(recipe, data, task, device)
     lines.append(
         ("time", f"about {duration(per_image * batch * plan.total)} on this {device.type} by one process "
-                 f"({1 / per_image:.1f} images/s in a two-image trial), evaluation not counted")
+                 f"({1 / per_image:.1f} images/s in a short trial), evaluation not counted")
     )  # fmt: skip
     lines.append(("run", f"{folder.path}" + (" (exists)" if folder.record.exists() else "")))
-    free = shutil.disk_usage(runs.existing_parent(folder.path)).free
-    need = params * 4 * (2 * 3 + 1)
-    lines.append(("disk", f"about {need / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"))
+    free, need = shutil.disk_usage(runs.existing_parent(folder.path)).free, _disk_need(task, recipe)
+    lines.append(("disk", f"at most {need / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"))
     for name, text in lines:
         out.print(f"{name + ':':<15}{text}", markup=False)
     if free < need:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in CONFIG_CLASSES]):
+        with torch.serialization.safe_globals([(_Inert, name) for name in CONFIG_CLASSES]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles' formats; what matters is said below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes; nothing of it has run
         text = str(error)
@@ -56,7 +58,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"{path} was refused: its pickle asks for {culprit}, which could run code.",
                 hint="Only tensors and plain containers are read. Ask its author for a .safetensors file.",
             ) from None
-        raise UserError(f"{path} is damaged or not a PyTorch checkpoint ({type(error).__name__}).") from None
+        raise UserError(f"{path} is damaged or not a PyTorch checkpoint.") from None
     for key in ("model", "state_dict", "model_ema", "state_dict_ema"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -139,7 +141,7 @@ def load_into(
         raise UserError(
             f"{source} does not fit this model: only {len(fits)} of {len(own)} tensors "
             f"({matched:.0%} of the numbers) match.",
-            hint="Give the --size the weights were trained with.",
+            hint="Give the --size, and the --set model options, that the weights were trained with.",
         )
     model.load_state_dict({name: named[name] for name in fits}, strict=False)
     return account

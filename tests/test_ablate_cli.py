@@ -330,13 +330,15 @@ def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "either components to --disable or a --study"),
-        (("--disable", "gate", "--study", "stencil"), "either components to --disable or a --study"),
+        ((), "Name components to --disable, or a --study"),
+        (("--disable", "gate", "--study", "stencil"), "leave it or --study out"),
+        (("--disable", "all+gate"), 'unknown component "all"'),
+        (("--disable", "gate", "--seeds", ""), "not a list of whole numbers"),
         (("--disable", "gat"), 'unknown component "gat". Did you mean "gate"?'),
         (("--disable", "conduction+gate"), "without conduction there is no gate to disable"),
         (("--disable", ""), "unknown component"),
         (("--study", "component"), 'no study "component". Did you mean "components"?'),
-        (("--study", "mine.yaml"), "mine.yaml cannot be read"),
+        (("--study", "mine.yaml"), "no study file mine.yaml"),
         (("--disable", "gate", "--task", "finetune"), "Did you mean"),
         (("--disable", "gate", "--seeds", "0;1"), "is not a list of whole numbers"),
         (("--disable", "gate", "--seeds", "1,1"), "names a seed twice"),

@@ -453,6 +453,24 @@ def test_without_data_a_folder_is_made_and_removed(
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+def test_embedded_digits_are_data_too_and_ctrl_c_keeps_the_rounds_so_far(
+    hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_data, "TURN", 8)
+    real = bench.take_turns
+
+    def interrupted(jobs: Any, rounds: int) -> Any:
+        yield next(real(jobs, rounds))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "take_turns", interrupted)
+    flags = ("--data", "digits", "--recipe", "digits", "--batch-size", "8", "--output", tmp_path / "a.json")
+    done = hcnet("bench", "data", *flags)
+    assert done.code == 130, done.err
+    assert "Stopped after 1 of the rounds" in done.out
+    assert json.loads((tmp_path / "a.json").read_text())["stopped"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

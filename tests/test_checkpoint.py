@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -137,6 +138,40 @@ def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch
             runs.write_text(target, "new")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_links_pipes_and_devices_are_written_to_and_stay_what_they_are(tmp_path: Path) -> None:
+    """A report for a link, a named pipe or /dev/stdout; as root, a rename would replace the device itself."""
+    target, link, pipe = tmp_path / "target.md", tmp_path / "link.md", tmp_path / "pipe"
+    target.write_text("old")
+    link.symlink_to(target)
+    runs.write_text(link, "new")
+    assert (link.is_symlink(), target.read_text()) == (True, "new")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    runs.write_text(pipe, "text")
+    assert (pipe.is_fifo(), os.read(reader, 10)) == (True, b"text")
+    os.close(reader)
+
+
+def test_a_run_that_was_killed_is_not_called_running(tmp_path: Path) -> None:
+    """Its record cannot say so; its lock does. What another computer does cannot be told from here."""
+    folder = runs.RunFolder(tmp_path / "run")
+    data = runs.DataInfo(name="d", digest="0", path="d", num_train=1, num_val=1, num_classes=1)
+    info = runs.RunInfo(task="pretrain", protocol="", size="t", seed=0, fingerprint="0", data=data, steps_total=1,
+                        batch_size=1, host=platform.node())  # fmt: skip
+
+    def status() -> str:
+        found = folder.read()
+        assert found is not None
+        return found.status
+
+    with folder.lock():
+        folder.write(info)
+        assert status() == "running"
+    assert status() == "interrupted"
+    folder.write(info.model_copy(update={"host": "elsewhere"}))
+    assert status() == "running"
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -187,6 +187,18 @@ def test_init_auto_takes_the_best_pretrain_run_of_the_same_model(
     assert info.init["loaded"] == info.init["total"]
     assert "head.fc.weight" in info.init["unexpected"]
     assert "init" not in info.changes
+    # the weights to evaluate are the run's, not those it started from, and without a run there are none
+    evaluated = hcnet(task, *SMALL[task], "--data", data[task], "--out", tmp_path, "--eval-only")
+    assert evaluated.code == 0, evaluated.err
+    assert f"{run}/best.safetensors: " in evaluated.err
+    name, value = next(iter(info.metrics.items()))
+    assert evaluated.out.startswith(f"{name} {value:.3f}")
+    folders = set((tmp_path / "runs").iterdir())
+    evaluated = hcnet(task, *SMALL[task], "--data", data[task], "--out", tmp_path, "--eval-only", "--seed", "9")
+    assert evaluated.code == 2
+    assert "There are no weights to evaluate" in evaluated.err
+    assert "lacks the head" in evaluated.err
+    assert set((tmp_path / "runs").iterdir()) == folders
 
 
 def test_init_auto_without_a_run_is_an_error_on_your_own_data_and_a_notice_on_the_embedded(

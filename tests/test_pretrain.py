@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hcnet_cli.models  # noqa: F401  (registers the sizes with timm)
-from hcnet_cli import runs
+from hcnet_cli import build, runs
 
 Hcnet = Callable[..., Done]
 SMALL = (
@@ -218,6 +218,24 @@ def test_the_plan_says_where_values_come_from_and_what_linear_scaling_would_give
     assert "linear scaling would give --lr 0.000375" in plan  # 3e-3 x 8 / 64
 
 
+@pytest.mark.parametrize(("trial", "sizes"), [(1e-9, [2]), (1e9, [2, 8])])
+def test_time_is_estimated_with_whole_batches_where_two_images_are_quick(
+    trial: float, sizes: list[int], hcnet: Hcnet, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images at a time take a small model's GPU or CPU several times as long an image as its batch does."""
+    seen: list[int] = []
+    real = build.loader.TrainLoader
+
+    def noting(*arguments: Any, batch_size: int, **more: Any) -> Any:
+        seen.append(batch_size)
+        return real(*arguments, batch_size=batch_size, **more)
+
+    monkeypatch.setattr(build, "TRIAL", trial)
+    monkeypatch.setattr(build.loader, "TrainLoader", noting)
+    assert hcnet("pretrain", *SMALL, "--data", folder_of_images, "--dry-run").code == 0
+    assert seen == sizes
+
+
 def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -> None:
     """`hcnet pretrain --size s --epochs 300` from any folder, interrupted by Ctrl-C."""
     process = subprocess.Popen(
@@ -256,6 +274,11 @@ def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -
         (("--device", "gpu"), "no device"),
         (("--device", "cuda:9"), "device"),
         (("--name", "a/b"), "not the name of a folder"),
+        (("--name", ""), "not the name of a folder"),
+        (("--init", ""), '"init" cannot be ""'),
+        (("--eval-only", "--fresh"), "--fresh has no place"),
+        (("--eval-only", "--dry-run"), "--dry-run has no place"),
+        (("--eval-only",), "There are no weights to evaluate"),
         (("--batch-size", "7", "--accumulate", "2"), "does not divide"),
         (("--batch-size", "6000"), "fewer than one batch"),
         (("--precision", "fp8"), "fp8"),
@@ -292,7 +315,7 @@ def test_a_disk_that_fills_up_ends_in_one_sentence_and_loses_nothing(
     def filling(path: Path) -> Any:
         nonlocal calls
         calls += 1
-        return real(path) if calls < 5 else shutil._ntuple_diskusage(100, 100, 0)  # type: ignore[attr-defined]
+        return real(path) if calls < 6 else shutil._ntuple_diskusage(100, 100, 0)  # type: ignore[attr-defined]
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", filling)
@@ -303,6 +326,54 @@ def test_a_disk_that_fills_up_ends_in_one_sentence_and_loses_nothing(
     assert runs.read_record(only_run(tmp_path / "full") / "run.json").status == "failed"
     assert hcnet(*arguments, tmp_path / "full").code == 0
     assert outcome(only_run(tmp_path / "full")) == outcome(only_run(tmp_path / "whole"))
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_told_before_training(
+    hcnet: Hcnet, tmp_path: Path, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 2**14))
+    done = hcnet("pretrain", *SMALL, "--data", folder_of_images, "--out", tmp_path)
+    assert done.code == 2
+    assert "too little space" in done.err
+    assert not (only_run(tmp_path) / "metrics.jsonl").exists()
+
+
+def test_a_finished_run_without_its_weights_says_so(hcnet: Hcnet, tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "runs" / finished.name)
+    again = ("pretrain", "--recipe", finished / "recipe.yaml", "--out", tmp_path)
+    assert hcnet(*again).code == 0
+    best = only_run(tmp_path) / "best.safetensors"
+    for spoil in (lambda: best.write_bytes(best.read_bytes()[:1000]), best.unlink):
+        spoil()
+        done = hcnet(*again)
+        assert done.code == 2
+        assert "its weights are lost" in done.err
+        assert "--fresh" in done.err
+
+
+def test_eval_only_needs_no_writable_folder(hcnet: Hcnet, tmp_path: Path, finished: Path) -> None:
+    """A run on a read-only disk, or one that another command works on, can be evaluated."""
+    shutil.copytree(finished, tmp_path / "runs" / finished.name)
+    with runs.RunFolder(only_run(tmp_path)).lock():
+        done = hcnet("pretrain", "--recipe", finished / "recipe.yaml", "--out", tmp_path, "--eval-only")
+    assert done.code == 0, done.err
+    assert f"top1 {runs.read_record(finished / 'run.json').metrics['top1']:.3f}" in done.out
+
+
+def test_a_folder_of_results_as_init_names_the_runs_in_it(hcnet: Hcnet, tmp_path: Path, finished: Path) -> None:
+    done = hcnet("pretrain", *SMALL, "--out", tmp_path, "--init", finished.parent.parent)
+    assert done.code == 2
+    assert str(finished) in done.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_standard_output_on_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "hcnet_cli", "report"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "error: The disk is full: what is printed here could not be written.\n"
 
 
 def test_a_pth_that_would_run_code_is_refused(hcnet: Hcnet, tmp_path: Path, folder_of_images: Path) -> None:

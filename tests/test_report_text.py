@@ -62,6 +62,7 @@ def test_same_runs_same_bytes(folder, fmt):
 
 
 def test_the_ending_of_a_file_names_the_format():
+    assert format_for(Path("REPORT.MD")) == "markdown"
     assert format_for(None) == "rich"
     assert [format_for(Path(f"report.{ending}")) for ending in FORMATS.values()] == list(FORMATS)
     with pytest.raises(UserError, match=r"Unknown ending of a report \"\.docx\""):
@@ -265,3 +266,14 @@ def test_check_without_anything_to_compare_says_so(folder, tmp_path):
     (tmp_path / "all.md").write_text("x")
     with pytest.raises(UserError, match="no runs"):
         report_check([tmp_path], tmp_path)
+
+
+def test_check_says_that_all_agree_and_takes_no_other_output(folder, tmp_path, hcnet):
+    output = tmp_path / "all.md"
+    output.write_text(report([folder], fmt="markdown", output=output))
+    done = hcnet("report", "--results", folder, "--check", tmp_path)
+    assert (done.code, done.out) == (0, "")
+    assert "agree with the runs" in done.err
+    done = hcnet("report", "--results", folder, "--check", tmp_path, "--output", tmp_path / "new.md")
+    assert done.code == 2
+    assert "--output has no place" in done.err

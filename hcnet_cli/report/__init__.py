@@ -110,8 +110,9 @@ def format_for(output: Path | None) -> str:
     """The format that a file's ending names; rich for the terminal. UserError for an unknown ending."""
     if output is None:
         return "rich"
-    _known("ending of a report", output.suffix, [f".{ending}" for ending in ENDINGS])
-    return ENDINGS[output.suffix[1:]]
+    ending = output.suffix.lower()
+    _known("ending of a report", ending, [f".{known}" for known in ENDINGS])
+    return ENDINGS[ending[1:]]
 
 
 def _known(what: str, value: str, known: Sequence[str] | dict[str, str]) -> None:
