@@ -239,14 +239,18 @@ def _announce(info: RunInfo, folder: RunFolder, state: engine.State, shortened: 
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {folder.path}")
-    if (passes := info.steps_total * info.batch_size // info.data.num_train) > MANY_PASSES:
-        notice(f"That is {passes:,} passes over the training images; --set schedule.length=N gives a shorter schedule.")
+    _tell_passes(info.steps_total, info.batch_size, info.data.num_train)
     if shortened:
         notice("The warm-up was shortened to half of the run.")
     if account:
         notice(str(account))
     if state.step:
         notice(f"Going on from step {state.step}.")
+
+
+def _tell_passes(steps: int, batch_size: int, images: int) -> None:
+    if (passes := steps * batch_size // images) > MANY_PASSES:
+        notice(f"That is {passes:,} passes over the training images; --set schedule.length=N gives a shorter schedule.")
 
 
 # --- after ------------------------------------------------------------------------------------------------------------
@@ -406,6 +410,7 @@ def _print_plan(
     lines.append(("disk", f"at most {need / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"))
     for name, text in lines:
         out.print(f"{name + ':':<15}{text}", markup=False)
+    _tell_passes(plan.total, batch, data.info.num_train)
     if free < need:
         warn("The disk has too little space for this run's checkpoints.")
 
