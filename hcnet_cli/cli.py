@@ -65,7 +65,7 @@ Workers = Annotated[int | None, typer.Option(help="Processes that load data.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any recipe field: --set optim.weight_decay=0.1")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")]
-EvalOnly = Annotated[bool, typer.Option("--eval-only", help="Evaluate the run's best weights, or those of --init.")]
+EvalOnly = Annotated[bool, typer.Option("--eval-only", help="Evaluate the best weights; untrained: --init's.")]
 
 
 @app.command()

@@ -42,6 +42,18 @@ class Options:
     argv: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run before it starts: all is read and built, nothing is written. `account`: of the weights of `recipe.init`."""
+
+    folder: RunFolder
+    recipe: Recipe
+    data: build.Data
+    task: Any
+    device: torch.device
+    account: Account | None
+
+
 def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, int]:
     """Trains (or goes on with, or plans, or evaluates) the run of a recipe.
 
@@ -60,30 +72,22 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         account = build.load_init(task.model, *build.read_init(recipe.init)) if recipe.init != "none" else None
         contents = {"data": data.info.digest, **({"init": account.digest} if account else {})}
         fingerprint = rcp.fingerprint(recipe, **contents)
-        folder = RunFolder(
-            options.results / "runs" / (options.name or runs.run_name(recipe, data.info.name, fingerprint))
-        )
+        name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
+        folder = RunFolder(options.results / "runs" / name)
+        prepared = Prepared(folder, recipe, data, task, device, account)
         if options.dry_run:
             if dist.is_main():
-                _print_plan(recipe, resolved, data, task, device, folder)
+                _print_plan(prepared, resolved)
             return folder.path, None, 0
-        info = _describe(recipe, data, task, device, fingerprint, account, options)
+        info = _describe(prepared, fingerprint, options)
         if options.eval_only:
-            return folder.path, _evaluate_only(folder, info, recipe, data, task, device, account), 0
+            return folder.path, _evaluate_only(prepared, info), 0
         with dist.on_main(folder.lock):  # what goes wrong on the main process, goes wrong on all
-            return _train_in(folder, info, recipe, data, task, device, account, options)
+            return _train_in(prepared, info, options)
 
 
-def _train_in(
-    folder: RunFolder,
-    info: RunInfo,
-    recipe: Recipe,
-    data: build.Data,
-    task: Any,
-    device: torch.device,
-    account: Account | None,
-    options: Options,
-) -> tuple[Path, RunInfo | None, int]:
+def _train_in(run: Prepared, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
+    folder, recipe, data, device = run.folder, run.recipe, run.data, run.device
     if options.fresh:
         dist.from_main(folder.clear)
     earlier = dist.from_main(lambda: _look_at_earlier(folder, info, recipe))
@@ -92,8 +96,8 @@ def _train_in(
         notice(f"This run is finished: {folder.path}")
         notice("Start it over with --fresh; `hcnet report` prints the table.")
         return folder.path, earlier, 0
-    dist.from_main(lambda: _check_disk(folder, task, recipe))
-    job = build.build_job(recipe, data, task, device)
+    dist.from_main(lambda: _check_disk(run))
+    job = build.build_job(recipe, data, run.task, device)
     state = engine.restore(job, folder.path)
     if earlier is not None:
         info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
@@ -102,7 +106,7 @@ def _train_in(
         runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
-    _announce(info, folder, state, data.steps(recipe).shortened, account)
+    _announce(info, folder, state, data.steps(recipe).shortened, run.account)
 
     def on_evaluation(state: engine.State) -> None:
         folder.write(_progressed(info, state))
@@ -123,7 +127,7 @@ def _train_in(
         info.status = "interrupted"
     else:
         info.status = "finished"
-        _measure_speed(info, task, recipe, device)
+        _measure_speed(info, run)
     info.finished = runs.now()
     if dist.is_main():
         folder.write(info)
@@ -158,33 +162,27 @@ def _check_best(folder: RunFolder) -> None:
         ) from None
 
 
-def _disk_need(task: Any, recipe: Recipe) -> int:
+def _disk_need(run: Prepared) -> int:
     """Bytes of a run's folder at its largest: three checkpoints while one is written, and the best weights."""
-    weights = profile.count_params(task.model) * 4
-    return weights * (3 * (4 if recipe.train.ema_decay is not None else 3) + 1)
+    weights = profile.count_params(run.task.model) * 4
+    return weights * (3 * (4 if run.recipe.train.ema_decay is not None else 3) + 1)
 
 
-def _check_disk(folder: RunFolder, task: Any, recipe: Recipe) -> None:
+def _check_disk(run: Prepared) -> None:
     """UserError before hours of training whose result could not be kept."""
-    need, there = _disk_need(task, recipe), sum(p.stat().st_size for p in folder.path.rglob("*") if p.is_file())
-    free = shutil.disk_usage(folder.path).free
+    folder = run.folder.path
+    need, there = _disk_need(run), sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    free = shutil.disk_usage(folder).free
     if free + there < need:
         raise UserError(
             f"The disk has too little space for this run: its checkpoints need about {(need - there) / 2**20:.0f} MiB "
-            f"in {folder.path}, {free / 2**20:.0f} MiB are free.",
+            f"in {folder}, {free / 2**20:.0f} MiB are free.",
             hint="Free some space, or choose another place with --out.",
         )
 
 
-def _describe(
-    recipe: Recipe,
-    data: build.Data,
-    task: Any,
-    device: torch.device,
-    fingerprint: str,
-    account: Account | None,
-    options: Options,
-) -> RunInfo:
+def _describe(run: Prepared, fingerprint: str, options: Options) -> RunInfo:
+    recipe, data, task, device, account = run.recipe, run.data, run.task, run.device, run.account
     commit, dirty = runs.git_state()
     return RunInfo(
         task=recipe.task,
@@ -271,15 +269,15 @@ def _progressed(info: RunInfo, state: engine.State) -> RunInfo:
     )
 
 
-def _measure_speed(info: RunInfo, task: Any, recipe: Recipe, device: torch.device) -> None:
+def _measure_speed(info: RunInfo, run: Prepared) -> None:
     """Inference images/s of the classifier, for the table."""
-    if recipe.task != "pretrain" or not dist.is_main():
+    if info.task != "pretrain" or not dist.is_main():
         return
-    batch = 64
+    model, batch = run.task.model, 64
     assert info.img_size is not None
-    task.model.set_grad_checkpointing(False)
+    model.set_grad_checkpointing(False)
     rate = profile.throughput(
-        task.model, info.img_size, batch_size=batch, seconds=1.0, device=device, precision=recipe.train.precision
+        model, info.img_size, batch_size=batch, seconds=1.0, device=run.device, precision=info.precision
     )
     info.images_per_second = round(rate, 1)
     info.speed_notes = f"inference, batch {batch}, {info.precision}, {info.device}, {torch.get_num_threads()} threads"
@@ -307,40 +305,30 @@ def _several_scales(job: engine.Job, recipe: Recipe, data: build.Data, folder: R
     return metrics
 
 
-def _lacking(account: Account | None, task: Any) -> str:
+def _lacking(account: Account, task: Any) -> str:
     """What weights that were loaded lack of the task's, for people; "" where they are whole."""
-    if account is None:
-        return ""
     names = sorted({*account.missing, *account.reinitialised})
     if account.total < len(task.model.state_dict()):
         names.insert(0, "the head")
     return ", ".join(names[:5])
 
 
-def _evaluate_only(
-    folder: RunFolder,
-    info: RunInfo,
-    recipe: Recipe,
-    data: build.Data,
-    task: Any,
-    device: torch.device,
-    account: Account | None,
-) -> RunInfo:
-    """Metrics, on the validation data, of weights that --init names and that are whole, else of the run's best.
+def _evaluate_only(run: Prepared, info: RunInfo) -> RunInfo:
+    """Metrics, on the validation data, of the run's best weights; where nothing was trained, of those of --init.
 
-    The former become a run of their own, the only thing that is written.
+    The latter become a finished run, the only thing that is written.
     """
-    lacking = _lacking(account, task)
-    if lacking or account is None:
-        if not folder.best.is_file():
-            why = f", and {account.source} lacks {lacking}" if account else ""
-            raise UserError(
-                f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",
-                hint="Train it first, or name whole weights with --init RUN, FILE.safetensors or FILE.pth.",
-            )
+    folder, recipe, data, task, account = run.folder, run.recipe, run.data, run.task, run.account
+    if folder.best.is_file():
         account = build.load_init(task.model, *build.read_init(str(folder.path)))
+    elif account is None or (lacking := _lacking(account, task)):
+        why = f", and {account.source} lacks {lacking}" if account else ""
+        raise UserError(
+            f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",
+            hint="Train it first, or name whole weights with --init RUN, FILE.safetensors or FILE.pth.",
+        )
     earlier = dist.from_main(lambda: _look_at_earlier(folder, info, recipe))
-    job = build.build_job(recipe, data, task, device)
+    job = build.build_job(recipe, data, task, run.device)
     job.ema = None
     notice(str(account))
     notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")
@@ -366,10 +354,9 @@ def _evaluate_only(
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def _print_plan(
-    recipe: Recipe, resolved: Resolved, data: build.Data, task: Any, device: torch.device, folder: RunFolder
-) -> None:
+def _print_plan(run: Prepared, resolved: Resolved) -> None:
     """What would happen, on standard output: every value with its origin, batches, learning rate, cost, place."""
+    recipe, data, task, device, folder = run.recipe, run.data, run.task, run.device, run.folder
     plan, batch = data.steps(recipe), recipe.train.batch_size
     table = rich.table.Table("key", "value", "from", box=rich.box.SIMPLE_HEAD, pad_edge=False)
     asked = rcp.flatten(resolved.recipe.model_dump(mode="json"))
@@ -406,7 +393,7 @@ def _print_plan(
                  f"({1 / per_image:.1f} images/s in a short trial), evaluation not counted")
     )  # fmt: skip
     lines.append(("run", f"{folder.path}" + (" (exists)" if folder.record.exists() else "")))
-    free, need = shutil.disk_usage(runs.existing_parent(folder.path)).free, _disk_need(task, recipe)
+    free, need = shutil.disk_usage(runs.existing_parent(folder.path)).free, _disk_need(run)
     lines.append(("disk", f"at most {need / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"))
     for name, text in lines:
         out.print(f"{name + ':':<15}{text}", markup=False)

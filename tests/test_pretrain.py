@@ -179,6 +179,8 @@ def test_init_gives_an_account_and_enters_the_fingerprint(
     assert "tensors loaded" in done.err
     info = runs.read_record(only_run(tmp_path) / "run.json")
     assert info.init["loaded"] == info.init["total"]
+    evaluated = hcnet(*arguments, "--init", finished, "--eval-only")
+    assert f"top1 {info.metrics['top1']:.3f}" in evaluated.out  # of what was trained, not of what it started from
     state = load_file(finished / "best.safetensors")
     state["head.fc.weight"], state["head.fc.bias"] = torch.zeros(7, 16), torch.zeros(7)
     save_file(state, tmp_path / "other.safetensors")
