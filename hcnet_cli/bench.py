@@ -25,14 +25,12 @@ import timm
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
-from rich.live import Live
-from rich.text import Text
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 import hcnet_cli
 from hcnet_cli import build, optim, profile, report, rng, runs
-from hcnet_cli.console import UserError, did_you_mean, err, notice, warn
+from hcnet_cli.console import UserError, did_you_mean, telling, warn
 from hcnet_cli.models import HcNet, remap_official_state_dict
 from hcnet_cli.models.reference import ReferenceHcNet
 from hcnet_cli.names import SIZES
@@ -336,16 +334,6 @@ def cpu_of_others() -> float | None:
     return used - time.process_time()
 
 
-@contextlib.contextmanager
-def telling() -> Iterator[Callable[[str], None]]:
-    """Shows what is being done: one line that changes on a terminal (without a thread of its own), else plain lines."""
-    if not err.is_terminal:
-        yield notice
-        return
-    with Live(console=err, auto_refresh=False, transient=True) as live:
-        yield lambda text: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
-
-
 def measure(asked: list[Contender], settings: Settings) -> Measurement:
     """Times the contenders, one mode after another. What fails says why in `error` and is left out.
 
@@ -647,10 +635,3 @@ def json_text(made: Measurement, known: Mapping[str, str]) -> str:
     settings = {**dataclasses.asdict(made.settings), "device": str(made.settings.device)}
     whole = {**known, **settings, "stopped": made.stopped, "cores_of_others": made.others, "modes": modes}
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-
-
-def write(output: Path, text: str) -> None:
-    with runs.writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(output, text)
-    notice(f"Wrote {output}.")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hcnet_cli import bench, build, rng
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import UserError, notice, telling
 from hcnet_cli.data import embedded, imagenet, loader
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import Column, Row, Table
@@ -207,7 +207,7 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
         turns = bench.take_turns({p.name: _turn(p, made, numbers) for p in pipelines}, rounds)
         before, begun = bench.cpu_of_others(), time.perf_counter()
         try:
-            with bench.telling() as tell:
+            with telling() as tell:
                 for number in range(1, rounds + 1):
                     tell(f"round {number} of {rounds}")
                     for name, found in next(turns).items():

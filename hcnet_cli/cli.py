@@ -256,6 +256,32 @@ def _train(task: str, given: dict[str, Any]) -> None:
 
 
 @app.command()
+def check(
+    data: Annotated[str, typer.Argument(help="A data folder, or the name of an embedded set.")],
+    recipe: RecipeName = None,
+    overrides: Set = None,
+    output: Annotated[Path | None, typer.Option(help="A .json file with every file of every finding.")] = None,
+) -> None:
+    """Look at every image and annotation of a data set as training reads them, and say what is wrong, before training.
+
+    The layout tells the task. Exits with 1 if something spoils training or its figures: files that cannot be read,
+    sizes that are not those annotated, the same picture in training and validation or in two classes.
+    """
+    from hcnet_cli import check as checking
+    from hcnet_cli.report import render
+    from hcnet_cli.runs import write_output
+
+    if output is not None and output.suffix != ".json":
+        raise UserError(f"{output} does not end in .json.")
+    resolved = _resolve(checking.task_of(data), {"data": data, "recipe": recipe, "overrides": overrides})
+    made = checking.check(resolved.recipe)
+    sys.stdout.write(render(checking.tables(made), "rich", checking.lines(made)))
+    if output is not None:
+        write_output(output, checking.json_text(made))
+    raise typer.Exit(made.wrong)
+
+
+@app.command()
 def ablate(
     ctx: typer.Context,
     disable: Annotated[
@@ -413,7 +439,7 @@ def report(
     from hcnet_cli import ablations
     from hcnet_cli.report import format_for, report_check
     from hcnet_cli.report import report as make
-    from hcnet_cli.runs import write_text, writing
+    from hcnet_cli.runs import write_output
 
     for folder in results or []:
         if not folder.is_dir():
@@ -442,10 +468,7 @@ def report(
         if output is None:
             sys.stdout.write(text)
             return
-        with writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, text)
-        notice(f"Wrote {output}.")
+        write_output(output, text)
         if not watch:
             return
         time.sleep(10)
@@ -500,6 +523,7 @@ def bench(
         return
     from hcnet_cli import bench as timing
     from hcnet_cli.report import render
+    from hcnet_cli.runs import write_output
 
     timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
@@ -507,7 +531,7 @@ def bench(
     made = timing.measure(timing.contenders(models, mode, precision, compile_models), settings)
     sys.stdout.write(render(timing.tables(made), "rich"))
     if output is not None:
-        timing.write(output, (timing.json_text if output.suffix == ".json" else timing.page)(made, known))
+        write_output(output, (timing.json_text if output.suffix == ".json" else timing.page)(made, known))
     if made.stopped:
         raise typer.Exit(130)
     if all(contender.error for contender in made.contenders):
@@ -527,6 +551,7 @@ def bench_data(
     """Time the training input pipeline alone, beside timm's on the same folder with the same augmentation."""
     from hcnet_cli import bench, bench_data, build
     from hcnet_cli.report import render
+    from hcnet_cli.runs import write_output
 
     bench.check_output(output)
     bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it
@@ -542,7 +567,7 @@ def bench_data(
         )
     sys.stdout.write(render([bench_data.table(made)], "rich"))
     if output is not None:
-        bench.write(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
+        write_output(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
     if made.stopped:
         raise typer.Exit(130)
 

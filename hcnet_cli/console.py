@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -113,3 +116,13 @@ class Progress:
         if not self.live:
             shown = " · ".join(f"{name} {value:.2f}" for name, value in list(metrics.items())[:6])
             notice(f"step {step}/{self.total} · evaluated: {shown}")
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[Callable[[str], None]]:
+    """Shows what is being done: one line that changes on a terminal (without a thread of its own), else plain lines."""
+    if not err.is_terminal:
+        yield notice
+        return
+    with Live(console=err, auto_refresh=False, transient=True) as live:
+        yield lambda text: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)

@@ -159,6 +159,14 @@ def write_text(path: Path, text: str) -> None:
         sync(path.parent)
 
 
+def write_output(path: Path, text: str) -> None:
+    """`write_text` for the file of an --output: its folder is made, and the user told."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    notice(f"Wrote {path}.")
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["bench_data"],
-    ["train", "explain", "bench"],
+    ["train", "explain", "bench", "check"],
     ["build"],
     ["engine", "tasks"],
     ["models", "data", "metrics", "optim", "profile", "checkpoint", "weights"],

@@ -1,0 +1,317 @@
+"""`hcnet check`: every image and annotation of a data set, read as training reads them, before training does."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError, telling
+from hcnet_cli.data import ade20k, coco, embedded, imagenet
+from hcnet_cli.names import EMBEDDED
+from hcnet_cli.recipe import Recipe
+from hcnet_cli.results import Column, Row, Table
+
+AT_A_TIME = 512  # images
+TELL_EVERY = 2.0  # seconds
+EXAMPLES = 3  # files that a line names
+CLASSES = 20  # that the table of classes has at the most
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image and what its data set says of it: its class (image folders), its size as annotated, its label file."""
+
+    path: str
+    split: str
+    label: str = ""
+    size: tuple[int, int] | None = None  # width, height
+    pixels: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing worth knowing. `wrong`: it spoils training or its figures, and the command exits with 1."""
+
+    what: str
+    files: list[str]
+    wrong: bool = False
+
+    def __str__(self) -> str:
+        shown = "; ".join(self.files[:EXAMPLES])
+        more = f"; and {len(self.files) - EXAMPLES:,} more" if len(self.files) > EXAMPLES else ""
+        return f"{'WRONG: ' if self.wrong else ''}{self.what} ({len(self.files):,}): {shown}{more}"
+
+
+@dataclass
+class Report:
+    """What a data set holds. `classes`: of each class how many `unit` are in each split."""
+
+    data: str
+    root: Path
+    layout: str
+    unit: str
+    items: list[Item]
+    classes: dict[str, dict[str, float]]
+    findings: list[Finding] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # on the classes
+    sizes: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def wrong(self) -> bool:
+        return any(finding.wrong for finding in self.findings)
+
+    def note(self, what: str, files: Sequence[str], wrong: bool = False) -> None:
+        """A finding, if there are any; files are named as they lie in the data folder."""
+        if files:
+            self.findings.append(Finding(what, [file.replace(f"{self.root}/", "") for file in files], wrong))
+
+
+def task_of(data: str) -> str:
+    """The command whose data a folder, or an embedded set, looks like."""
+    for task, name in EMBEDDED.items():
+        if data == name:
+            return task
+    root = Path(data)
+    if any((root / kind / "training").is_dir() for kind in ("images", "annotations")):
+        return "finetune-seg"
+    if any(root.glob("annotations/*.json")) or any(root.glob("*/_annotations.coco.json")):
+        return "finetune-det"
+    return "pretrain"
+
+
+def check(recipe: Recipe) -> Report:
+    """Reads everything. UserError for what no training gets past: a layout or an annotation file that is broken."""
+    path = recipe.data.path
+    assert path is not None, "the command line fills in data.path"
+    root = embedded.ensure(path) if path in EMBEDDED.values() else Path(path)
+    folder = None
+    if isinstance(recipe.data, rcp.ImageFolder):
+        report = _image_folder(root)
+    elif isinstance(recipe.data, rcp.Coco):
+        assert isinstance(recipe.head, rcp.MaskRCNN)
+        report = _coco(root, recipe.head.with_masks)
+    else:
+        config = recipe.data.model_dump(include={"num_classes", "reduce_zero_label", "ignore_index"})
+        folder = ade20k.open_folder(root, **config, scan_cache=embedded.cache_dir() / "label-scans")
+        report = _scenes(root, folder)
+    _look_at_all(report, folder)
+    report.findings.sort(key=lambda finding: not finding.wrong)
+    return report
+
+
+# --- the three layouts ------------------------------------------------------------------------------------------------
+
+
+def _image_folder(root: Path) -> Report:
+    index = imagenet.scan(root)
+    items: list[Item] = []
+    classes: dict[str, dict[str, float]] = {name: {} for name in index.classes}
+    for split, files in (("train", index.train), ("val", index.val)):
+        images = imagenet.ImageFolder(index, split, lambda image: {})
+        items += [Item(images.describe(i), split, index.classes[files.labels[i]]) for i in range(len(images))]
+        for name, count in zip(index.classes, np.bincount(files.labels, minlength=len(classes)), strict=True):
+            classes[name][split] = int(count)
+    report = Report(index.name, root, "image folder", "images", items, classes)
+    report.note("classes without validation images", [name for name, counts in classes.items() if not counts["val"]])
+    return report
+
+
+def _coco(root: Path, masks: bool) -> Report:
+    splits: dict[str, tuple[coco.Annotations, Path]] = {}
+    maskless = []
+    for split in ("train", "val"):
+        try:
+            splits[split] = coco.load_split(root, split, masks=masks)
+        except UserError as error:
+            if error.hint != coco.NO_MASKS_HINT:
+                raise
+            maskless.append(str(error))
+            splits[split] = coco.load_split(root, split, masks=False)
+    coco.check_same_classes(*(annotations for annotations, _ in splits.values()))
+    names = splits["val"][0].class_names
+    report = Report(
+        coco.dataset_name(root, splits["val"][0]), root, "COCO", "objects", [], {name: {} for name in names}
+    )
+    report.note("annotation files for boxes alone (train with --no-masks)", maskless)
+    for split, (found, folder) in splits.items():
+        files = [str(folder / found.name(i)) for i in range(len(found))]
+        report.items += [Item(file, split, size=tuple(size)) for file, size in zip(files, found.sizes, strict=True)]
+        for name, count in zip(names, np.bincount(found.labels, minlength=len(names) + 1)[1:], strict=True):
+            report.classes[name][split] = int(count)
+        for reason, ids in found.dropped.items():
+            where = f"{split} annotations left out" if reason != "crowd" else f"{split} annotations not learned from"
+            report.note(f"{where} ({reason})", [f"annotation {i}" for i in ids])
+        report.note(f"{split} boxes clipped to their image", [f"annotation {i}" for i in found.clipped])
+        bare = [file for file, has in zip(files, found.annotated, strict=True) if not has]
+        report.note(f"{split} images without annotations", bare)
+        report.note(f"classes without {split} objects", [n for n in names if not report.classes[n][split]])
+    return report
+
+
+def _scenes(root: Path, folder: ade20k.SceneFolder) -> Report:
+    items = [
+        Item(image, split, pixels=label)
+        for split in ade20k.SPLITS
+        for image, label in zip(folder.images[split].tolist(), folder.labels[split].tolist(), strict=True)
+    ]
+    return Report(folder.name, root, "ADE20K", "% of the pixels", items, {name: {} for name in folder.class_names})
+
+
+# --- every image ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image, read: width and height as a viewer shows it, a digest of its pixels, those of its label by value."""
+
+    size: tuple[int, int] = (0, 0)
+    turned: bool = False
+    digest: bytes = b""
+    values: NDArray[np.int64] | None = None
+    error: str = ""
+
+
+def look(item: Item, folder: ade20k.SceneFolder | None = None) -> Seen:
+    """Decodes an image, and its label; what is wrong with them is said in `error`."""
+    try:
+        image = imagenet.read_image(item.path)
+        if item.size is not None:
+            coco.check_size(Path(item.path), *item.size)
+        values = None
+        if folder is not None:
+            values = np.bincount(ade20k.read_label(item.pixels, folder.lut, folder.valid).ravel(), minlength=256)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise almost anything on damaged files
+        return Seen(error="is not an image PIL knows" if isinstance(error, UnidentifiedImageError) else str(error))
+    digest = hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).digest()
+    return Seen(image.size, _is_turned(item.path), digest, values)
+
+
+def _is_turned(path: str) -> bool:
+    with contextlib.suppress(Exception), Image.open(path) as file:  # EXIF data beyond repair
+        return bool(file.getexif().get(ExifTags.Base.Orientation, 1) > 1)
+    return False
+
+
+def _look_at_all(report: Report, folder: ade20k.SceneFolder | None) -> None:
+    same: dict[bytes, list[Item]] = defaultdict(list)
+    unusable: dict[str, list[str]] = defaultdict(list)
+    turned: list[str] = []
+    values: dict[str, NDArray[np.int64]] = {}
+    for item, seen in _seen(report.items, folder):
+        if seen.error:
+            unusable[item.split].append(f"{item.path} ({seen.error})")
+            continue
+        same[seen.digest].append(item)
+        report.sizes[item.split].append(seen.size)
+        if seen.turned:
+            turned.append(item.path)
+        if seen.values is not None:
+            values[item.split] = values.get(item.split, 0) + seen.values
+    for split, files in unusable.items():
+        report.note(f"{split} images that cannot be used", files, wrong=True)
+    _note_repeated(report, [items for items in same.values() if len(items) > 1])
+    report.note("images turned as their EXIF data says", turned)
+    if folder is not None:
+        for split, counts in values.items():
+            for label, name in enumerate(folder.class_names):
+                report.classes[name][split] = 100 * float(counts[label] / counts.sum())
+            absent = [name for name in folder.class_names if not report.classes[name][split]]
+            report.note(f"classes in no {split} label", absent)
+            ignored = 1 - counts[: folder.num_classes].sum() / counts.sum()
+            report.remarks.append(f"Of the {split} pixels {ignored:.2%} are ignored.")
+
+
+def _seen(items: Sequence[Item], folder: ade20k.SceneFolder | None) -> Iterator[tuple[Item, Seen]]:
+    """Every image with what was seen, in order; decoding runs beside the interpreter, so threads are enough."""
+    told = time.monotonic()
+    with ThreadPoolExecutor() as pool, telling() as tell:
+        for start in range(0, len(items), AT_A_TIME):
+            some = items[start : start + AT_A_TIME]
+            yield from zip(some, pool.map(lambda item: look(item, folder), some), strict=True)
+            if time.monotonic() - told > TELL_EVERY:
+                told = time.monotonic()
+                tell(f"{start + len(some):,} of {len(items):,} images")
+
+
+def _note_repeated(report: Report, groups: Sequence[Sequence[Item]]) -> None:
+    leaks, classes, within = [], [], []
+    for items in groups:
+        text = " = ".join(item.path for item in items)
+        if len({item.split for item in items}) > 1:
+            leaks.append(text)
+        elif len({item.label for item in items}) > 1:
+            classes.append(text)
+        else:
+            within.append(text)
+    report.note("pictures both in training and in validation", leaks, wrong=True)
+    report.note("pictures in several classes", classes, wrong=True)
+    report.note("pictures more than once in a split", within)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def tables(report: Report) -> list[Table]:
+    rows = []
+    for split in dict.fromkeys(item.split for item in report.items):
+        values: dict[str, Any] = {"split": split, "images": sum(item.split == split for item in report.items)}
+        if sizes := report.sizes[split]:
+            for name, side in zip(("width", "height"), np.array(sizes).T, strict=True):
+                values[name] = f"{side.min()} – {int(np.median(side))} – {side.max()}"
+        rows.append(Row("measured", values))
+    columns = (Column("split", "split"), Column("images", "images", "integer"),
+               Column("width", "width"), Column("height", "height"))  # fmt: skip
+    notes = ["Width and height: smallest, median, largest."]
+    return [Table("check", f"{report.data} ({report.layout})", columns, rows, notes), _classes(report)]
+
+
+def _classes(report: Report) -> Table:
+    """Of many classes those with the least and the most to learn from."""
+    splits = list(dict.fromkeys(item.split for item in report.items))
+    names = list(report.classes)
+    title = f"{len(names)} classes, {report.unit}"
+    if len(names) > CLASSES:
+        names.sort(key=lambda name: report.classes[name].get(splits[0], 0))
+        names = names[: CLASSES // 2] + names[-CLASSES // 2 :]
+        title += f": the {CLASSES // 2} rarest and the {CLASSES // 2} commonest"
+    style = "percent" if report.unit.startswith("%") else "integer"
+    columns = [Column("model", "class"), *(Column(split, split, style) for split in splits)]  # type: ignore[arg-type]
+    rows = [Row("measured", {"model": name, **report.classes[name]}) for name in names]
+    return Table("check", title, columns, rows, report.remarks)
+
+
+def lines(report: Report) -> list[str]:
+    """What was found, for people."""
+    wrong = sum(finding.wrong for finding in report.findings)
+    end = f"{wrong} of these should be mended before training." if wrong else "Nothing is wrong."
+    return [*map(str, report.findings), end]
+
+
+def json_text(report: Report) -> str:
+    """Everything, with every file of every finding."""
+    counts = {split: sum(item.split == split for item in report.items) for split in report.sizes}
+    whole = {
+        "data": report.data,
+        "root": str(report.root),
+        "layout": report.layout,
+        "images": counts,
+        "unit": report.unit,
+        "classes": report.classes,
+        "findings": [asdict(finding) for finding in report.findings],
+    }
+    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"

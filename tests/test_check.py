@@ -1,0 +1,182 @@
+"""Protects `hcnet check`: what is wrong with a data set is found, all of it, and nothing else is called wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Done
+from PIL import Image
+
+from hcnet_cli import check
+from hcnet_cli.data import embedded
+
+Hcnet = Callable[..., Done]
+
+
+def findings(hcnet: Hcnet, data: Path, *more: str, code: int) -> dict[str, dict[str, Any]]:
+    """What is said of each thing found, by its words."""
+    output = data.parent / "found.json"
+    done = hcnet("check", data, "--output", output, *more)
+    assert done.code == code, done.err
+    assert ("Nothing is wrong." in done.out) == (code == 0)
+    return {one["what"]: one for one in json.loads(output.read_text())["findings"]}
+
+
+@pytest.mark.parametrize("name", ["digits", "digit-scenes", "digit-stuff"])
+def test_nothing_is_wrong_with_the_embedded_sets(name: str, hcnet: Hcnet, tmp_path: Path) -> None:
+    """The layout alone tells the task; a link to the folder is a folder like any other."""
+    (tmp_path / "mine").symlink_to(embedded.ensure(name))
+    found = findings(hcnet, tmp_path / "mine", code=0)
+    assert not any(one["wrong"] for one in found.values())
+    assert hcnet("check", name).code == 0
+
+
+@pytest.fixture
+def folder(folder_of_images: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder_of_images, tmp_path / "colors"))
+
+
+def test_an_image_folder(hcnet: Hcnet, folder: Path) -> None:
+    assert findings(hcnet, folder, code=0) == {}
+    (folder / "train/red/0.png").write_bytes(b"no image")
+    (folder / "train/blue/2.png").write_bytes((folder / "train/blue/2.png").read_bytes()[:200])
+    pixels = Image.open(folder / "train/green/1.png")
+    pixels.save(folder / "val/green/again.bmp")  # other bytes, the same picture
+    Image.open(folder / "train/red/3.png").save(folder / "train/green/lost.png")
+    Image.open(folder / "train/red/6.png").save(folder / "train/red/twice.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10), "red").save(folder / "val/red/turned.png", exif=exif)
+    found = findings(hcnet, folder, code=1)
+    assert {what: (len(one["files"]), one["wrong"]) for what, one in found.items()} == {
+        "train images that cannot be used": (2, True),
+        "pictures both in training and in validation": (1, True),
+        "pictures in several classes": (1, True),
+        "pictures more than once in a split": (1, False),
+        "images turned as their EXIF data says": (1, False),
+    }
+    assert found["pictures both in training and in validation"]["files"] == ["train/green/1.png = val/green/again.bmp"]
+    assert list(found)[:3] == [what for what, one in found.items() if one["wrong"]], "what is wrong comes first"
+    assert "4 of these should" not in (text := hcnet("check", folder).out)
+    assert "3 of these should be mended before training." in text
+    assert "10 – 20 – 24" not in text  # a turned image is 10 wide and 20 high
+    assert "10 – 24 – 24" in text
+
+
+def test_a_class_without_validation_images_is_named(hcnet: Hcnet, folder: Path) -> None:
+    shutil.rmtree(folder / "val/blue")
+    assert findings(hcnet, folder, code=0)["classes without validation images"]["files"] == ["blue"]
+
+
+def test_of_many_classes_the_rarest_and_the_commonest_are_shown(tmp_path: Path) -> None:
+    classes = {f"class{n:02d}": {"train": float(n), "val": 1.0} for n in range(50)}
+    items = [check.Item("a", "train"), check.Item("b", "val")]
+    made = check.tables(check.Report("many", tmp_path, "image folder", "images", items, classes))[1]
+    shown = [row.values["model"] for row in made.rows]
+    assert shown == [f"class{n:02d}" for n in (*range(10), *range(40, 50))]
+
+
+def coco(root: Path) -> dict[str, Any]:
+    """Two splits of four images, 40 x 30, each with an object."""
+    random = np.random.RandomState(0)
+    (root / "annotations").mkdir(parents=True)
+    content: dict[str, Any] = {}
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir()
+        images, objects = [], []
+        for i in range(4):
+            pixels = random.randint(0, 255, (30, 40, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"{split}2017/{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "width": 40, "height": 30})
+            objects.append({"id": i, "image_id": i, "category_id": 7, "bbox": [5, 5, 10, 10], "area": 100,
+                            "iscrowd": 0, "segmentation": [[5, 5, 15, 5, 15, 15]]})  # fmt: skip
+        categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
+        content[split] = {"images": images, "annotations": objects, "categories": categories}
+    return content
+
+
+def test_a_coco_folder(hcnet: Hcnet, tmp_path: Path) -> None:
+    content = coco(tmp_path / "c")
+
+    def write() -> Path:
+        for split, one in content.items():
+            (tmp_path / f"c/annotations/instances_{split}2017.json").write_text(json.dumps(one))
+        return tmp_path / "c"
+
+    assert set(findings(hcnet, write(), code=0)) == {"classes without train objects", "classes without val objects"}
+    train, val = content["train"], content["val"]
+    train["annotations"][0]["bbox"] = [5, 5, 0.5, 10]
+    train["annotations"][1]["bbox"] = [35, 25, 10, 10]
+    train["annotations"][2]["iscrowd"] = 1
+    del train["annotations"][3]
+    val["images"][0]["width"], val["images"][1]["height"] = 41, 31
+    (tmp_path / "c/train2017/3.png").write_bytes(b"no image")
+    shutil.copy(tmp_path / "c/train2017/0.png", tmp_path / "c/val2017/3.png")
+    found = findings(hcnet, write(), code=1)
+    expected = {
+        "val images that cannot be used": (2, True),  # all of them, where training stops at the first
+        "train images that cannot be used": (1, True),
+        "pictures both in training and in validation": (1, True),
+        "train annotations left out (box thinner than a pixel)": (1, False),
+        "train boxes clipped to their image": (1, False),
+        "train annotations not learned from (crowd)": (1, False),
+        "train images without annotations": (1, False),
+    }
+    assert expected.items() <= {what: (len(one["files"]), one["wrong"]) for what, one in found.items()}.items()
+    assert "its annotation file says 41 x 30" in found["val images that cannot be used"]["files"][0]
+    for one in content.values():
+        for entry in one["annotations"]:
+            del entry["segmentation"]
+    assert "annotation files for boxes alone (train with --no-masks)" in findings(hcnet, write(), code=1)
+    val["categories"].pop()
+    done = hcnet("check", write())
+    assert done.code == 2  # nothing more can be said of it
+    assert "different categories" in done.err
+
+
+def test_a_folder_of_scenes(hcnet: Hcnet, tmp_path: Path) -> None:
+    """Shares of pixels as counted by hand; an unreadable image; what no label can be stops it with a sentence."""
+    root, random = tmp_path / "s", np.random.RandomState(0)
+    label = np.zeros((8, 10), dtype=np.uint8)
+    label[:4], label[4:6] = 1, 2  # 40 of 80 pixels, 20 of 80, the rest ignored
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(random.randint(0, 255, (8, 10, 3)).astype(np.uint8)).save(root / f"images/{split}/{i}.png")
+            Image.fromarray(label).save(root / f"annotations/{split}/{i}.png")
+    (root / "classes.txt").write_text("sky\nsea\nland\n")
+    done = hcnet("check", root)
+    assert done.code == 0
+    rows = {words[0]: words[1:] for line in done.out.splitlines() if (words := line.split())}
+    assert (rows["sky"], rows["sea"], rows["land"]) == (["50.00"] * 2, ["25.00"] * 2, ["0.00"] * 2)
+    assert "Of the training pixels 25.00% are ignored." in done.out
+    assert "classes in no validation label (1): land" in done.out
+    (root / "images/validation/1.png").write_bytes(b"no image")
+    assert findings(hcnet, root, code=1)["validation images that cannot be used"]["wrong"]
+    label[0] = 9
+    Image.fromarray(label).save(root / "annotations/training/0.png")
+    done = hcnet("check", root)
+    assert done.code == 2
+    assert "holds the label value 9" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere",), "nowhere does not exist"),
+        (("digits", "--output", "found.csv"), "does not end in .json"),
+        (("digits", "--recipe", "coco-1x"), "There is no recipe"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], words: str, hcnet: Hcnet) -> None:
+    done = hcnet("check", *arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
