@@ -293,7 +293,10 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
     if info.train_seconds > 60 and (info.data_wait_share or 0) > WAITING_TOO_LONG:
         warn(f"{info.data_wait_share:.0%} of the training time went into waiting for data; more --workers may help.")
     if info.unreadable_images:
-        warn(f"{info.unreadable_images} training images could not be read; others took their places.")
+        warn(
+            f"{info.unreadable_images} training images could not be read; others took their places. `hcnet check "
+            f"{info.data.path}` names them."
+        )
     notice(f"The run is in {folder.path}; `hcnet report` prints the table.")
 
 

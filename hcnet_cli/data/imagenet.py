@@ -261,7 +261,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
                 if not self.train:
                     raise UserError(
                         f"The image {path} cannot be read: {reason}.",
-                        hint="Evaluation counts every image, so none is skipped: replace the file, or remove it.",
+                        hint="Evaluation counts every image: replace the file, or remove it. `hcnet check` finds all.",
                     ) from None
                 unreadable = unreadable or {"unreadable": path}
                 index = rng.derive(key, "instead", attempt) % len(self)

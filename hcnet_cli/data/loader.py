@@ -251,7 +251,7 @@ class TrainLoader:
             raise UserError(
                 f"{len(self.unreadable)} training images cannot be read (limit {self.max_unreadable}): "
                 f"{some}{', ...' if len(self.unreadable) > 5 else ''}.",
-                hint="Check that the disk is mounted and the data set was unpacked completely.",
+                hint="Is the disk mounted, the data set unpacked completely? `hcnet check` names all such files.",
             )
         warn(f"cannot read {path}; another image takes its place.")
 
