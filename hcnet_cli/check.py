@@ -43,16 +43,26 @@ class Item:
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of thing worth knowing. `wrong`: it spoils training or its figures, and the command exits with 1."""
+    """One kind of thing worth knowing. `wrong`: it spoils training or its figures, and the command exits with 1.
+
+    `files` that show the same picture stand together in a list.
+    """
 
     what: str
-    files: list[str]
+    files: Sequence[str | list[str]]
     wrong: bool = False
 
     def __str__(self) -> str:
-        shown = "; ".join(self.files[:EXAMPLES])
+        shown = "; ".join(map(_brief, self.files[:EXAMPLES]))
         more = f"; and {len(self.files) - EXAMPLES:,} more" if len(self.files) > EXAMPLES else ""
         return f"{'WRONG: ' if self.wrong else ''}{self.what} ({len(self.files):,}): {shown}{more}"
+
+
+def _brief(file: str | list[str]) -> str:
+    """Of equal files the first and the last, which lie in different splits if any do."""
+    if isinstance(file, str):
+        return file
+    return f"{file[0]} = {file[-1]}" + (f" and {len(file) - 2:,} more" if len(file) > 2 else "")
 
 
 @dataclass
@@ -73,10 +83,14 @@ class Report:
     def wrong(self) -> bool:
         return any(finding.wrong for finding in self.findings)
 
-    def note(self, what: str, files: Sequence[str], wrong: bool = False) -> None:
-        """A finding, if there are any; files are named as they lie in the data folder."""
+    def note(self, what: str, files: Sequence[str | list[str]], wrong: bool = False) -> None:
+        """A finding, if there are any."""
         if files:
-            self.findings.append(Finding(what, [file.replace(f"{self.root}/", "") for file in files], wrong))
+            self.findings.append(Finding(what, files, wrong))
+
+    def brief(self, file: str) -> str:
+        """A file as it lies in the data folder."""
+        return file.removeprefix(f"{self.root}/")
 
 
 def task_of(data: str) -> str:
@@ -155,7 +169,7 @@ def _coco(root: Path, masks: bool) -> Report:
             where = f"{split} annotations left out" if reason != "crowd" else f"{split} annotations not learned from"
             report.note(f"{where} ({reason})", [f"annotation {i}" for i in ids])
         report.note(f"{split} boxes clipped to their image", [f"annotation {i}" for i in found.clipped])
-        bare = [file for file, has in zip(files, found.annotated, strict=True) if not has]
+        bare = [report.brief(file) for file, has in zip(files, found.annotated, strict=True) if not has]
         report.note(f"{split} images without annotations", bare)
         report.note(f"classes without {split} objects", [n for n in names if not report.classes[n][split]])
     return report
@@ -214,12 +228,12 @@ def _look_at_all(report: Report, folder: ade20k.SceneFolder | None) -> None:
     values: dict[str, NDArray[np.int64]] = {}
     for item, seen in _seen(report.items, folder):
         if seen.error:
-            unusable[item.split].append(f"{item.path} ({seen.error})")
+            unusable[item.split].append(f"{report.brief(item.path)} ({seen.error})")
             continue
         same[seen.digest].append(item)
         report.sizes[item.split].append(seen.size)
         if seen.turned:
-            turned.append(item.path)
+            turned.append(report.brief(item.path))
         if seen.values is not None:
             values[item.split] = values.get(item.split, 0) + seen.values
     for split, files in unusable.items():
@@ -249,15 +263,17 @@ def _seen(items: Sequence[Item], folder: ade20k.SceneFolder | None) -> Iterator[
 
 
 def _note_repeated(report: Report, groups: Sequence[Sequence[Item]]) -> None:
-    leaks, classes, within = [], [], []
+    leaks: list[list[str]] = []
+    classes: list[list[str]] = []
+    within: list[list[str]] = []
     for items in groups:
-        text = " = ".join(item.path for item in items)
+        files = [report.brief(item.path) for item in items]
         if len({item.split for item in items}) > 1:
-            leaks.append(text)
+            leaks.append(files)
         elif len({item.label for item in items}) > 1:
-            classes.append(text)
+            classes.append(files)
         else:
-            within.append(text)
+            within.append(files)
     report.note("pictures both in training and in validation", leaks, wrong=True)
     report.note("pictures in several classes", classes, wrong=True)
     report.note("pictures more than once in a split", within)
@@ -298,7 +314,7 @@ def _classes(report: Report) -> Table:
 def lines(report: Report) -> list[str]:
     """What was found, for people."""
     wrong = sum(finding.wrong for finding in report.findings)
-    end = f"{wrong} of these should be mended before training." if wrong else "Nothing is wrong."
+    end = f"What is WRONG ({wrong}) should be mended before training." if wrong else "Nothing is wrong."
     return [*map(str, report.findings), end]
 
 

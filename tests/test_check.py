@@ -61,10 +61,13 @@ def test_an_image_folder(hcnet: Hcnet, folder: Path) -> None:
         "pictures more than once in a split": (1, False),
         "images turned as their EXIF data says": (1, False),
     }
-    assert found["pictures both in training and in validation"]["files"] == ["train/green/1.png = val/green/again.bmp"]
+    assert found["pictures both in training and in validation"]["files"] == [
+        ["train/green/1.png", "val/green/again.bmp"]
+    ]
     assert list(found)[:3] == [what for what, one in found.items() if one["wrong"]], "what is wrong comes first"
-    assert "4 of these should" not in (text := hcnet("check", folder).out)
-    assert "3 of these should be mended before training." in text
+    text = hcnet("check", folder).out
+    assert "What is WRONG (3) should be mended before training." in text
+    assert "(1): train/green/1.png = val/green/again.bmp " in " ".join(text.split())
     assert "10 – 20 – 24" not in text  # a turned image is 10 wide and 20 high
     assert "10 – 24 – 24" in text
 
