@@ -603,9 +603,6 @@ def main() -> None:
             if error.hint:
                 err.print(error.hint, markup=False)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        notice("Stopped. What was saved is intact; the same command goes on from there.")
-        sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         _close_output()
         sys.exit(0)

@@ -72,6 +72,15 @@ def test_an_image_folder(hcnet: Hcnet, folder: Path) -> None:
     assert "10 – 24 – 24" in text
 
 
+def test_ctrl_c_ends_it_quietly(hcnet: Hcnet, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "_look_at_all", interrupted)
+    done = hcnet("check", folder)
+    assert (done.code, done.out, done.err) == (130, "", "")
+
+
 def test_a_class_without_validation_images_is_named(hcnet: Hcnet, folder: Path) -> None:
     shutil.rmtree(folder / "val/blue")
     assert findings(hcnet, folder, code=0)["classes without validation images"]["files"] == ["blue"]
