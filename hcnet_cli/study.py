@@ -70,13 +70,12 @@ def run(plan: Plan, settings: Settings) -> tuple[StudyRecord, int]:
 def preview(plan: Plan, settings: Settings, cost: Callable[[Recipe], Cost]) -> None:
     """Prints the grid of cells with their state, the cost of each arm and of all that is left to do."""
     study = _Study(plan, settings)
-    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     several = len(plan.tasks) > 1
     for title in ("arm", *(["task"] if several else [])):
         grid.add_column(title, no_wrap=True)
-    for title in ("sets", *(f"seed {seed}" for seed in plan.seeds)):
-        grid.add_column(title, overflow="fold")
-    for title in ("#params (M)", "MACs (G)", "a run"):
+    grid.add_column("sets", overflow="fold")
+    for title in ("finished", "#params\n(M)", "MACs\n(G)", "a run"):
         grid.add_column(title, justify="right")
     left, tried = 0.0, False
     for task in plan.tasks:
@@ -89,7 +88,7 @@ def preview(plan: Plan, settings: Settings, cost: Callable[[Recipe], Cost]) -> N
             left += seconds * sum(cell.state != "finished" for cell in cells)
             grid.add_row(
                 *(arm, *([task] if several else []), ", ".join(f"{k}={_short(v)}" for k, v in changes.items()) or "–"),
-                *(cell.state if cell.state == "finished" else "to do" for cell in cells),
+                f"{sum(cell.state == 'finished' for cell in cells)} of {len(cells)}",
                 *(f"{one.params / 1e6:.2f}", f"{one.macs / 1e9:.3g}", duration(seconds)),
             )
     out.print(grid)
