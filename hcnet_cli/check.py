@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -78,6 +78,11 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # on the classes
     sizes: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def images(self) -> dict[str, int]:
+        """How many each split has."""
+        return dict(Counter(item.split for item in self.items))
 
     @property
     def wrong(self) -> bool:
@@ -155,10 +160,9 @@ def _coco(root: Path, masks: bool) -> Report:
             maskless.append(str(error))
             splits[split] = coco.load_split(root, split, masks=False)
     coco.check_same_classes(*(annotations for annotations, _ in splits.values()))
-    names = splits["val"][0].class_names
-    report = Report(
-        coco.dataset_name(root, splits["val"][0]), root, "COCO", "objects", [], {name: {} for name in names}
-    )
+    names = _distinct(splits["val"][0].class_names)
+    name = coco.dataset_name(root, splits["val"][0])
+    report = Report(name, root, "COCO", "objects", [], {name: {} for name in names})
     report.note("annotation files for boxes alone (train with --no-masks)", maskless)
     for split, (found, folder) in splits.items():
         files = [str(folder / found.name(i)) for i in range(len(found))]
@@ -181,7 +185,13 @@ def _scenes(root: Path, folder: ade20k.SceneFolder) -> Report:
         for split in ade20k.SPLITS
         for image, label in zip(folder.images[split].tolist(), folder.labels[split].tolist(), strict=True)
     ]
-    return Report(folder.name, root, "ADE20K", "% of the pixels", items, {name: {} for name in folder.class_names})
+    classes: dict[str, dict[str, float]] = {name: {} for name in _distinct(folder.class_names)}
+    return Report(folder.name, root, "ADE20K", "% of the pixels", items, classes)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names of classes; those that several classes have, with the class's number."""
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 # --- every image ------------------------------------------------------------------------------------------------------
@@ -242,9 +252,9 @@ def _look_at_all(report: Report, folder: ade20k.SceneFolder | None) -> None:
     report.note("images turned as their EXIF data says", turned)
     if folder is not None:
         for split, counts in values.items():
-            for label, name in enumerate(folder.class_names):
+            for label, name in enumerate(report.classes):
                 report.classes[name][split] = 100 * float(counts[label] / counts.sum())
-            absent = [name for name in folder.class_names if not report.classes[name][split]]
+            absent = [name for name, shares in report.classes.items() if not shares[split]]
             report.note(f"classes in no {split} label", absent)
             ignored = 1 - counts[: folder.num_classes].sum() / counts.sum()
             report.remarks.append(f"Of the {split} pixels {ignored:.2%} are ignored.")
@@ -284,8 +294,8 @@ def _note_repeated(report: Report, groups: Sequence[Sequence[Item]]) -> None:
 
 def tables(report: Report) -> list[Table]:
     rows = []
-    for split in dict.fromkeys(item.split for item in report.items):
-        values: dict[str, Any] = {"split": split, "images": sum(item.split == split for item in report.items)}
+    for split, count in report.images.items():
+        values: dict[str, Any] = {"split": split, "images": count}
         if sizes := report.sizes[split]:
             for name, side in zip(("width", "height"), np.array(sizes).T, strict=True):
                 values[name] = f"{side.min()} – {int(np.median(side))} – {side.max()}"
@@ -298,7 +308,7 @@ def tables(report: Report) -> list[Table]:
 
 def _classes(report: Report) -> Table:
     """Of many classes those with the least and the most to learn from."""
-    splits = list(dict.fromkeys(item.split for item in report.items))
+    splits = list(report.images)
     names = list(report.classes)
     title = f"{len(names)} classes, {report.unit}"
     if len(names) > CLASSES:
@@ -320,12 +330,11 @@ def lines(report: Report) -> list[str]:
 
 def json_text(report: Report) -> str:
     """Everything, with every file of every finding."""
-    counts = {split: sum(item.split == split for item in report.items) for split in report.sizes}
     whole = {
         "data": report.data,
         "root": str(report.root),
         "layout": report.layout,
-        "images": counts,
+        "images": report.images,
         "unit": report.unit,
         "classes": report.classes,
         "findings": [asdict(finding) for finding in report.findings],

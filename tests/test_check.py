@@ -179,6 +179,15 @@ def test_a_folder_of_scenes(hcnet: Hcnet, tmp_path: Path) -> None:
     assert "holds the label value 9" in done.err
 
 
+def test_classes_of_one_name_stay_apart(hcnet: Hcnet, tmp_path: Path) -> None:
+    content = coco(tmp_path / "c")
+    for split, one in content.items():
+        one["categories"][1]["name"] = "cat"
+        (tmp_path / f"c/annotations/instances_{split}2017.json").write_text(json.dumps(one))
+    found = findings(hcnet, tmp_path / "c", code=0)
+    assert found["classes without train objects"]["files"] == ["cat (0)"]  # category 3 comes before 7
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
