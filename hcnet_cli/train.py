@@ -106,7 +106,7 @@ def _train_in(run: Prepared, info: RunInfo, options: Options) -> tuple[Path, Run
         runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
-    _announce(info, folder, state, data.steps(recipe).shortened, run.account)
+    _announce(run, info, state)
 
     def on_evaluation(state: engine.State) -> None:
         folder.write(_progressed(info, state))
@@ -230,18 +230,20 @@ def _how_measured(task: Any, data: build.Data, recipe: Recipe) -> dict[str, str]
     return {one.primary: one.protocol for one in tasks}
 
 
-def _announce(info: RunInfo, folder: RunFolder, state: engine.State, shortened: bool, account: Account | None) -> None:
+def _announce(run: Prepared, info: RunInfo, state: engine.State) -> None:
     label = info.size + (f" ({info.variant})" if info.variant else "")
     notice(
         f"{info.protocol} · size {label} · {info.data.name}: {info.data.num_train} training and "
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
-    notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {folder.path}")
+    notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
     _tell_passes(info.steps_total, info.batch_size, info.data.num_train)
-    if shortened:
+    if run.recipe.train.compile and info.device == "cpu":
+        notice("On a CPU, training is not faster compiled (docs/speed.md), and slower in fp32.")
+    if run.data.steps(run.recipe).shortened:
         notice("The warm-up was shortened to half of the run.")
-    if account:
-        notice(str(account))
+    if run.account:
+        notice(str(run.account))
     if state.step:
         notice(f"Going on from step {state.step}.")
 
