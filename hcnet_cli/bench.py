@@ -14,7 +14,6 @@ import os
 import platform
 import shlex
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,11 +143,7 @@ def check_output(output: Path | None) -> None:
         return
     if output.suffix not in ENDINGS:
         raise UserError(f"{output} ends in neither {' nor '.join(ENDINGS)}.", hint="The ending chooses the format.")
-    if output.is_dir():
-        raise UserError(f"{output} is a folder.")
-    with runs.writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
+    runs.check_output(output)
 
 
 # --- one contender ----------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
 def folder(data: str | None) -> Iterator[tuple[str, str]]:
     """The folder to read and what to call it: the one named, or one of synthetic photographs for the time being."""
     if data is not None:
-        yield str(embedded.ensure(data)) if data in embedded.EMBEDDED else data, data
+        yield str(embedded.data_folder(data)), data
         return
     with tempfile.TemporaryDirectory(prefix="hcnet-bench-") as temporary:
         notice(f"No --data: making {PICTURES} synthetic JPEGs of 500 x 375 in a temporary folder.")

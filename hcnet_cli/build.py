@@ -97,7 +97,7 @@ def build_data(recipe: Recipe) -> Data:
     """Scans the data and makes the data sets; UserError for what is wrong with them."""
     path = recipe.data.path
     assert path is not None, "the command line fills in data.path"
-    root = embedded.ensure(path) if path in embedded.EMBEDDED else Path(path)
+    root = embedded.data_folder(path)
     if isinstance(recipe.data, rcp.ImageFolder):
         return _image_folder(recipe.data, root)
     if isinstance(recipe.data, rcp.Coco):

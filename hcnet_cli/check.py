@@ -115,7 +115,7 @@ def check(recipe: Recipe) -> Report:
     """Reads everything. UserError for what no training gets past: a layout or an annotation file that is broken."""
     path = recipe.data.path
     assert path is not None, "the command line fills in data.path"
-    root = embedded.ensure(path) if path in EMBEDDED.values() else Path(path)
+    root = embedded.data_folder(path)
     folder = None
     if isinstance(recipe.data, rcp.ImageFolder):
         report = _image_folder(root)
@@ -211,9 +211,7 @@ class Seen:
 def look(item: Item, folder: ade20k.SceneFolder | None = None) -> Seen:
     """Decodes an image, and its label; what is wrong with them is said in `error`."""
     try:
-        image = imagenet.read_image(item.path)
-        if item.size is not None:
-            coco.check_size(Path(item.path), *item.size)
+        image = coco.read_image(Path(item.path), *item.size) if item.size else imagenet.read_image(item.path)
         values = None
         if folder is not None:
             values = np.bincount(ade20k.read_label(item.pixels, folder.lut, folder.valid).ravel(), minlength=256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import hcnet_cli
-from hcnet_cli.console import UserError, err, is_main_process, notice, out, warn
+from hcnet_cli.console import DISK_FULL, UserError, err, is_main_process, notice, out, warn
 from hcnet_cli.names import ABLATION_LENGTH, COMPONENTS, DATA_VARIABLE, EMBEDDED, PAPER, SIZES
 
 if TYPE_CHECKING:
@@ -269,10 +268,12 @@ def check(
     """
     from hcnet_cli import check as checking
     from hcnet_cli.report import render
-    from hcnet_cli.runs import write_output
+    from hcnet_cli.runs import check_output, write_output
 
-    if output is not None and output.suffix != ".json":
-        raise UserError(f"{output} does not end in .json.")
+    if output is not None:
+        if output.suffix != ".json":
+            raise UserError(f"{output} does not end in .json.")
+        check_output(output)
     resolved = _resolve(checking.task_of(data), {"data": data, "recipe": recipe, "overrides": overrides})
     made = checking.check(resolved.recipe)
     sys.stdout.write(render(checking.tables(made), "rich", checking.lines(made)))
@@ -607,7 +608,7 @@ def main() -> None:
         _close_output()
         sys.exit(0)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         _close_output()
         err.print("[bold red]error:[/] The disk is full: what is printed here could not be written.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import DISK_FULL, UserError, notice
 from hcnet_cli.names import EMBEDDED
 from hcnet_cli.recipe import Recipe
 
@@ -114,7 +114,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             free = shutil.disk_usage(existing_parent(path)).free // 2**20
             raise UserError(
                 f"The disk is full ({free} MiB free): {path} could not be written.",
@@ -157,6 +157,15 @@ def write_text(path: Path, text: str) -> None:
         finally:
             temp.unlink(missing_ok=True)
         sync(path.parent)
+
+
+def check_output(path: Path) -> None:
+    """UserError, before any work is done for it, if the file of an --output could not be written in the end."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def write_output(path: Path, text: str) -> None:

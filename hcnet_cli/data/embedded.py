@@ -51,6 +51,11 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "hcnet"
 
 
+def data_folder(path: str) -> Path:
+    """The folder that `--data` means: an embedded set by its name, made if need be, or the path itself."""
+    return ensure(path) if path in EMBEDDED else Path(path)
+
+
 def ensure(name: str) -> Path:
     """The folder of an embedded data set, made if it is not there yet; the same bytes on every call.
 
