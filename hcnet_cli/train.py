@@ -239,7 +239,7 @@ def _announce(run: Prepared, info: RunInfo, state: engine.State) -> None:
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
     _tell_passes(info.steps_total, info.batch_size, info.data.num_train)
     if run.recipe.train.compile and info.device == "cpu":
-        notice("On a CPU, training is not faster compiled (docs/speed.md), and slower in fp32.")
+        notice("On a CPU, training is not faster compiled (docs/speed.md).")
     if run.data.steps(run.recipe).shortened:
         notice("The warm-up was shortened to half of the run.")
     if run.account:

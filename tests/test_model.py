@@ -361,8 +361,31 @@ def test_compiles_as_one_graph(training: bool) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, noise), model(x, noise))
     if training:
-        compiled(x, noise).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
+        parameters = list(model.parameters())
+        for ours, theirs in zip(
+            *(torch.autograd.grad(f(x, noise).sum(), parameters) for f in (compiled, model)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_training_calls_the_lean_refinement() -> None:
+    """On the CPU a block's refinement is one operator of each graph, forward and backward; an export has none."""
+    torch._dynamo.reset()
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> nn.Module:
+        called.extend(str(node.target) for node in graph.graph.nodes if "hcnet" in str(node.target))
+        return graph
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    model = small(depths=(1, 1), dims=(8, 12)).train()
+    x = torch.randn(2, 3, 32, 32)
+    torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=backend))(x).sum().backward()
+    assert called == ["hcnet.refine.default"] * 2 + ["hcnet.refine_backward.default"] * 2
+    exported = torch.export.export(model.eval(), (x,))
+    assert "hcnet" not in str(exported.graph)
+    torch.testing.assert_close(exported.module()(x), model(x))
 
 
 def test_compiles_pico_as_one_graph_for_any_size() -> None:
