@@ -151,6 +151,10 @@ def test_annotations_are_a_handful_of_buffers(tmp_path: Path) -> None:
             {"objects": [an_object(1, segmentation={"size": [8, 8], "counts": [64]})]},
             "has a mask of size [8, 8] in an image of height 80, width 100",
         ),
+        (
+            {"objects": [an_object(4, segmentation=[[1, 2, 30, 40, "5", 6]])]},
+            "annotation 4 has a polygon whose coordinates are not all numbers",
+        ),
     ],
 )
 def test_contradictions_are_one_sentence(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:

@@ -13,6 +13,7 @@ import math
 import random
 import re
 import struct
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,11 +98,15 @@ def read_annotations(file: Path, *, masks: bool = True) -> Annotations:
     for objects that have none.
     """
     try:
-        text = file.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(f"The annotation file {file} cannot be read ({error.strerror or error}).") from None
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
     try:
-        data = json.loads(text)
+        text = content.decode(json.detect_encoding(content))
+        del content  # half a gigabyte, as is the text
+        data = json.loads(text, object_hook=_pack_polygons)
+        del text
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}.", hint="Was it downloaded completely?") from None
     if not isinstance(data, dict) or not all(
@@ -187,7 +192,7 @@ def read_annotations(file: Path, *, masks: bool = True) -> Annotations:
     counts = np.bincount([row[0] for row in rows], minlength=len(images)) if rows else np.zeros(len(images), int)
     return Annotations(
         file=file,
-        digest=hashlib.blake2b(text, digest_size=16).hexdigest(),
+        digest=digest,
         category_ids=[c["id"] for c in categories],
         class_names=[str(c.get("name", c["id"])) for c in categories],
         image_ids=np.array([image["id"] for image in images], dtype=np.int64),
@@ -203,8 +208,29 @@ def read_annotations(file: Path, *, masks: bool = True) -> Annotations:
     )
 
 
+def _rings(segmentation: Any) -> list[list[float]]:
+    """The polygons of at least 3 points."""
+    found = segmentation if isinstance(segmentation, list) else []
+    return [ring for ring in found if isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0]
+
+
+def _pack_polygons(entry: dict[str, Any]) -> dict[str, Any]:
+    """An annotation whose polygons become bytes while the file is read: as lists, those of COCO take gigabytes.
+
+    "P", number of rings, values of each, float32 coordinates. What is no polygon stays as it is.
+    """
+    rings = _rings(entry.get("segmentation"))
+    if rings:
+        head = array("i", [len(rings), *map(len, rings)])
+        with contextlib.suppress(TypeError, OverflowError):  # not numbers: `_pack_segment` says where
+            entry["segmentation"] = b"".join([b"P", head.tobytes(), *(array("f", ring).tobytes() for ring in rings)])
+    return entry
+
+
 def _pack_segment(segmentation: Any, height: int, width: int, where: str) -> bytes:
-    """Polygons ("P": number of rings, points of each, float32 coordinates) or RLE ("R" and its counts); b"" if none."""
+    """Polygons as `_pack_polygons` left them or RLE ("R" and its counts); b"" if there are none."""
+    if isinstance(segmentation, bytes):
+        return segmentation
     if isinstance(segmentation, dict):
         counts, size = segmentation.get("counts"), segmentation.get("size")
         if size != [height, width] or not isinstance(counts, list | str):
@@ -214,11 +240,9 @@ def _pack_segment(segmentation: Any, height: int, width: int, where: str) -> byt
                 raise UserError(f"{where} has a mask of {sum(counts)} pixels in an image of {height * width}.")
             return b"R" + rle.frPyObjects({"size": size, "counts": counts}, height, width)["counts"]
         return b"R" + counts.encode()
-    rings = [ring for ring in segmentation if isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0]
-    if not rings:
-        return b""
-    head = np.array([len(rings), *map(len, rings)], dtype=np.int32).tobytes()
-    return b"P" + head + np.concatenate([np.array(ring, dtype=np.float32) for ring in rings]).tobytes()
+    if _rings(segmentation):
+        raise UserError(f"{where} has a polygon whose coordinates are not all numbers.")
+    return b""
 
 
 def _unpack_segment(segment: bytes, height: int, width: int) -> NDArray[np.uint8]:
