@@ -97,18 +97,7 @@ def read_annotations(file: Path, *, masks: bool = True) -> Annotations:
     the image, areas of 0. Raises UserError for a file that is missing, broken or contradicts itself, and with `masks`
     for objects that have none.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"The annotation file {file} cannot be read ({error.strerror or error}).") from None
-    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    try:
-        text = content.decode(json.detect_encoding(content))
-        del content  # half a gigabyte, as is the text
-        data = json.loads(text, object_hook=_pack_polygons)
-        del text
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}.", hint="Was it downloaded completely?") from None
+    data, digest = _parse(file)
     if not isinstance(data, dict) or not all(
         isinstance(data.get(k), list) for k in ("images", "annotations", "categories")
     ):
@@ -206,6 +195,21 @@ def read_annotations(file: Path, *, masks: bool = True) -> Annotations:
         dropped=dropped,
         clipped=clipped,
     )
+
+
+def _parse(file: Path) -> tuple[Any, str]:
+    """What the JSON file holds, its polygons packed, and the digest of its bytes."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"The annotation file {file} cannot be read ({error.strerror or error}).") from None
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    try:
+        text = content.decode(json.detect_encoding(content))
+        del content  # half a gigabyte, as is the text
+        return json.loads(text, object_hook=_pack_polygons), digest
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}.", hint="Was it downloaded completely?") from None
 
 
 def _rings(segmentation: Any) -> list[list[float]]:
