@@ -21,16 +21,21 @@ import hcnet_cli.models  # registers the sizes with timm
 from hcnet_cli import dist, optim, profile, rng
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
-from hcnet_cli.data import ade20k, coco, embedded, imagenet, loader
+from hcnet_cli.data import embedded, loader
 from hcnet_cli.engine import Job, to_device
-from hcnet_cli.models.mask_rcnn import MaskRCNN
-from hcnet_cli.models.upernet import UPerNet
 from hcnet_cli.recipe import Recipe, Steps
 from hcnet_cli.runs import DataInfo
-from hcnet_cli.tasks import detection, segmentation
-from hcnet_cli.tasks.classification import ClassificationTask
-from hcnet_cli.tasks.detection import DetectionTask
-from hcnet_cli.tasks.segmentation import SegmentationTask
+from hcnet_cli.sizes import SIZES
+from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.classification.task import ClassificationTask
+from hcnet_cli.tasks.detection import coco
+from hcnet_cli.tasks.detection import task as detection_task
+from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
+from hcnet_cli.tasks.detection.task import DetectionTask
+from hcnet_cli.tasks.segmentation import scene_parsing
+from hcnet_cli.tasks.segmentation import task as segmentation_task
+from hcnet_cli.tasks.segmentation.task import SegmentationTask
+from hcnet_cli.tasks.segmentation.upernet import UPerNet
 from hcnet_cli.weights import Account, load_into, read_weights
 
 TRIAL = 0.3  # seconds of a step, above which estimating the time tries no larger batch
@@ -48,7 +53,7 @@ class Data:
     collate: loader.Collate | None = None  # of training samples
     val_collate: loader.Collate | None = None
     groups: Any = None
-    source: Any = None  # coco.Annotations of the validation images, or ade20k.SceneFolder
+    source: Any = None  # coco.Annotations of the validation images, or scene_parsing.SceneFolder
 
     def steps(self, recipe: Recipe) -> Steps:
         return rcp.steps(recipe, loader.steps_per_epoch(len(self.train), recipe.train.batch_size, self.groups))
@@ -107,9 +112,9 @@ def build_data(recipe: Recipe) -> Data:
 
 
 def _image_folder(config: rcp.ImageFolder, root: Path) -> Data:
-    index = imagenet.scan(root)
+    index = image_folder.scan(root)
     shared: dict[str, Any] = {"img_size": config.img_size, "interpolation": config.interpolation}
-    train = imagenet.train_transform(
+    train = image_folder.train_transform(
         **shared,
         scale=config.scale,
         ratio=config.ratio,
@@ -131,12 +136,12 @@ def _image_folder(config: rcp.ImageFolder, root: Path) -> Data:
             num_val=index.num_val,
             num_classes=len(index.classes),
         ),
-        train=imagenet.ImageFolder(index, "train", train),
-        val=imagenet.ImageFolder(index, "val", imagenet.eval_transform(**shared, crop_pct=config.crop_pct)),
+        train=image_folder.ImageFolder(index, "train", train),
+        val=image_folder.ImageFolder(index, "val", image_folder.eval_transform(**shared, crop_pct=config.crop_pct)),
         class_names=list(index.classes),
         img_size=(config.img_size, config.img_size),
-        collate=imagenet.collate,
-        val_collate=imagenet.collate,
+        collate=image_folder.collate,
+        val_collate=image_folder.collate,
     )
 
 
@@ -171,7 +176,7 @@ def _coco(config: rcp.Coco, root: Path, masks: bool) -> Data:
 
 
 def _scene_parsing(config: rcp.SceneParsing, root: Path) -> Data:
-    folder = ade20k.open_folder(
+    folder = scene_parsing.open_folder(
         root,
         num_classes=config.num_classes,
         reduce_zero_label=config.reduce_zero_label,
@@ -180,7 +185,7 @@ def _scene_parsing(config: rcp.SceneParsing, root: Path) -> Data:
     )
     shared: dict[str, Any] = {"img_scale": config.img_scale, "mean": config.mean, "std": config.std}
     names = {"ratio_range", "crop_size", "cat_max_ratio", "hflip", "photometric"}
-    train = ade20k.TrainScenes(folder, **shared, **config.model_dump(include=names))
+    train = scene_parsing.TrainScenes(folder, **shared, **config.model_dump(include=names))
     return Data(
         info=DataInfo(
             name=folder.name,
@@ -191,10 +196,10 @@ def _scene_parsing(config: rcp.SceneParsing, root: Path) -> Data:
             num_classes=folder.num_classes,
         ),
         train=train,
-        val=ade20k.EvalScenes(folder, **shared),
+        val=scene_parsing.EvalScenes(folder, **shared),
         class_names=list(folder.class_names),
         img_size=(512, 2048),
-        val_collate=ade20k.collate_scenes,
+        val_collate=scene_parsing.collate_scenes,
         source=folder,
     )
 
@@ -209,7 +214,7 @@ def build_backbone(recipe: Recipe, num_classes: int) -> hcnet_cli.models.HcNet:
     with rng.seeded(rng.derive(recipe.train.seed, "init")):
         try:
             model: Any = timm.create_model(
-                rcp.SIZES[recipe.model.size], num_classes=num_classes, disable=recipe.model.disable, **given
+                SIZES[recipe.model.size].timm_name, num_classes=num_classes, disable=recipe.model.disable, **given
             )
         except ValueError as error:
             raise UserError(f"The model cannot be built: {error}") from None
@@ -241,7 +246,7 @@ def build_task(recipe: Recipe, data: Data) -> Any:
 
 
 def _classification(recipe: Recipe, config: rcp.ImageFolder, data: Data) -> ClassificationTask:
-    mixup = imagenet.make_mixup(
+    mixup = image_folder.make_mixup(
         data.info.num_classes,
         mixup=config.mixup,
         cutmix=config.cutmix,
@@ -250,7 +255,7 @@ def _classification(recipe: Recipe, config: rcp.ImageFolder, data: Data) -> Clas
         smoothing=config.smoothing,
     )
     model = build_backbone(recipe, data.info.num_classes)
-    normalise = imagenet.Normalise(config.mean, config.std)
+    normalise = image_folder.Normalise(config.mean, config.std)
     return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing)
 
 
@@ -272,7 +277,7 @@ def several_scales(recipe: Recipe, data: Data, model: nn.Module) -> Segmentation
     """The task that evaluates a trained UPerNet at several scales, mirrored too if training mirrored."""
     assert isinstance(recipe.data, rcp.SceneParsing)
     flip = recipe.data.hflip > 0  # digits are other signs in a mirror
-    return _segmentation_task(recipe, data, model, segmentation.MULTI_SCALE, flip=flip, suffix="_ms")
+    return _segmentation_task(recipe, data, model, segmentation_task.MULTI_SCALE, flip=flip, suffix="_ms")
 
 
 def _segmentation_task(
@@ -288,7 +293,7 @@ def _segmentation_task(
         aux_weight=head.aux_weight,
         ignore_index=config.ignore_index,
         suffix=suffix,
-        protocol=segmentation.protocol(config.img_scale, ratios=ratios, **how),
+        protocol=segmentation_task.protocol(config.img_scale, ratios=ratios, **how),
         **how,
     )
 
@@ -297,8 +302,8 @@ def build_multi_scale(recipe: Recipe, data: Data, job: Job) -> Job:
     """The job that evaluates the model of a segmentation job at several scales, by the same engine."""
     config = recipe.data
     assert isinstance(config, rcp.SceneParsing)
-    images = ade20k.EvalScenes(
-        data.source, img_scale=config.img_scale, ratios=segmentation.MULTI_SCALE, mean=config.mean, std=config.std
+    images = scene_parsing.EvalScenes(
+        data.source, img_scale=config.img_scale, ratios=segmentation_task.MULTI_SCALE, mean=config.mean, std=config.std
     )
     task = several_scales(recipe, data, job.task.model).to(job.device)
     return dataclasses.replace(job, task=task, val=_eval_loader(recipe, images, data), ema=None)
@@ -307,7 +312,7 @@ def build_multi_scale(recipe: Recipe, data: Data, job: Job) -> Job:
 def macs(task: Any, data: Data) -> int:
     """Multiply-accumulates for one image of `data.img_size`, counted as the tables of the task count."""
     if isinstance(task, DetectionTask):
-        return detection.detection_macs(task.model, *data.img_size)
+        return detection_task.detection_macs(task.model, *data.img_size)
     return profile.count_macs(task.model, torch.zeros(1, 3, *data.img_size))
 
 
@@ -404,7 +409,7 @@ def build_job(recipe: Recipe, data: Data, task: Any, device: torch.device) -> Jo
         seed=train.seed,
         ema=ema,
         describe_weights={
-            "model": rcp.SIZES[recipe.model.size],
+            "model": SIZES[recipe.model.size].timm_name,
             "model_args": recipe.model.model_dump_json(exclude={"size", "grad_checkpointing"}, exclude_none=True),
             "task": recipe.task,
             "data": data.info.name,

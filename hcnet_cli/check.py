@@ -19,10 +19,13 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, telling
-from hcnet_cli.data import ade20k, coco, embedded, imagenet
+from hcnet_cli.data import embedded
 from hcnet_cli.names import EMBEDDED
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import Column, Row, Table
+from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.detection import coco
+from hcnet_cli.tasks.segmentation import scene_parsing
 
 AT_A_TIME = 512  # images
 TELL_EVERY = 2.0  # seconds
@@ -124,7 +127,7 @@ def check(recipe: Recipe) -> Report:
         report = _coco(root, recipe.head.with_masks)
     else:
         config = recipe.data.model_dump(include={"num_classes", "reduce_zero_label", "ignore_index"})
-        folder = ade20k.open_folder(root, **config, scan_cache=embedded.cache_dir() / "label-scans")
+        folder = scene_parsing.open_folder(root, **config, scan_cache=embedded.cache_dir() / "label-scans")
         report = _scenes(root, folder)
     _look_at_all(report, folder)
     report.findings.sort(key=lambda finding: not finding.wrong)
@@ -135,11 +138,11 @@ def check(recipe: Recipe) -> Report:
 
 
 def _image_folder(root: Path) -> Report:
-    index = imagenet.scan(root)
+    index = image_folder.scan(root)
     items: list[Item] = []
     classes: dict[str, dict[str, float]] = {name: {} for name in index.classes}
     for split, files in (("train", index.train), ("val", index.val)):
-        images = imagenet.ImageFolder(index, split, lambda image: {})
+        images = image_folder.ImageFolder(index, split, lambda image: {})
         items += [Item(images.describe(i), split, index.classes[files.labels[i]]) for i in range(len(images))]
         for name, count in zip(index.classes, np.bincount(files.labels, minlength=len(classes)), strict=True):
             classes[name][split] = int(count)
@@ -179,10 +182,10 @@ def _coco(root: Path, masks: bool) -> Report:
     return report
 
 
-def _scenes(root: Path, folder: ade20k.SceneFolder) -> Report:
+def _scenes(root: Path, folder: scene_parsing.SceneFolder) -> Report:
     items = [
         Item(image, split, pixels=label)
-        for split in ade20k.SPLITS
+        for split in scene_parsing.SPLITS
         for image, label in zip(folder.images[split].tolist(), folder.labels[split].tolist(), strict=True)
     ]
     classes: dict[str, dict[str, float]] = {name: {} for name in _distinct(folder.class_names)}
@@ -208,13 +211,13 @@ class Seen:
     error: str = ""
 
 
-def look(item: Item, folder: ade20k.SceneFolder | None = None) -> Seen:
+def look(item: Item, folder: scene_parsing.SceneFolder | None = None) -> Seen:
     """Decodes an image, and its label; what is wrong with them is said in `error`."""
     try:
-        image = coco.read_image(Path(item.path), *item.size) if item.size else imagenet.read_image(item.path)
+        image = coco.read_image(Path(item.path), *item.size) if item.size else image_folder.read_image(item.path)
         values = None
         if folder is not None:
-            values = np.bincount(ade20k.read_label(item.pixels, folder.lut, folder.valid).ravel(), minlength=256)
+            values = np.bincount(scene_parsing.read_label(item.pixels, folder.lut, folder.valid).ravel(), minlength=256)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise almost anything on damaged files
@@ -229,7 +232,7 @@ def _is_turned(path: str) -> bool:
     return False
 
 
-def _look_at_all(report: Report, folder: ade20k.SceneFolder | None) -> None:
+def _look_at_all(report: Report, folder: scene_parsing.SceneFolder | None) -> None:
     same: dict[bytes, list[Item]] = defaultdict(list)
     unusable: dict[str, list[str]] = defaultdict(list)
     turned: list[str] = []
@@ -258,7 +261,7 @@ def _look_at_all(report: Report, folder: ade20k.SceneFolder | None) -> None:
             report.remarks.append(f"Of the {split} pixels {ignored:.2%} are ignored.")
 
 
-def _seen(items: Sequence[Item], folder: ade20k.SceneFolder | None) -> Iterator[tuple[Item, Seen]]:
+def _seen(items: Sequence[Item], folder: scene_parsing.SceneFolder | None) -> Iterator[tuple[Item, Seen]]:
     """Every image with what was seen, in order; decoding runs beside the interpreter, so threads are enough."""
     told = time.monotonic()
     with ThreadPoolExecutor() as pool, telling() as tell:

@@ -1,17 +1,5 @@
 """Names that the command line, the recipes and the code share. Plain data, so that `--help` is instant."""
 
-SIZES = {  # what `--size` takes -> the name in timm's registry; defined in models/hcnet.py
-    "pico": "hcnet_pico",
-    "t": "hcnet_tiny",
-    "t-release": "hcnet_tiny_release",
-    "s": "hcnet_small",
-    "b": "hcnet_base",
-}
-COMPONENTS = ("conduction", "refinement", "gate", "anisotropy", "conservation")
-MEANINGLESS = {  # component -> those that are gone with it and so cannot be disabled besides
-    "conduction": ("gate", "anisotropy", "conservation"),
-    "anisotropy": ("conservation",),
-}
 ABLATION_LENGTH = {"pretrain/digits": 3}  # epochs of an ablation's runs, where the recipe's own would take too long
 EMBEDDED = {  # the data set inside the program for each task
     "pretrain": "digits",

@@ -15,9 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hcnet_cli.console import UserError, did_you_mean
-from hcnet_cli.names import COMPONENTS, SIZES
+from hcnet_cli.sizes import COMPONENTS, SIZES
 
-DROP_PATH = {"pico": 0.05, "t": 0.2, "t-release": 0.2, "s": 0.3, "b": 0.5}  # from scratch on ImageNet (digits: pico)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Triple = tuple[float, float, float]
 Quad = tuple[int, int, int, int]
@@ -394,7 +393,7 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
     sources = dict.fromkeys(unsaid, "default") | sources
     if recipe.model.drop_path_rate is None:
         sources["model.drop_path_rate"] = f"size {recipe.model.size}"
-        model = recipe.model.model_copy(update={"drop_path_rate": DROP_PATH[recipe.model.size]})
+        model = recipe.model.model_copy(update={"drop_path_rate": SIZES[recipe.model.size].drop_path_rate})
         recipe = recipe.model_copy(update={"model": model})
     return Resolved(recipe, sources)
 

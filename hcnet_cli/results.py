@@ -16,8 +16,8 @@ import pandas as pd
 
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, did_you_mean
-from hcnet_cli.recipe import SIZES
 from hcnet_cli.runs import RunInfo
+from hcnet_cli.sizes import SIZES
 
 Kind = Literal["published", "measured", "unfinished"]
 FAMILIES = {"pretrain": "imagenet", "finetune-det": "coco", "finetune-seg": "ade20k"}  # task -> kind of table
@@ -42,9 +42,6 @@ PROTOCOLS = {
     },
     "ade20k": {"finetune-seg/ade20k-160k": "UperNet 160k, 512x512"},
 }
-# The published model a size stands for. S, B and pico are this project's own.
-REFERENCE = {"t": "HcNet-T", "t-release": "HcNet-T"}
-SIZE_NAMES = {"t": "HcNet-T", "t-release": "HcNet-T-release", "s": "HcNet-S", "b": "HcNet-B"}
 
 PUBLISHED_TEXT = ("table", "protocol", "model", "source")
 PUBLISHED_NUMBERS = {  # column of the file -> column of the frame
@@ -247,7 +244,7 @@ def _one_per_seed(group: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 def model_name(info: RunInfo) -> str:
     """The name in tables; a changed shape is part of it: "HcNet-T, kernel_size=3"."""
-    name = SIZE_NAMES.get(info.size, f"HcNet-{info.size}")
+    name = SIZES[info.size].title if info.size in SIZES else f"HcNet-{info.size}"
     return f"{name}, {info.variant}" if info.variant else name
 
 
@@ -370,8 +367,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
 def _add_differences(frame: pd.DataFrame) -> None:
     """Measured minus the published row the recipe names; only for finished runs that keep to the protocol."""
     for index, row in frame[frame["kind"] == "measured"].iterrows():
-        model = REFERENCE.get(str(row["size"]))
-        if model is None or row["variant"] or row["changes"]:
+        size = SIZES.get(str(row["size"]))
+        model = size.published if size else ""
+        if not model or row["variant"] or row["changes"]:
             continue
         same = (frame["kind"] == "published") & (frame["table"] == row["table"])
         same &= (frame["protocol"] == row["protocol"]) & (frame["model"] == model)

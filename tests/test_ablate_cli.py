@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from conftest import SMALL_MODEL, Done
 
-from hcnet_cli import runs, study
+from hcnet_cli import runs
+from hcnet_cli.study import runner as study
 
 Hcnet = Callable[..., Done]
 FAKE_PROGRAM = (sys.executable, str(Path(__file__).parent / "fake_training.py"))
@@ -251,7 +252,7 @@ def cells_of(folder: Path) -> list[dict[str, Any]]:
 def interrupted(tmp_path: Path, *numbers: signal.Signals) -> tuple[int, str]:
     """The program at a long study, in a process of its own, sent signals while two cells are at work."""
     code = (
-        "import sys; from hcnet_cli import study, cli\n"
+        "import sys; from hcnet_cli.study import runner as study; from hcnet_cli import cli\n"
         f"study.PROGRAM, study.SHOW_EVERY = {FAKE_PROGRAM!r}, 0.1\n"
         "sys.argv = ['hcnet', 'ablate', '--disable', 'gate', '--jobs', '2']\n"
         "cli.main()"
@@ -311,11 +312,11 @@ def test_a_study_file_names_recipes_budget_and_seeds(hcnet: Hcnet, fake: Callabl
 
 
 def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
-    from hcnet_cli import ablations
     from hcnet_cli import recipe as rcp
+    from hcnet_cli.study import design
 
-    short, asked = ablations.disable_study(["gate"])
-    plan = ablations.plan(short, asked, [ablations.Base(rcp.recipe_file("pretrain/digits"), ())])
+    short, asked = design.disable_study(["gate"])
+    plan = design.plan(short, asked, [design.Base(rcp.recipe_file("pretrain/digits"), ())])
     at_work = study._Study(plan, study.Settings())
     for cell, state in zip(at_work.record.cells, ("finished", "failed", "running", "waiting"), strict=False):
         cell.state = state  # type: ignore[assignment]

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from scipy import stats
 from synthetic_runs import make_run
 
-from hcnet_cli import ablations, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli.ablations import Base, Cell, Study, StudyRecord, compare, holm
+from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.models.hcnet import _check_disable
-from hcnet_cli.names import COMPONENTS
 from hcnet_cli.report import FORMATS, render
+from hcnet_cli.sizes import COMPONENTS
+from hcnet_cli.study import design
+from hcnet_cli.study.design import Base, Cell, Study, StudyRecord, compare, holm
 
 DIGITS = rcp.recipes_dir() / "pretrain" / "digits.yaml"
 
@@ -81,7 +82,7 @@ def test_only_seeds_that_both_have_are_compared() -> None:
 
 
 def test_one_seed_is_a_number_without_a_claim() -> None:
-    assert compare(by_seed(97.0), by_seed(98.0)) == ablations.Comparison(1, -1.0)
+    assert compare(by_seed(97.0), by_seed(98.0)) == design.Comparison(1, -1.0)
 
 
 @pytest.mark.parametrize("shift", [0.0, -0.2785515])
@@ -161,13 +162,13 @@ def base(*overrides: tuple[str, Any], file: Path = DIGITS, init: str = "none") -
     return Base(file, tuple((key, value, f"--set {key}") for key, value in overrides), init)
 
 
-def planned(study: Study, *bases: Base) -> ablations.Plan:
-    return ablations.plan("mine", study, bases or (base(),))
+def planned(study: Study, *bases: Base) -> design.Plan:
+    return design.plan("mine", study, bases or (base(),))
 
 
-@pytest.mark.parametrize("name", [name for name in ablations.shipped_studies() if name != "pretraining"])
+@pytest.mark.parametrize("name", [name for name in design.shipped_studies() if name != "pretraining"])
 def test_shipped_arms_differ_in_what_they_say_and_in_nothing_else(name: str) -> None:
-    short, study = ablations.read_study(name)
+    short, study = design.read_study(name)
     plan = planned(study)
     first, *others = plan.arms
     assert short == name
@@ -180,9 +181,9 @@ def test_shipped_arms_differ_in_what_they_say_and_in_nothing_else(name: str) -> 
 
 
 def test_components_and_stencil_are_what_their_names_say() -> None:
-    arms = ablations.read_study("components")[1].arms
+    arms = design.read_study("components")[1].arms
     assert list(arms.values())[1:] == [{"model.disable": [name]} for name in COMPONENTS]
-    plan = planned(ablations.read_study("stencil")[1])
+    plan = planned(design.read_study("stencil")[1])
     assert [rcp.variant(recipe) for recipe in plan.recipes.values()] == [
         *("", "kernel_size=3", "kernel_size=7", "no-anisotropy")
     ]
@@ -190,30 +191,30 @@ def test_components_and_stencil_are_what_their_names_say() -> None:
 
 def test_pretraining_is_an_axis_of_weights_and_of_nothing_else(tmp_path: Path) -> None:
     """The arm starts from the best pretrain run by its path, so that the study knows its cells again."""
-    study = ablations.read_study("pretraining")[1]
+    study = design.read_study("pretraining")[1]
     scenes = Base(rcp.recipe_file("finetune-det/digit-scenes"), ())
     with pytest.raises(UserError, match="no finished pretrain run of size pico"):
-        ablations.plan("mine", study, [scenes], (), tmp_path)
+        design.plan("mine", study, [scenes], (), tmp_path)
     folders = {seed: make_run(tmp_path, seed=seed, score=90.0 + seed) for seed in (0, 1)}
     for folder in folders.values():
         (folder / "best.safetensors").touch()
-    plan = ablations.plan("mine", study, [scenes], (), tmp_path)
+    plan = design.plan("mine", study, [scenes], (), tmp_path)
     scratch, pretrained = (plan.recipes[arm, "finetune-det"] for arm in plan.arms)
     assert (scratch.init, pretrained.init) == ("none", str(folders[1]))
     assert rcp.differences(scratch, pretrained).keys() == {"init"}
     with pytest.raises(UserError, match="stands under runs too"):
-        ablations.plan("mine", study, [Base(scenes.file, (), "weights.safetensors")], (), tmp_path)
+        design.plan("mine", study, [Base(scenes.file, (), "weights.safetensors")], (), tmp_path)
 
 
 def test_disable_makes_an_arm_of_each_and_one_of_several() -> None:
-    _, study = ablations.disable_study(["refinement", "gate+refinement"])
+    _, study = design.disable_study(["refinement", "gate+refinement"])
     assert study.arms == {
         "full": {},
         "no-refinement": {"model.disable": ["refinement"]},
         "no-refinement-no-gate": {"model.disable": ["refinement", "gate"]},
     }
-    assert ablations.disable_study(["all"])[1].arms == ablations.read_study("components")[1].arms
-    same = [planned(ablations.disable_study([text])[1]) for text in ("gate+refinement", "refinement+gate")]
+    assert design.disable_study(["all"])[1].arms == design.read_study("components")[1].arms
+    same = [planned(design.disable_study([text])[1]) for text in ("gate+refinement", "refinement+gate")]
     assert same[0].recipes == same[1].recipes  # one order, so that the runs are shared
 
 
@@ -226,30 +227,30 @@ def test_combinations_are_refused_just_where_the_model_refuses_them(names: tuple
     except ValueError:
         meaningful = False
     if meaningful:
-        ablations.disable_study(["+".join(names)])
+        design.disable_study(["+".join(names)])
     else:
         with pytest.raises(UserError, match=r"without (conduction|anisotropy) there is no"):
-            ablations.disable_study(["+".join(names)])
+            design.disable_study(["+".join(names)])
 
 
 def test_the_example_of_the_docs_is_a_study(tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent / "docs" / "ablations.md").read_text()
     (tmp_path / "mine.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
-    _, study = ablations.read_study(str(tmp_path / "mine.yaml"))
+    _, study = design.read_study(str(tmp_path / "mine.yaml"))
     bases = [
         Base(rcp.recipe_file(run.recipe), tuple((k, v, "the study") for k, v in run.changes.items()), run.init)
-        for _, run in ablations.study_runs(study, [], "")
+        for _, run in design.study_runs(study, [], "")
     ]
-    plan = ablations.plan("mine", study, bases)
+    plan = design.plan("mine", study, bases)
     assert plan.tasks == ("pretrain", "finetune-det", "finetune-seg")
     assert plan.from_pretrain == {"finetune-det", "finetune-seg"}
 
 
 def test_a_name_of_a_study_covers_all_that_shapes_it_but_the_seeds() -> None:
-    study = ablations.disable_study(["gate"])[1]
+    study = design.disable_study(["gate"])[1]
     name = planned(study).name
     assert name.startswith("mine-pretrain-digits-pico-")
-    assert ablations.plan("mine", study, [base()], (4, 5)).name == name
+    assert design.plan("mine", study, [base()], (4, 5)).name == name
     assert planned(study, base(("schedule.length", 3))).name != name
     assert planned(study, base(("data.path", "/elsewhere/digits"))).name != name
     assert planned(study, base(("train.workers", 2))).name == name
@@ -257,14 +258,14 @@ def test_a_name_of_a_study_covers_all_that_shapes_it_but_the_seeds() -> None:
 
 def test_fine_tuning_from_the_arms_own_pretraining() -> None:
     files = [rcp.recipe_file(name) for name in ("finetune-det/digit-scenes", "pretrain/digits")]
-    plan = planned(ablations.disable_study(["gate"])[1], base(file=files[0], init="pretrain"), base(file=files[1]))
+    plan = planned(design.disable_study(["gate"])[1], base(file=files[0], init="pretrain"), base(file=files[1]))
     assert plan.tasks == ("pretrain", "finetune-det")
     assert plan.recipe("no-gate", "finetune-det", 3, "results/runs/x").init == "results/runs/x"
     assert plan.recipe("no-gate", "pretrain", 3, "").init == "none"
     assert plan.recipe("no-gate", "finetune-det", 3).train.seed == 3
     with pytest.raises(UserError, match="but there is none in it"):
-        planned(ablations.disable_study(["gate"])[1], base(file=files[0], init="pretrain"))
-    scratch = planned(ablations.disable_study(["gate"])[1], base(file=files[0]))
+        planned(design.disable_study(["gate"])[1], base(file=files[0], init="pretrain"))
+    scratch = planned(design.disable_study(["gate"])[1], base(file=files[0]))
     assert scratch.recipes["full", "finetune-det"].init == "none"  # "auto" would depend on what runs there are
 
 
@@ -304,7 +305,7 @@ def test_a_bad_study_file_is_one_sentence(text: str, words: str, tmp_path: Path)
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=r"mine\.yaml") as error:
-        ablations.read_study(str(file))
+        design.read_study(str(file))
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -318,7 +319,7 @@ def with_recipe(folder: Path, recipe: rcp.Recipe) -> Path:
 
 
 def test_a_cell_finds_the_run_of_its_recipe_whoever_asked_for_it(tmp_path: Path) -> None:
-    cell = planned(ablations.disable_study(["gate"])[1]).recipe("full", "pretrain", 1)
+    cell = planned(design.disable_study(["gate"])[1]).recipe("full", "pretrain", 1)
     resolved = rcp.resolve(DIGITS, [("train.seed", 1, ""), ("train.precision", "fp32", "")])
     with_recipe(make_run(tmp_path, seed=1, name="unfinished", done=0.5, status="running"), resolved.recipe)
     mine = with_recipe(make_run(tmp_path, seed=1, name="any-name"), resolved.recipe)
@@ -328,17 +329,17 @@ def test_a_cell_finds_the_run_of_its_recipe_whoever_asked_for_it(tmp_path: Path)
         other = rcp.resolve(DIGITS, [("train.seed", 1, ""), (key, value, "")]).recipe
         with_recipe(make_run(tmp_path, seed=1, name=f"z{number}"), other)
     with_recipe(make_run(tmp_path, seed=1, name="zz", evaluated_only=True), resolved.recipe)
-    assert ablations.find(cell, runs.find_runs(tmp_path)) == mine
+    assert design.find(cell, runs.find_runs(tmp_path)) == mine
     for folder in (mine, tmp_path / "runs" / "unfinished"):  # a broken record is found by its recipe
         (folder / "run.json").write_text("{")
-    assert ablations.find(cell, runs.find_runs(tmp_path)) in (mine, tmp_path / "runs" / "unfinished")
+    assert design.find(cell, runs.find_runs(tmp_path)) in (mine, tmp_path / "runs" / "unfinished")
 
 
 def test_a_cell_of_a_named_precision_takes_no_other(tmp_path: Path) -> None:
-    plan = planned(ablations.disable_study(["gate"])[1], base(("train.precision", "bf16")))
+    plan = planned(design.disable_study(["gate"])[1], base(("train.precision", "bf16")))
     ran = rcp.resolve(DIGITS, [("train.precision", "fp32", "")]).recipe
     with_recipe(make_run(tmp_path), ran)
-    assert ablations.find(plan.recipe("full", "pretrain", 0), runs.find_runs(tmp_path)) is None
+    assert design.find(plan.recipe("full", "pretrain", 0), runs.find_runs(tmp_path)) is None
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -364,8 +365,8 @@ def study_of(
     )
 
 
-def made(results: Path, record: StudyRecord) -> tuple[ablations.Table, dict[str, Mapping[str, Any]], str]:
-    table = ablations.table(record, ablations.by_name(results))
+def made(results: Path, record: StudyRecord) -> tuple[design.Table, dict[str, Mapping[str, Any]], str]:
+    table = design.table(record, design.by_name(results))
     return table, {str(row.values["model"]): row.values for row in table.rows}, "\n".join(table.notes)
 
 
@@ -540,7 +541,7 @@ def test_every_format_prints_it_and_a_study_file_that_is_broken_is_named(tmp_pat
     record = study_of(tmp_path)
     (tmp_path / "studies" / "s.json").write_text(record.model_dump_json())
     (tmp_path / "studies" / "t.json").write_text("{")
-    tables, broken = ablations.tables([tmp_path])
+    tables, broken = design.tables([tmp_path])
     assert len(tables) == 1
     assert len(broken) == 1
     assert "t.json" in broken[0]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError
-from hcnet_cli.metrics.accuracy import Accuracy
+from hcnet_cli.tasks.classification.metric import Accuracy
 
 
 def drawn(images: int, classes: int, seed: int, levels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,8 +16,10 @@ from conftest import Done
 from PIL import Image
 from timm.data import create_dataset
 
-from hcnet_cli import bench, bench_data, profile
-from hcnet_cli.bench import Contender, Measurement, Settings, take_turns
+from hcnet_cli import profile
+from hcnet_cli.bench import data as bench_data
+from hcnet_cli.bench import models as bench
+from hcnet_cli.bench.models import Contender, Measurement, Settings, take_turns
 
 Hcnet = Callable[..., Done]
 CPU = torch.device("cpu")

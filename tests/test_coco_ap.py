@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError
-from hcnet_cli.metrics.coco_ap import NUMBERS, CocoAP, read_truth
+from hcnet_cli.tasks.detection.metric import NUMBERS, CocoAP, read_truth
 
 SIZE = 200
 CATEGORY_IDS, NAMES = [1, 7, 90], ["ant", "bee", "cat"]

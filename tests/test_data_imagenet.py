@@ -17,8 +17,9 @@ from torchvision import transforms
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError
-from hcnet_cli.data import imagenet
-from hcnet_cli.data.imagenet import (
+from hcnet_cli.data.loader import TrainLoader
+from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.classification.image_folder import (
     ImageFolder,
     Normalise,
     collate,
@@ -29,7 +30,6 @@ from hcnet_cli.data.imagenet import (
     scan,
     train_transform,
 )
-from hcnet_cli.data.loader import TrainLoader
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -124,8 +124,8 @@ def test_the_name_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path / "My Flowers_102")
     assert scan(".").name == "my-flowers-102"
     wnids = ("n01440764", *(f"n02{i:06d}" for i in range(998)), "n15075141")
-    assert imagenet._dataset_name(Path("/data/ilsvrc"), wnids, 50_000) == "imagenet-1k"
-    assert imagenet._dataset_name(Path("/data/ilsvrc"), wnids, 49_999) == "ilsvrc"
+    assert image_folder._dataset_name(Path("/data/ilsvrc"), wnids, 50_000) == "imagenet-1k"
+    assert image_folder._dataset_name(Path("/data/ilsvrc"), wnids, 49_999) == "ilsvrc"
 
 
 # what is wrong with a folder, in one sentence
@@ -393,7 +393,7 @@ def test_training_images_are_those_of_timms_own_transform(re_mode: str, re_count
     }
     ours = train_transform(img_size=48, mean=MEAN, **settings)
     timms = create_transform(48, is_training=True, mean=MEAN, std=STD, **settings)
-    imagenet.mend_posterize(timms)
+    image_folder.mend_posterize(timms)
     assert [type(part).__name__ for part in timms.transforms][-3:] == ["MaybeToTensor", "Normalize", "RandomErasing"]
     items, expected = [], []
     for key in range(40):
@@ -431,9 +431,11 @@ def test_augmentation_survives_its_own_extremes(policy: str) -> None:
 
 def test_posterizing_to_zero_bits_is_black_and_otherwise_timms() -> None:
     image = picture()
-    assert not np.asarray(imagenet._posterize(image, 0)).any()
+    assert not np.asarray(image_folder._posterize(image, 0)).any()
     for bits in (1, 4, 8):
-        assert (np.asarray(imagenet._posterize(image, bits)) == np.asarray(auto_augment.posterize(image, bits))).all()
+        assert (
+            np.asarray(image_folder._posterize(image, bits)) == np.asarray(auto_augment.posterize(image, bits))
+        ).all()
 
 
 # mixup

@@ -19,8 +19,8 @@ from pycocotools.coco import COCO
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError
-from hcnet_cli.data import coco
-from hcnet_cli.data.coco import CocoDataset, Scene, load_split, read_annotations
+from hcnet_cli.tasks.detection import coco
+from hcnet_cli.tasks.detection.coco import CocoDataset, Scene, load_split, read_annotations
 
 CATEGORIES = [{"id": 90, "name": "last"}, {"id": 1, "name": "first"}, {"id": 7, "name": "middle"}]
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hcnet_cli.models.hcnet  # noqa: F401 (registers the sizes)
-from hcnet_cli.models import mask_rcnn as det
-from hcnet_cli.models.mask_rcnn import MaskRCNN
 from hcnet_cli.profile import count_params
 from hcnet_cli.rng import keyed_uniform
 from hcnet_cli.tasks.detection import detection_macs
+from hcnet_cli.tasks.detection import mask_rcnn as det
+from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
 
 SMALL = {
     "fpn_channels": 16,

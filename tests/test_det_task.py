@@ -15,10 +15,11 @@ from torch import Tensor
 
 import hcnet_cli.models.hcnet  # noqa: F401 (registers the sizes)
 from hcnet_cli import dist, rng
-from hcnet_cli.data import coco, embedded
+from hcnet_cli.data import embedded
 from hcnet_cli.data.loader import EvalLoader, TrainLoader
-from hcnet_cli.models.mask_rcnn import MaskRCNN
-from hcnet_cli.tasks.detection import DetectionTask, paste_masks
+from hcnet_cli.tasks.detection import coco
+from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
+from hcnet_cli.tasks.detection.task import DetectionTask, paste_masks
 
 TINY = {
     "fpn_channels": 16,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hcnet_cli.models import HcNet, remap_official_state_dict
-from hcnet_cli.models.reference import ReferenceHcNet
+from hcnet_cli.models.literal import ReferenceHcNet
 
 CONFIGURATIONS = {"hcnet_tiny": (5, 5, 14, 5), "hcnet_tiny_release": (3, 8, 18, 3)}
 SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 24, 32), "num_classes": 7}

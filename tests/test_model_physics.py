@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hcnet_cli.models.hcnet import HeatConduction
-from hcnet_cli.models.reference import literal_step
+from hcnet_cli.models.literal import literal_step
 
 
 def layer(dim: int = 4, kernel_size: int = 5, **switches: bool) -> HeatConduction:

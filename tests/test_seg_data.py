@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hcnet_cli.console import UserError
-from hcnet_cli.data import ade20k
-from hcnet_cli.data.ade20k import EvalScenes, TrainScenes, open_folder, rescaled_size
+from hcnet_cli.tasks.segmentation import scene_parsing
+from hcnet_cli.tasks.segmentation.scene_parsing import EvalScenes, TrainScenes, open_folder, rescaled_size
 
 
 def write_scene(root, split, name, size=(20, 30), values=(0, 1, 2, 3), label=None):
@@ -63,7 +63,7 @@ def test_labels_as_they_are_without_reduce_zero_label(root):
 
 def test_palette_labels_mean_their_indices(tmp_path):
     """The colours of a palette PNG are decoration."""
-    for split in ade20k.SPLITS:
+    for split in scene_parsing.SPLITS:
         image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), mode="P")
         image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0])
         write_scene(tmp_path, split, split, size=(1, 3), label=image)
@@ -110,8 +110,8 @@ def test_labels_are_looked_at_once(root, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     open_folder(root, scan_cache=cache)
     looked = []
-    real = ade20k._look_at
-    monkeypatch.setattr(ade20k, "_look_at", lambda image, label: looked.append(label) or real(image, label))
+    real = scene_parsing._look_at
+    monkeypatch.setattr(scene_parsing, "_look_at", lambda image, label: looked.append(label) or real(image, label))
     assert open_folder(root, scan_cache=cache).num_classes == 3
     assert not looked
     write_scene(root, "validation", "validation_1", values=(0, 1, 2, 3, 4))
@@ -201,7 +201,7 @@ def test_unreadable_image_in_training_is_replaced_by_the_key(root):
     """Another sample stands in, the same for the same key; the file is named; in validation it is an
     error.
     """
-    for split in ade20k.SPLITS:
+    for split in scene_parsing.SPLITS:
         (root / f"images/{split}/{split}_0.jpg").write_bytes(b"broken")
     folder = open_folder(root)
     train = TrainScenes(folder, img_scale=(30, 20), crop_size=16)
@@ -272,7 +272,7 @@ def test_resizing_is_opencvs(height, width, h, w, seed):
     """
     random = np.random.RandomState(seed)
     image = random.randint(0, 256, (height, width, 3)).astype(np.uint8)
-    got = ade20k.resize_image(image, (h, w)).astype(float)
+    got = scene_parsing.resize_image(image, (h, w)).astype(float)
     assert np.abs(got - bilinear(image.astype(float), (h, w))).max() <= 1.5
     label = random.randint(0, 256, (height, width)).astype(np.uint8)
     # OpenCV's resizeNN, pixel by pixel: ifx = 1. / ((double)dst / src), sx = min(cvFloor(x * ifx), src - 1)
@@ -280,7 +280,7 @@ def test_resizing_is_opencvs(height, width, h, w, seed):
         [min(math.floor(i * (1.0 / (dst / src))), src - 1) for i in range(dst)]
         for src, dst in ((height, h), (width, w))
     )
-    assert np.array_equal(ade20k.resize_label(label, (h, w)), label[rows][:, columns])
+    assert np.array_equal(scene_parsing.resize_label(label, (h, w)), label[rows][:, columns])
 
 
 @settings(max_examples=60, deadline=None)
@@ -288,9 +288,9 @@ def test_resizing_is_opencvs(height, width, h, w, seed):
 def test_crop_lies_inside_and_reaches_every_corner(height, width, size, seed):
     np.random.seed(seed)
     label = np.zeros((height, width), np.uint8)
-    window = ade20k.random_crop(label, size, 0.75, 255)
+    window = scene_parsing.random_crop(label, size, 0.75, 255)
     assert label[window].shape == (min(size, height), min(size, width))
-    tops = {ade20k.random_crop(label, size, 1.0, 255)[0].start for _ in range(40 * max(1, height - size))}
+    tops = {scene_parsing.random_crop(label, size, 1.0, 255)[0].start for _ in range(40 * max(1, height - size))}
     assert tops <= set(range(max(height - size, 0) + 1))
 
 
@@ -302,7 +302,7 @@ def test_crop_avoids_one_class_everywhere():
     label[:, :4] = 255
     shares = []
     for _ in range(50):
-        counts = np.bincount(label[ade20k.random_crop(label, 16, 0.75, 255)].ravel(), minlength=256)[:255]
+        counts = np.bincount(label[scene_parsing.random_crop(label, 16, 0.75, 255)].ravel(), minlength=256)[:255]
         shares.append(counts.max() / counts.sum())
     assert np.mean(np.array(shares) < 0.75) > 0.95  # one draw alone finds such a window in two of three cases
 
@@ -323,9 +323,9 @@ def test_hsv_equals_opencv():
         [180, 20, 180],
     ]
     pixels = np.array([rgb], np.uint8)
-    converted = ade20k.rgb_to_hsv(pixels)
+    converted = scene_parsing.rgb_to_hsv(pixels)
     assert np.stack(converted, -1)[0].tolist() == hsv
-    assert np.abs(ade20k.hsv_to_rgb(*converted)[0].astype(int) - back).max() <= 1
+    assert np.abs(scene_parsing.hsv_to_rgb(*converted)[0].astype(int) - back).max() <= 1
 
 
 def test_photometric_distortion_stays_in_range_and_varies():
@@ -334,7 +334,7 @@ def test_photometric_distortion_stays_in_range_and_varies():
     results = []
     for seed in range(64):
         np.random.seed(seed)
-        results.append(ade20k.photometric_distortion(pixels))
+        results.append(scene_parsing.photometric_distortion(pixels))
     assert all(result.dtype == np.uint8 and result.shape == pixels.shape for result in results)
     untouched = sum(np.array_equal(result, pixels) for result in results)
     assert 0 < untouched < 16  # each of four steps is skipped with probability 1/2: 1 in 16 is left as it was
@@ -386,7 +386,7 @@ def test_image_and_label_move_together(root):
     train = TrainScenes(open_folder(root), img_scale=(128, 96), crop_size=64, photometric=False, std=(1, 1, 1))
     for key in range(8):
         item = train[0, key, 0]
-        grey = 255 * (item["image"] + torch.tensor(ade20k.MEAN)[:, None, None])[0]
+        grey = 255 * (item["image"] + torch.tensor(scene_parsing.MEAN)[:, None, None])[0]
         inside = item["label"] != 255
         wrong = (grey - 60.0 * (item["label"].float() + 1)).abs() > 20
         assert wrong[inside].float().mean() < 0.2  # only the blurred borders
@@ -401,7 +401,7 @@ def test_evaluation_item_has_each_ratio_and_the_original_label(root):
     item = data[index, 0, 0]
     assert [tuple(image.shape[1:]) for image in item["images"]] == [(13, 32), (26, 64), (45, 112)]
     assert item["label"].shape == (40, 100)
-    batch = ade20k.collate_scenes([item, data[0, 0, 0]])
+    batch = scene_parsing.collate_scenes([item, data[0, 0, 0]])
     assert batch["sample"].tolist() == [index, 0]
     assert [tuple(label.shape) for label in batch["label"]] == [(40, 100), tuple(data[0, 0, 0]["label"].shape)]
 
@@ -410,19 +410,19 @@ def test_normalisation_is_the_references():
     """(value - mean) / std with mmsegmentation's 0..255 constants."""
     pixels = np.array([[[124, 116, 104]]], np.uint8)
     expected = (np.array([124, 116, 104]) - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
-    assert ade20k.normalise(pixels)[:, 0, 0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert scene_parsing.normalise(pixels)[:, 0, 0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def test_a_whole_ade20k_is_recognised(root, monkeypatch):
     """150 classes and 2000 validation images: the name under which results are compared with the published
     ones.
     """
-    pairs = ade20k._pairs
+    pairs = scene_parsing._pairs
 
     def many(folder, split):
         images, labels = pairs(folder, split)
         return (np.resize(images, 2000), np.resize(labels, 2000)) if split == "validation" else (images, labels)
 
-    monkeypatch.setattr(ade20k, "_pairs", many)
+    monkeypatch.setattr(scene_parsing, "_pairs", many)
     assert open_folder(root, num_classes=150, scan_labels=False).name == "ade20k"
     assert open_folder(root, num_classes=3, scan_labels=False).name != "ade20k"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hcnet_cli.models  # noqa: F401  (registers HcNet with timm)
-from hcnet_cli.models.upernet import BatchNorm, FCNHead, UPerHead, UPerNet, remap_mmseg_state_dict
 from hcnet_cli.profile import count_params
 from hcnet_cli.tasks.segmentation import segmentation_macs
+from hcnet_cli.tasks.segmentation.upernet import BatchNorm, FCNHead, UPerHead, UPerNet, remap_mmseg_state_dict
 
 IN_CHANS = (8, 12, 16, 20)
 

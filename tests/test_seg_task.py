@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import hcnet_cli.models  # noqa: F401  (registers HcNet with timm)
-from hcnet_cli.models.upernet import UPerNet
 from hcnet_cli.tasks import segmentation
-from hcnet_cli.tasks.segmentation import SegmentationTask, View, label_map, protocol, windows
+from hcnet_cli.tasks.segmentation.task import SegmentationTask, View, label_map, protocol, windows
+from hcnet_cli.tasks.segmentation.upernet import UPerNet
 
 NAMES = [str(c) for c in range(5)]
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hcnet_cli.models import HcNet, hcnet
 from hcnet_cli.models.hcnet import HcBlock, PackedLinear, conduct, refine
-from hcnet_cli.models.reference import Block as LiteralBlock
+from hcnet_cli.models.literal import Block as LiteralBlock
 
 VARIANTS = [(), ("conduction",), ("refinement",), ("gate",), ("anisotropy",), ("conservation",), ("gate", "refinement")]
 

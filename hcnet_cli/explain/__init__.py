@@ -19,12 +19,14 @@ from torch import Tensor
 from hcnet_cli import build, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
-from hcnet_cli.data import coco, imagenet
 from hcnet_cli.explain.heat import heat_steps, measure, receptive_field, windows
 from hcnet_cli.explain.pictures import captions, draw
 from hcnet_cli.models import HcNet
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.sizes import SIZES
+from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.detection import coco
 from hcnet_cli.weights import load_into
 
 MAX_IMAGES = 16
@@ -47,7 +49,7 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     fields = receptive_field(lambda x: backbone.forward_intermediates(x, intermediates_only=True), windows(images))
     found = {"disabled": list(backbone.disable), **measure(steps, fields)}
     variant = f" ({info.variant})" if info.variant else ""
-    label = f"{rcp.SIZES[info.size]}{variant} · {info.task} on {info.data.name} · measured on {source}"
+    label = f"{SIZES[info.size].timm_name}{variant} · {info.task} on {info.data.name} · measured on {source}"
     told = captions(found)
     text = "".join(f"\n## {name[2:].capitalize()}\n\n![{name}]({name}.png)\n\n{told[name]}\n" for name in told)
     about = {"run": run.resolve().name, "model": label, "step": info.best_step, "images": len(images)}
@@ -122,19 +124,19 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
 
 
 def _normalised(config: rcp.ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:
-    return list(imagenet.Normalise(config.mean, config.std)(imagenet.collate(items)))
+    return list(image_folder.Normalise(config.mean, config.std)(image_folder.collate(items)))
 
 
 def _one_image(recipe: Recipe, file: Path) -> tuple[list[Tensor], str]:
     """The image in `file` as the run's evaluation would see it: [3, H, W]."""
     try:
-        image = imagenet.read_image(str(file))
+        image = image_folder.read_image(str(file))
     except Exception as error:  # decoders raise almost anything on damaged files
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
         raise UserError(f"The image {file} cannot be read: {reason}.") from None
     config = recipe.data
     if isinstance(config, rcp.ImageFolder):
-        transform = imagenet.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
+        transform = image_folder.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
         return _normalised(config, [transform(image)]), file.name
     width, height = coco.fit(*image.size, *config.img_scale)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8

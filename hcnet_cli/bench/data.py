@@ -23,12 +23,14 @@ from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch import Tensor
 
-from hcnet_cli import bench, build, rng
+from hcnet_cli import build, rng
 from hcnet_cli import recipe as rcp
+from hcnet_cli.bench import models as bench
 from hcnet_cli.console import UserError, notice, telling
-from hcnet_cli.data import embedded, imagenet, loader
+from hcnet_cli.data import embedded, loader
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import Column, Row, Table
+from hcnet_cli.tasks.classification import image_folder
 
 SAMPLE = 64  # images of a turn for the parts before the loader
 TURN = 128  # images that each process delivers in a loader's turn, about
@@ -118,7 +120,7 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
     """The pipeline of `hcnet pretrain`, up to normalised batches on this processor."""
     assert isinstance(recipe.data, rcp.ImageFolder)
     data = build.build_data(recipe)
-    images, normalise = data.train, imagenet.Normalise(recipe.data.mean, recipe.data.std)
+    images, normalise = data.train, image_folder.Normalise(recipe.data.mean, recipe.data.std)
     batches = loader.TrainLoader(
         images,
         batch_size=batch_size,
@@ -135,7 +137,7 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
 
     return Pipeline(
         "hcnet",
-        lambda index: imagenet.read_image(images.describe(index)),
+        lambda index: image_folder.read_image(images.describe(index)),
         lambda index: images[index, rng.derive("bench", index), 0],
         start,
         len(images),
@@ -181,7 +183,7 @@ def timm_loader(images: Any, recipe: Recipe, batch_size: int, workers: int, pref
         persistent_workers=False,  # idle ones would go on reading during the turns of others
         device=torch.device("cpu"),
     )
-    imagenet.mend_posterize(images.transform)
+    image_folder.mend_posterize(images.transform)
     return batches
 
 

@@ -9,10 +9,10 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from hcnet_cli.data.imagenet import Normalise, mix
-from hcnet_cli.metrics.accuracy import Accuracy
 from hcnet_cli.models import HcNet
 from hcnet_cli.rng import keyed_uniform
+from hcnet_cli.tasks.classification.image_folder import Normalise, mix
+from hcnet_cli.tasks.classification.metric import Accuracy
 
 
 class ClassificationTask(nn.Module):

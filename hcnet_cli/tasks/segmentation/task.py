@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcnet_cli import profile
-from hcnet_cli.metrics.miou import MeanIoU
-from hcnet_cli.models.upernet import resize
 from hcnet_cli.rng import keyed_uniform
+from hcnet_cli.tasks.segmentation.metric import MeanIoU
+from hcnet_cli.tasks.segmentation.upernet import resize
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 MAX_ELEMENTS = 2**24  # of a temporary at full resolution: 64 MiB

@@ -12,12 +12,13 @@ import typer
 
 import hcnet_cli
 from hcnet_cli.console import DISK_FULL, UserError, err, is_main_process, notice, out, warn
-from hcnet_cli.names import ABLATION_LENGTH, COMPONENTS, DATA_VARIABLE, EMBEDDED, PAPER, SIZES
+from hcnet_cli.names import ABLATION_LENGTH, DATA_VARIABLE, EMBEDDED, PAPER
+from hcnet_cli.sizes import COMPONENTS, SIZES
 
 if TYPE_CHECKING:
-    from hcnet_cli.ablations import Base, StudyRun
     from hcnet_cli.recipe import Recipe, Resolved
-    from hcnet_cli.study import Cost
+    from hcnet_cli.study.design import Base, StudyRun
+    from hcnet_cli.study.runner import Cost
 
 app = typer.Typer(
     help="Train, fine-tune, ablate and report HcNet, the vision backbone that conducts heat.",
@@ -238,7 +239,7 @@ def _train(task: str, given: dict[str, Any]) -> None:
     if given["eval_only"] and (given["dry_run"] or given["fresh"]):
         raise UserError(f"--eval-only trains nothing, so --{'fresh' if given['fresh'] else 'dry-run'} has no place.")
     resolved = _resolve(task, given)
-    from hcnet_cli.train import Options, train
+    from hcnet_cli.run import Options, train
 
     options = Options(
         results=given["out_dir"],
@@ -317,18 +318,18 @@ def ablate(
     so that two arms and three seeds end within minutes. Fine-tuning starts from the same arm's own pretraining when
     pretrain is among the tasks, else from random weights.
     """
-    from hcnet_cli import ablations, study
     from hcnet_cli.report import render
+    from hcnet_cli.study import design, runner
 
     if bool(disable) == bool(study_name):
         raise UserError(
             "--disable makes a study of its own: leave it or --study out."
             if disable
             else "Name components to --disable, or a --study.",
-            hint=f"For example: hcnet ablate --disable refinement. Studies: {', '.join(ablations.shipped_studies())}.",
+            hint=f"For example: hcnet ablate --disable refinement. Studies: {', '.join(design.shipped_studies())}.",
         )
-    short, asked = ablations.read_study(study_name) if study_name else ablations.disable_study(disable or [])
-    wanted = ablations.study_runs(asked, task or [], recipe or "")
+    short, asked = design.read_study(study_name) if study_name else design.disable_study(disable or [])
+    wanted = design.study_runs(asked, task or [], recipe or "")
     for flag in ("data", "epochs"):
         if len(wanted) > 1 and ctx.params[flag] is not None:
             raise UserError(
@@ -336,14 +337,14 @@ def ablate(
                 hint="Name recipes, and what all arms change in them, under runs: in a study file.",
             )
     bases = [_ablation_base(kind, one, ctx.params) for kind, one in wanted]
-    plan = ablations.plan(short, asked, bases, ablations.parse_seeds(seeds) if seeds is not None else (), out_dir)
-    settings = study.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
+    plan = design.plan(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
+    settings = runner.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
     if dry_run:
-        study.preview(plan, settings, lambda one: _cost(one, device))
+        runner.preview(plan, settings, lambda one: _cost(one, device))
         return
-    record, code = study.run(plan, settings)
+    record, code = runner.run(plan, settings)
     if code <= 1:
-        table = ablations.table(record, ablations.by_name(out_dir))
+        table = design.table(record, design.by_name(out_dir))
         sys.stdout.write(render([table], "rich"))
     raise typer.Exit(code)
 
@@ -351,7 +352,7 @@ def ablate(
 def _ablation_base(task: str, one: StudyRun, given: dict[str, Any]) -> Base:
     """What all arms of a study share in one task: the recipe, and what the study and the flags change in it."""
     from hcnet_cli import recipe as rcp
-    from hcnet_cli.ablations import Base
+    from hcnet_cli.study.design import Base
 
     file, overrides = _base(task, {**given, "recipe": one.recipe or None, "data": given["data"] or one.data})
     changes = [(key, value, "the study") for key, value in rcp.flatten(one.changes).items()]
@@ -364,7 +365,7 @@ def _ablation_base(task: str, one: StudyRun, given: dict[str, Any]) -> Base:
 def _cost(recipe: Recipe, device: str) -> Cost:
     """What one run of a recipe takes; the time from a short trial."""
     from hcnet_cli import build, profile
-    from hcnet_cli.study import Cost
+    from hcnet_cli.study.runner import Cost
 
     where = build.pick_device(device)
     data = build.build_data(recipe)
@@ -378,7 +379,7 @@ def _cost(recipe: Recipe, device: str) -> Cost:
 def recipes_ls() -> None:
     """Names and first lines of the shipped recipes, and of the studies (hcnet ablate)."""
     from hcnet_cli import recipe as rcp
-    from hcnet_cli.ablations import shipped_studies
+    from hcnet_cli.study.design import shipped_studies
 
     for name in [*(f"ablate/{study}" for study in shipped_studies()), *rcp.shipped()]:
         first = _any_task(name).read_text(encoding="utf-8").splitlines()[0]
@@ -413,7 +414,7 @@ def recipes_cp(
 def _any_task(name: str) -> Path:
     """The shipped recipe's or study's file, by full name or by a short name that is unique."""
     from hcnet_cli import recipe as rcp
-    from hcnet_cli.ablations import shipped_studies, study_file
+    from hcnet_cli.study.design import shipped_studies, study_file
 
     if name.removeprefix("ablate/") in shipped_studies():
         return study_file(name)
@@ -437,16 +438,16 @@ def report(
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
-    from hcnet_cli import ablations
     from hcnet_cli.report import format_for, report_check
     from hcnet_cli.report import report as make
     from hcnet_cli.runs import write_output
+    from hcnet_cli.study import design
 
     for folder in results or []:
         if not folder.is_dir():
             raise UserError(f"There is no results folder {folder}.")
     where, more = results or [Path("results")], published or []
-    studies, unreadable = ablations.tables(where)
+    studies, unreadable = design.tables(where)
     for line in unreadable:
         warn(f"{line}.")
     if check is not None:
@@ -473,7 +474,7 @@ def report(
         if not watch:
             return
         time.sleep(10)
-        studies, _ = ablations.tables(where)
+        studies, _ = design.tables(where)
 
 
 @app.command()
@@ -522,7 +523,7 @@ def bench(
                 hint=f"See hcnet bench {ctx.invoked_subcommand} --help.",
             )
         return
-    from hcnet_cli import bench as timing
+    from hcnet_cli.bench import models as timing
     from hcnet_cli.report import render
     from hcnet_cli.runs import write_output
 
@@ -550,7 +551,9 @@ def bench_data(
     output: Output = None,
 ) -> None:
     """Time the training input pipeline alone, beside timm's on the same folder with the same augmentation."""
-    from hcnet_cli import bench, bench_data, build
+    from hcnet_cli import build
+    from hcnet_cli.bench import data as bench_data
+    from hcnet_cli.bench import models as bench
     from hcnet_cli.report import render
     from hcnet_cli.runs import write_output
 

@@ -21,12 +21,13 @@ import rich.table
 from filelock import FileLock, Timeout
 from rich.text import Text
 
-from hcnet_cli import ablations, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli.ablations import Cell, Plan, StudyRecord
+from hcnet_cli import runs
 from hcnet_cli.console import UserError, duration, err, notice, out, warn
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import FAMILIES, METRICS, Run, is_number
+from hcnet_cli.study import design
+from hcnet_cli.study.design import Cell, Plan, StudyRecord
 
 PROGRAM = (sys.executable, "-m", "hcnet_cli")
 LOOK_EVERY = 0.1  # seconds between looks at the processes
@@ -188,7 +189,7 @@ class _Study:
         for cell in self.record.cells:
             if not self.ready(cell):
                 continue
-            folder = ablations.find(self.recipe(cell), found)
+            folder = design.find(self.recipe(cell), found)
             before = earlier.get((cell.arm, cell.task, cell.seed))
             cell.run = folder.name if folder else before.run if before and before.run in names else ""
             if not cell.run:
@@ -277,7 +278,7 @@ class _Study:
         unnamed = [job.cell for job in self.jobs.values() if not job.cell.run]
         found = runs.find_runs(self.settings.results) if unnamed else ((), ())
         for cell in unnamed:
-            if folder := ablations.find(self.recipe(cell), found):
+            if folder := design.find(self.recipe(cell), found):
                 cell.run = folder.name
                 self.write()
 
@@ -333,7 +334,7 @@ class _Study:
         log = self.settings.results / cell.log
         text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
         found = runs.find_runs(self.settings.results)
-        folder = ablations.find(self.recipe(cell), found)
+        folder = design.find(self.recipe(cell), found)
         if folder is None:  # a finished run on the same data under another path: the program named it
             folder = next((path for path, _ in found[0] if path.name in text), None)
         info = dict(found[0]).get(folder) if folder else None
@@ -428,12 +429,12 @@ class _Study:
                 grid.add_row(arm, *([task] if len(self.plan.tasks) > 1 else []), *states)
         return grid
 
-    def _state(self, cell: Cell, found: ablations.Found, infos: Mapping[str, runs.RunInfo]) -> Text:
+    def _state(self, cell: Cell, found: design.Found, infos: Mapping[str, runs.RunInfo]) -> Text:
         if cell.state == "finished":
             value = infos[cell.run].metrics.get(METRICS[FAMILIES[cell.task]][0]) if cell.run in infos else None
             return Text("finished" if value is None else f"{value:.2f}", style="green")
         if cell.state == "running":
-            folder = ablations.find(self.recipe(cell), found)
+            folder = design.find(self.recipe(cell), found)
             log = runs.read_log(folder / "metrics.jsonl") if folder else []
             if folder and folder.name in infos and log:
                 return Text(f"{100 * log[-1].get('step', 0) // infos[folder.name].steps_total} %", style="cyan")

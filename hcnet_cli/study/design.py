@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, did_you_mean, duration
-from hcnet_cli.names import COMPONENTS, EMBEDDED, MEANINGLESS
+from hcnet_cli.names import EMBEDDED
 from hcnet_cli.recipe import Part, Recipe
 from hcnet_cli.results import (
     FAMILIES,
@@ -32,6 +32,7 @@ from hcnet_cli.results import (
     mean_interval,
     model_name,
 )
+from hcnet_cli.sizes import COMPONENTS, INCLUDES
 
 SCHEMA = 1
 SIGNIFICANT = 0.05
@@ -176,7 +177,7 @@ def study_runs(study: Study, tasks: Sequence[str], recipe: str) -> list[tuple[st
 
 
 def _meaningful(disable: Sequence[str], origin: str) -> None:
-    for name, inner in MEANINGLESS.items():
+    for name, inner in INCLUDES.items():
         gone = [other for other in inner if other in disable]
         if name in disable and gone:
             raise UserError(f"{origin}: without {name} there is no {' or '.join(gone)} to disable; name {name} alone.")

@@ -31,11 +31,12 @@ import hcnet_cli
 from hcnet_cli import build, optim, profile, report, rng, runs
 from hcnet_cli.console import UserError, did_you_mean, telling, warn
 from hcnet_cli.models import HcNet, remap_official_state_dict
-from hcnet_cli.models.reference import ReferenceHcNet
-from hcnet_cli.names import SIZES
+from hcnet_cli.models.literal import ReferenceHcNet
 from hcnet_cli.results import Column, Row, Table
+from hcnet_cli.sizes import SIZES
 
 REFERENCE = "reference"
+NAMES = {size.timm_name for size in SIZES.values()}
 MODES = ("infer", "train")
 ENDINGS = (".md", ".json")
 SECONDS = {"rate": 0.5, "latency": 0.15}  # about what a contender gets of a round, but one pass at least
@@ -130,7 +131,7 @@ def model_name(word: str) -> str:
     if word == REFERENCE or (word not in SIZES and timm.is_model(word)):
         return word
     if word in SIZES:
-        return SIZES[word]
+        return SIZES[word].timm_name
     raise UserError(
         f'Unknown model "{word}".{did_you_mean(word, [REFERENCE, *SIZES, *timm.list_models()])}',
         hint=f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, and every model of timm.",
@@ -335,7 +336,7 @@ def measure(asked: list[Contender], settings: Settings) -> Measurement:
     Ctrl-C ends it with the finished rounds, if there are any.
     """
     made = Measurement(settings, asked)
-    literal_of = next((c.model for c in asked if c.model in SIZES.values()), SIZES["t"])
+    literal_of = next((c.model for c in asked if c.model in NAMES), SIZES["t"].timm_name)
     used: list[tuple[float, float]] = []  # by others, in how many seconds
     with telling() as tell:
         try:

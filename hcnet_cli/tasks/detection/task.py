@@ -13,10 +13,10 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor, nn
 
-from hcnet_cli.metrics.coco_ap import Backend, CocoAP
-from hcnet_cli.models.mask_rcnn import MaskRCNN
 from hcnet_cli.profile import count_macs
 from hcnet_cli.rng import keyed_uniform
+from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
+from hcnet_cli.tasks.detection.metric import Backend, CocoAP
 
 
 class DetectionTask(nn.Module):
