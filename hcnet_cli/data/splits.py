@@ -1,0 +1,34 @@
+"""What a data format hands to a task: the training and the validation samples, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcnet_cli.data import loader
+from hcnet_cli.runs import DataInfo
+
+
+@dataclass(kw_only=True)
+class DataSplits:
+    """The two splits of a data set. A format may subclass it to hand its task more (see tasks/detection/coco.py).
+
+    `img_size` (height, width): what MACs and images/s are given for. `groups` [len(train)]: samples of two groups never
+    share a batch.
+    """
+
+    info: DataInfo
+    train: loader.TrainDataset
+    val: loader.RequestDataset
+    class_names: Sequence[str]
+    img_size: tuple[int, int]
+    collate: loader.Collate | None = None  # of training samples; None: loader.collate_items
+    val_collate: loader.Collate | None = None
+    groups: NDArray[np.int64] | None = None
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Optimizer steps in one pass over the training samples."""
+        return loader.steps_per_epoch(len(self.train), batch_size, self.groups)

@@ -1,0 +1,141 @@
+"""Object detection and instance segmentation, declared: recipe sections, metrics, table, protocols, embedded data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from hcnet_cli.schema import DataPart, EvaluationPart, Fraction, NaturalInt, Pair, Part, PositiveFloat, PositiveInt, field
+from hcnet_cli.tasks.spec import Column, Format, Metric, Option, Spec
+
+FOLDER = "hcnet_cli.tasks.detection"
+
+
+class MaskRCNN(Part):
+    """FPN and Mask R-CNN; the defaults are the reference's (Swin detection, mmdetection)."""
+
+    kind: Literal["mask-rcnn"] = "mask-rcnn"
+    with_masks: bool = field(True, "Predict masks; false: Faster R-CNN.")
+    fpn_channels: PositiveInt = field(256, "Channels of the feature pyramid.")
+    box_head_channels: PositiveInt = field(1024, "Channels of the box head.")
+    mask_head_channels: PositiveInt = field(256, "Channels of the mask head.")
+    num_mask_convs: NaturalInt = field(4, "Convolutions of the mask head.")
+    anchor_scale: PositiveFloat = field(8.0, "Side of an anchor in strides of its level.")
+    rpn_pre_train: PositiveInt = field(2000, "Proposals per level before NMS, in training.")
+    rpn_post_train: PositiveInt = field(1000, "Proposals per image after NMS, in training.")
+    rpn_pre_test: PositiveInt = field(1000, "Proposals per level before NMS, in evaluation.")
+    rpn_post_test: PositiveInt = field(1000, "Proposals per image after NMS, in evaluation.")
+    rpn_batch: PositiveInt = field(256, "Anchors per image that the proposal losses sample.")
+    box_batch: PositiveInt = field(512, "Proposals per image that the box losses sample.")
+    score_thresh: Fraction = field(0.05, "Detections below this score are dropped.")
+    nms_thresh: Fraction = field(0.5, "Overlap (IoU) above which the weaker of two detections is dropped.")
+    max_detections: PositiveInt = field(100, "Detections per image.")
+
+
+class Coco(DataPart):
+    """A COCO folder: train2017/, val2017/, annotations/instances_*.json."""
+
+    format: Literal["coco"]
+    img_scale: Pair = field((1333, 800), "Long and short side that an image is rescaled to fit.", unit="pixels")
+    multiscale: tuple[PositiveInt, ...] = field(
+        (), "Short sides to draw from in training; empty: `img_scale` alone.", unit="pixels"
+    )
+    crop_scales: tuple[PositiveInt, ...] = field(
+        (400, 500, 600),
+        "With `multiscale`, half of the images are first rescaled to one of these short sides and cropped.",
+        unit="pixels",
+    )
+    crop_range: Pair = field((384, 600), "Sides of that crop, from and to.", unit="pixels")
+    hflip: Fraction = field(0.5, "Probability of a horizontal flip.")
+    min_side: NaturalInt = field(32, "Smaller training images are left out.", unit="pixels")
+
+
+class DetectionEvaluation(EvaluationPart):
+    """COCO AP of boxes and masks."""
+
+    backend: Literal["faster-coco-eval", "pycocotools"] = field(
+        "faster-coco-eval", "Library that scores.", fingerprint="never"
+    )
+    img_scale: Pair | None = field(
+        None,
+        "Long and short side that an image is rescaled to fit; null: as in training.",
+        unit="pixels",
+        fingerprint="changed",
+    )
+
+
+def is_coco(root: Path) -> bool:
+    return any(root.glob("annotations/*.json")) or any(root.glob("*/_annotations.coco.json"))
+
+
+SPEC = Spec(
+    name="finetune-det",
+    help="""Fine-tune Mask R-CNN for detection and instance masks: COCO, any COCO-format folder, or embedded digit-scenes.
+
+    Starts from the best finished pretrain run of the same size unless --init says otherwise.
+    """,
+    module=f"{FOLDER}.task",
+    heads={"mask-rcnn": MaskRCNN},
+    formats={
+        "coco": Format(
+            config=Coco,
+            module=f"{FOLDER}.coco",
+            layout="train2017/, val2017/ and annotations/instances_{train,val}2017.json",
+            recognise=is_coco,
+        ),
+    },
+    evaluation=DetectionEvaluation,
+    evaluations={"val": {"when": "training"}},
+    options=(
+        Option("schedule", ("--schedule",), str, "On COCO: 1x, 1x-single-scale or 3x.", recipe="coco-{}"),
+        Option("with_masks", ("--masks/--no-masks",), bool, "Without masks: Faster R-CNN.", key="head.with_masks"),
+        Option("eval_backend", ("--eval-backend",), str, "faster-coco-eval or pycocotools.", key="evaluation.val.backend"),
+    ),
+    length_flag="epochs",
+    starts_from="pretrain",
+    renamed={"data.eval_backend": "evaluation.val.backend"},
+    embedded="digit-scenes",
+    embedded_note="scenes of handwritten digits with boxes and masks, 128 x 128",
+    default_recipe="coco-1x",
+    data_variable="HCNET_COCO",
+    table="coco",
+    subject="detection and instance segmentation, Mask R-CNN",
+    metrics=(
+        Metric("box_AP", "box AP"),
+        Metric("box_AP50", "box 50"),
+        Metric("box_AP75", "box 75"),
+        Metric("mask_AP", "mask AP"),
+        Metric("mask_AP50", "mask 50"),
+        Metric("mask_AP75", "mask 75"),
+    ),
+    columns=(
+        Column("model", "backbone"),
+        Column("schedule", "schedule", secondary=True),
+        Column("box_AP", "box AP", "percent", best=True),
+        Column("box_AP50", "box 50", "percent", best=True, secondary=True),
+        Column("box_AP75", "box 75", "percent", best=True, secondary=True),
+        Column("mask_AP", "mask AP", "percent", best=True),
+        Column("mask_AP50", "mask 50", "percent", best=True, secondary=True),
+        Column("mask_AP75", "mask 75", "percent", best=True, secondary=True),
+        Column("params_m", "#params (M)", "number"),
+        Column("macs_g", "MACs (G)", "number"),
+    ),
+    benchmark="coco",
+    benchmark_title="COCO val2017, ",
+    protocols={
+        "finetune-det/coco-1x": "Mask R-CNN 1x (multi-scale)",
+        "finetune-det/coco-1x-single-scale": "Mask R-CNN 1x (single scale)",
+        "finetune-det/coco-3x": "Mask R-CNN 3x",
+        "": "Mask R-CNN 1x",  # no recipe: the source does not say which
+        "PVT": "Mask R-CNN 1x (PVT recipe)",
+    },
+    protocol_notes={
+        "Mask R-CNN 1x": "Trained at a single scale or at several: the sources at hand do not say which.",
+        "Mask R-CNN 1x (single scale)": "12 epochs, images resized to 1333 x 800 (mmdetection's 1x).",
+        "Mask R-CNN 1x (multi-scale)": "12 epochs, shorter side 480 to 800 with random crops (Swin's own 1x).",
+        "Mask R-CNN 1x (PVT recipe)": "12 epochs, single scale, AdamW with lr 2e-4 and weight decay 1e-4.",
+        "Mask R-CNN 3x": "36 epochs, multi-scale.",
+    },
+    macs_note=", at 1280 x 800 with 1000 box and 100 mask RoIs",
+    schedule_column=True,
+)

@@ -1,0 +1,136 @@
+"""Semantic segmentation, declared: recipe sections, metrics, table, published protocols, embedded data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from hcnet_cli.schema import DataPart, EvaluationPart, Fraction, Pair, Part, PositiveFloat, PositiveInt, field
+from hcnet_cli.tasks.spec import Column, Format, Metric, Option, Spec
+
+FOLDER = "hcnet_cli.tasks.segmentation"
+
+
+class UPerNet(Part):
+    """UPerHead and auxiliary FCN head; the defaults are the reference's (Swin segmentation, mmsegmentation)."""
+
+    kind: Literal["upernet"] = "upernet"
+    channels: PositiveInt = field(512, "Channels of the decoder.")
+    aux_channels: PositiveInt = field(256, "Channels of the auxiliary head, which training alone uses.")
+    pool_scales: tuple[PositiveInt, ...] = field((1, 2, 3, 6), "Sides of the maps of the pyramid pooling.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = field(0.1, "Dropout of channels before the classifiers.")
+    aux_weight: Annotated[float, Field(ge=0)] = field(0.4, "Weight of the auxiliary loss.")
+    init_std: PositiveFloat = field(0.01, "Standard deviation of the classifiers' first weights; narrow heads want more.")
+
+
+class SceneParsing(DataPart):
+    """ADE20K's SceneParsing layout: images/ and annotations/, each with training/ and validation/."""
+
+    format: Literal["scene-parsing"]
+    num_classes: PositiveInt | None = field(None, "Number of classes; null: as many as the folder names.")
+    reduce_zero_label: bool = field(True, "Pixel value 0 is ignored and 1 .. K are the classes, as in ADE20K.")
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = field(255, "Label of pixels that do not count.")
+    img_scale: Pair = field((2048, 512), "Long and short side that an image is rescaled to fit.", unit="pixels")
+    ratio_range: tuple[float, float] = field((0.5, 2.0), "Training: factor on `img_scale`, from and to.")
+    crop_size: PositiveInt = field(512, "Side of the training crop, and of the windows of `mode: slide`.", unit="pixels")
+    cat_max_ratio: Annotated[float, Field(gt=0, le=1)] = field(
+        0.75, "A crop is drawn again, up to ten times, while one class covers this share of it."
+    )
+    hflip: Fraction = field(0.5, "Probability of a horizontal flip.")
+    photometric: bool = field(True, "Random brightness, contrast, saturation and hue.")
+
+
+class SceneEvaluation(EvaluationPart):
+    """Mean intersection over union at the size of the original images."""
+
+    mode: Literal["whole", "slide"] | None = field(
+        None, "The network sees whole images, or windows that slide over them; null: as the first evaluation."
+    )
+    stride: PositiveInt | None = field(
+        None, "`slide`: distance of two windows; null: as the first evaluation.", unit="pixels"
+    )
+    scales: tuple[PositiveFloat, ...] = field(
+        (1.0,), "Factors on `data.img_scale`; the probabilities of all are averaged.", fingerprint="changed"
+    )
+    flip: bool | None = field(
+        False, "Average with the mirrored image; null: if training mirrors.", fingerprint="changed"
+    )
+
+
+def is_scene_parsing(root: Path) -> bool:
+    return any((root / kind / "training").is_dir() for kind in ("images", "annotations"))
+
+
+SPEC = Spec(
+    name="finetune-seg",
+    help="""Fine-tune UperNet for semantic segmentation: ADE20K, any folder in its layout, or the embedded digit-stuff.
+
+    Starts from the best finished pretrain run of the same size unless --init says otherwise.
+    """,
+    module=f"{FOLDER}.task",
+    heads={"upernet": UPerNet},
+    formats={
+        "scene-parsing": Format(
+            config=SceneParsing,
+            module=f"{FOLDER}.scene_parsing",
+            layout="images/{training,validation} and annotations/{training,validation}",
+            recognise=is_scene_parsing,
+        ),
+    },
+    evaluation=SceneEvaluation,
+    evaluations={
+        "ss": {"when": "training", "mode": "whole", "stride": 341},
+        "ms": {"scales": (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), "flip": None},
+    },
+    options=(
+        Option(
+            "multi_scale",
+            ("--multi-scale/--single-scale",),
+            bool,
+            "Score the best weights at six scales too.",
+            key="evaluation.ms.when",
+            values={True: "end", False: "asked"},
+        ),
+        Option(
+            "eval_mode", ("--eval-mode",), str, "whole images, or slide a window over them.", key="evaluation.ss.mode"
+        ),
+    ),
+    length_flag="steps",
+    starts_from="pretrain",
+    renamed={
+        "data.eval_mode": "evaluation.ss.mode",
+        "data.eval_stride": "evaluation.ss.stride",
+        "data.multi_scale": ("evaluation.ms.when", {True: "end", False: "asked"}),
+    },
+    embedded="digit-stuff",
+    embedded_note="the same scenes with a class for every pixel, 128 x 128",
+    default_recipe="ade20k-160k",
+    data_variable="HCNET_ADE20K",
+    table="ade20k",
+    subject="semantic segmentation, UperNet",
+    metrics=(
+        Metric("mIoU", "mIoU", published="mIoU_ss"),
+        Metric("mIoU_ms", "mIoU MS"),
+        Metric("mAcc", "mAcc"),
+        Metric("aAcc", "aAcc"),
+    ),
+    columns=(
+        Column("model", "backbone"),
+        Column("params_m", "#params (M)", "number"),
+        Column("macs_g", "MACs (G)", "number"),
+        Column("mIoU", "mIoU SS", "percent", best=True),
+        Column("mIoU_ms", "mIoU MS", "percent", best=True),
+    ),
+    benchmark="ade20k",
+    benchmark_title="ADE20K val, ",
+    protocols={"finetune-seg/ade20k-160k": "UperNet 160k, 512x512"},
+    protocol_notes={
+        "UperNet 160k, 512x512": (
+            "SS: single scale; MS: multi-scale with flips. vHeat: sliding window; Swin: whole image."
+        ),
+    },
+    macs_note=", at 512 x 2048, without the auxiliary head (which counts in the parameters)",
+    schedule_column=False,
+)

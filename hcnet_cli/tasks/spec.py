@@ -1,0 +1,114 @@
+"""What a task declares about itself, as plain data: nothing here loads torch.
+
+The command line, recipes, results, reports, studies and `hcnet check` read these declarations; no task's name stands in
+them. What a task does lies in the other files of its folder, and is imported when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hcnet_cli.schema import DataPart, EvaluationPart, Part
+
+Style = Literal["text", "integer", "number", "short", "percent", "difference", "p"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table. `style` says how its values are printed; `best` marks the highest.
+
+    Secondary columns are left out where there is little room.
+    """
+
+    key: str
+    title: str
+    style: Style = "text"
+    best: bool = False
+    secondary: bool = False
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score in per cent, by its key in run.json. `published`: its column in published.csv, where that differs."""
+
+    key: str
+    title: str
+    published: str = ""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A flag that one training command has beside those of all. Its value goes to the recipe field `key`.
+
+    `values` translates what is typed; `recipe` is for a flag that names a recipe: "coco-{}".
+    """
+
+    name: str  # the parameter, such as "with_masks"
+    flags: tuple[str, ...]
+    type: type
+    help: str
+    key: str = ""
+    values: Mapping[Any, Any] = field(default_factory=dict)
+    recipe: str = ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data format: its section of the recipe, and the module that reads it.
+
+    The module provides `open_data(config, head, root) -> DataSplits` and `audit(config, head, root) -> Audit`.
+    `recognise`: whether a folder looks like this format.
+    """
+
+    config: type[DataPart]
+    module: str
+    layout: str  # one line for people
+    recognise: Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A task. Everything that is told about it elsewhere comes from here.
+
+    `module` provides `build_task`, `build_evaluation` and `count_macs` (see hcnet_cli/build.py).
+    """
+
+    name: str  # the command, and the `task` of a recipe
+    help: str  # of the command
+    module: str
+    # recipe
+    heads: Mapping[str, type[Part]]  # by `head.kind`; the first is what a recipe without a head means
+    formats: Mapping[str, Format]  # by `data.format`
+    evaluation: type[EvaluationPart]
+    evaluations: Mapping[str, Mapping[str, Any]]  # entries that every recipe has, the first is the primary one
+    options: Sequence[Option]
+    length_flag: Literal["epochs", "steps"]
+    starts_from: str = ""  # the task whose weights training starts from
+    renamed: Mapping[str, str | tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)  # old key -> new, values
+    # data
+    embedded: str = ""
+    embedded_note: str = ""
+    default_recipe: str = ""  # for data of the user's own
+    data_variable: str = ""  # the environment variable that stands in for --data
+    ablation_length: int | None = None  # schedule.length of a study's runs on the embedded data
+    # results
+    table: str = ""
+    subject: str = ""  # of the table, for data sets other than the benchmark
+    metrics: Sequence[Metric] = ()  # the first decides
+    columns: Sequence[Column] = ()
+    benchmark: str = ""  # the name of the data set of the published rows
+    benchmark_title: str = ""
+    protocols: Mapping[str, str] = field(default_factory=dict)  # recipe -> protocol of the published rows
+    protocol_notes: Mapping[str, str] = field(default_factory=dict)
+    macs_note: str = ""  # what MACs are counted at under the benchmark's protocols
+    schedule_column: bool = False  # the schedule is named (1x, 3x) instead of its epochs
+    compare_by_image_size: bool = False  # a published row compares at its own image size alone
+    times_inference: bool = False  # images/s of the trained model are measured
+
+    @property
+    def primary(self) -> Metric:
+        """The metric that decides which weights are best; higher is better."""
+        return self.metrics[0]
