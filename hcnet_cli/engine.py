@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,19 +43,19 @@ class Evaluator(Protocol):
         ...
 
 
-class Task(Protocol):
-    """What is learned: an `nn.Module` whose `forward` gives losses and whose `predict` gives predictions."""
+class Task(nn.Module):
+    """What is learned. `forward(batch)` gives named, weighted losses [], whose sum is minimised."""
 
     model: nn.Module  # what a checkpoint holds
     primary: str  # the metric that decides which weights are best; higher is better
+    protocol: str = ""  # how the metric is made, where there are several ways
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Named, weighted losses; their sum is minimised."""
-        ...
+    def predict(self, batch: Batch) -> Any:
+        """What the evaluator takes of a batch."""
+        raise NotImplementedError
 
-    def predict(self, batch: Batch) -> Any: ...
-
-    def evaluator(self) -> Evaluator: ...
+    def evaluator(self) -> Evaluator:
+        raise NotImplementedError
 
 
 class TrainBatches(Protocol):
@@ -70,13 +70,22 @@ class EvalBatches(Sized, Iterable[Batch], Protocol):
     """One process's part of the validation data: every sample in exactly one batch of one process."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One way to score the model: the task whose `predict` and `evaluator` do it, and the batches."""
+
+    name: str
+    task: Task
+    batches: EvalBatches
+
+
 @dataclass
 class Job:
     """Everything a run needs, built (build.job); durations in optimizer steps."""
 
-    task: Any  # a Task
+    task: Task
     train: TrainBatches
-    val: EvalBatches
+    evaluations: Sequence[Evaluation]  # the first is made during training and decides which weights are best
     describe: Callable[[int], str]  # training sample -> the file it comes from
     optimizer: torch.optim.Optimizer
     lr_at: Callable[[int], float]
@@ -149,22 +158,23 @@ def autocast(job: Job) -> AbstractContextManager[object]:
     return torch.autocast(job.device.type, dtype) if dtype else nullcontext()
 
 
-def evaluate(job: Job, progress: Progress | None = None) -> tuple[dict[str, float], Evaluator]:
+def evaluate(job: Job, evaluation: Evaluation, progress: Progress | None = None) -> tuple[dict[str, float], Evaluator]:
     """Metrics of the task's current weights (the EMA's where there is one) on the validation data."""
-    task, evaluator = job.task, job.task.evaluator()
+    task: Any = evaluation.task
+    evaluator = task.evaluator()
     trained = task.model
     if job.ema is not None:
         task.model = job.ema.module
     task.eval()
     try:
         with torch.inference_mode():
-            for number, batch in enumerate(job.val, 1):
+            for number, batch in enumerate(evaluation.batches, 1):
                 moved = to_device(batch, job.device)
                 with autocast(job):
                     predictions = task.predict(moved)
                 evaluator.update(predictions, moved)
                 if progress:
-                    progress.evaluating(number, len(job.val))
+                    progress.evaluating(number, len(evaluation.batches))
             return evaluator.compute(), evaluator
     finally:
         task.model = trained
@@ -182,7 +192,7 @@ def restore(job: Job, folder: Path) -> State:
     by_parameter = dict(zip(job.task.model.parameters(), names, strict=True))
     for group in job.optimizer.param_groups:
         for parameter in group["params"]:
-            name = by_parameter[parameter]
+            name = by_parameter[parameter]  # type: ignore[index]
             if f"{name}:step" in tensors["optimizer"]:
                 step, first, second = (tensors["optimizer"][f"{name}:{slot}"] for slot in ADAM_SLOTS)
                 job.optimizer.state[parameter] = {
@@ -337,7 +347,7 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
 
 
 def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress: Progress) -> None:
-    metrics, evaluator = evaluate(job, progress)
+    metrics, evaluator = evaluate(job, job.evaluations[0], progress)
     value = metrics[job.task.primary]
     if state.best is None or value >= state.best:  # of equals the later, which has trained longer
         state.best, state.best_step, state.metrics = value, state.step, metrics

@@ -28,8 +28,9 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 import hcnet_cli
-from hcnet_cli import build, optim, profile, report, rng, runs
+from hcnet_cli import optim, profile, report, rng, runs
 from hcnet_cli.console import UserError, did_you_mean, telling, warn
+from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.models import HcNet, remap_official_state_dict
 from hcnet_cli.models.literal import ReferenceHcNet
 from hcnet_cli.results import Column, Row, Table
@@ -60,7 +61,7 @@ def settings(batch_size: int, img_size: int, rounds: int, device: str, threads: 
     """The settings of a bench; CPU threads are set for the process."""
     if threads is not None:
         torch.set_num_threads(threads)
-    return Settings(batch_size, img_size, rounds, build.pick_device(device), torch.get_num_threads())
+    return Settings(batch_size, img_size, rounds, pick_device(device), torch.get_num_threads())
 
 
 @dataclass(eq=False)
@@ -190,7 +191,7 @@ def prepare(
     device, training = settings.device, contender.mode == "train"
     dtype = profile.DTYPES[contender.precision]
     if training:
-        build.pick_precision(contender.precision, device)
+        pick_precision(contender.precision, device)
     model = create(contender.model, settings.img_size, literal_of)
     contender.params = profile.count_params(model)
     contender.macs = profile.count_macs(model, torch.zeros(1, 3, settings.img_size, settings.img_size))

@@ -34,6 +34,12 @@ class RequestDataset(Protocol):
     def __getitem__(self, request: Request, /) -> dict[str, Any]: ...
 
 
+class TrainDataset(RequestDataset, Protocol):
+    """A data set to train on: it knows the files behind its samples."""
+
+    def describe(self, index: int) -> str: ...
+
+
 def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Tensors are stacked, integers become an int64 tensor [B], everything else stays a list of length B."""
     batch: dict[str, Any] = {}

@@ -293,7 +293,7 @@ def _init(arm: str, changes: Mapping[str, Any], base: Base, recipe: Recipe, resu
         return wanted
     if found := runs.best_pretraining(recipe, results):
         return found
-    lacking, first = runs.no_pretraining(recipe, results)
+    lacking, first = runs.explain_missing_pretraining(recipe, results)
     raise UserError(f"{lacking}.", hint=f"The arm {arm} starts from one: {first} first.")
 
 
@@ -302,8 +302,7 @@ def _init(arm: str, changes: Mapping[str, Any], base: Base, recipe: Recipe, resu
 
 def run_key(recipe: Recipe) -> str:
     """What two recipes share if they are the same run: all that can change a number. Precision is apart (see find)."""
-    flat = rcp.flatten(recipe.model_dump(mode="json"))
-    kept = {k: v for k, v in flat.items() if k not in rcp.NOT_IN_FINGERPRINT and k != "train.precision"}
+    kept = {key: value for key, value in rcp.identity(recipe).items() if key != "train.precision"}
     kept["data.path"] = str(Path(recipe.data.path or "").resolve())
     kept["init"] = recipe.init if recipe.init == "none" else str(Path(recipe.init).resolve())
     return json.dumps(kept, sort_keys=True)
