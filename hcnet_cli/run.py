@@ -18,7 +18,7 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, profile, runs
+from hcnet_cli import build, dist, engine, files, profile, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import RunFailed, UserError, duration, notice, out, warn
 from hcnet_cli.recipe import Recipe, Resolved
@@ -103,7 +103,7 @@ def _train_in(run: Prepared, info: RunInfo, options: Options) -> tuple[Path, Run
         info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
     info = _progressed(info, state)
     if dist.is_main():
-        runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+        files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
     _announce(run, info, state)
@@ -349,7 +349,7 @@ def _evaluate_only(run: Prepared, info: RunInfo) -> RunInfo:
         info.steps_total = 0
         with dist.on_main(folder.lock):
             if dist.is_main():
-                runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+                files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
                 (folder.path / "final").mkdir(exist_ok=True)
                 evaluator.save(folder.path / "final")
                 folder.write(info)
@@ -398,7 +398,7 @@ def _print_plan(run: Prepared, resolved: Resolved) -> None:
                  f"({1 / per_image:.1f} images/s in a short trial), evaluation not counted")
     )  # fmt: skip
     lines.append(("run", f"{folder.path}" + (" (exists)" if folder.record.exists() else "")))
-    free, need = shutil.disk_usage(runs.existing_parent(folder.path)).free, _disk_need(run)
+    free, need = shutil.disk_usage(files.existing_parent(folder.path)).free, _disk_need(run)
     lines.append(("disk", f"at most {need / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"))
     for name, text in lines:
         out.print(f"{name + ':':<15}{text}", markup=False)

@@ -28,7 +28,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 import hcnet_cli
-from hcnet_cli import build, optim, profile, report, rng, runs
+from hcnet_cli import build, files, optim, profile, report, rng, runs
 from hcnet_cli.console import UserError, did_you_mean, telling, warn
 from hcnet_cli.models import HcNet, remap_official_state_dict
 from hcnet_cli.models.literal import ReferenceHcNet
@@ -144,7 +144,7 @@ def check_output(output: Path | None) -> None:
         return
     if output.suffix not in ENDINGS:
         raise UserError(f"{output} ends in neither {' nor '.join(ENDINGS)}.", hint="The ending chooses the format.")
-    runs.check_output(output)
+    files.check_output(output)
 
 
 # --- one contender ----------------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def check(
     """
     from hcnet_cli import check as checking
     from hcnet_cli.report import render
-    from hcnet_cli.runs import check_output, write_output
+    from hcnet_cli.files import check_output, write_output
 
     if output is not None:
         if output.suffix != ".json":
@@ -440,7 +440,7 @@ def report(
     """Print the paper's tables from the runs, published numbers beside measured ones."""
     from hcnet_cli.report import format_for, report_check
     from hcnet_cli.report import report as make
-    from hcnet_cli.runs import write_output
+    from hcnet_cli.files import write_output
     from hcnet_cli.study import design
 
     for folder in results or []:
@@ -525,7 +525,7 @@ def bench(
         return
     from hcnet_cli.bench import models as timing
     from hcnet_cli.report import render
-    from hcnet_cli.runs import write_output
+    from hcnet_cli.files import write_output
 
     timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
@@ -555,7 +555,7 @@ def bench_data(
     from hcnet_cli.bench import data as bench_data
     from hcnet_cli.bench import models as bench
     from hcnet_cli.report import render
-    from hcnet_cli.runs import write_output
+    from hcnet_cli.files import write_output
 
     bench.check_output(output)
     bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it

@@ -243,7 +243,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def describe(self, index: int) -> str:
+    def sample_path(self, index: int) -> str:
         """The file of a sample."""
         return os.path.join(self.folder, self.classes[self.files.labels[index]], self.files.name(index))
 
@@ -251,7 +251,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         index, key, _ = request
         unreadable: dict[str, str] = {}
         for attempt in range(10):
-            path = self.describe(index)
+            path = self.sample_path(index)
             try:
                 image = read_image(path)
             except MemoryError:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from hcnet_cli import dist, rng
 from hcnet_cli.console import UserError, notice, warn
+from hcnet_cli.files import replacing
 
 SPLITS = ("training", "validation")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -238,9 +239,8 @@ def _scan(images: NDArray[np.str_], labels: NDArray[np.str_], cache: Path | None
                 first_seen.setdefault(value, path)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        draft = kept.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(first_seen))
-        os.replace(draft, kept)
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps(first_seen))
     return first_seen
 
 
@@ -508,7 +508,7 @@ class TrainScenes:
         item["label"] = pad(torch.from_numpy(label), self.crop_size, self.folder.ignore_index)
         return item
 
-    def describe(self, index: int) -> str:
+    def sample_path(self, index: int) -> str:
         """The file behind a sample."""
         return str(self.images[index])
 
