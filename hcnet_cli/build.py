@@ -375,13 +375,13 @@ def build_job(recipe: Recipe, data: Data, task: Any, device: torch.device) -> Jo
         task=task,
         train=batches,
         val=_eval_loader(recipe, data.val, data),
-        describe=data.train.describe,
-        optimizer=optim.adamw(
+        sample_path=data.train.sample_path,
+        optimizer=optim.build_optimizer(
             task.model,
+            name=recipe.optim.name,
+            args=recipe.optim.args,
             lr=recipe.optim.lr,
             weight_decay=recipe.optim.weight_decay,
-            betas=recipe.optim.betas,
-            eps=recipe.optim.eps,
             no_decay=recipe.optim.no_decay,
         ),
         lr_at=functools.partial(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -159,17 +160,43 @@ class SceneParsing(Part):
     multi_scale: bool = False  # evaluate the best weights at several scales too, when training ends
 
 
+ADAMW = {"betas": [0.9, 0.999], "eps": 1.0e-8}  # default arguments, written out in each recipe that trains with AdamW
+
+
 class Optim(Part):
-    """AdamW. `no_decay`: "1d" = biases and every 1-D parameter (Swin's ImageNet rule); "norm" = parameters whose name
-    contains `norm` (Swin's detection and segmentation rule: biases are decayed).
+    """The optimizer `name`, one of timm's, with its own arguments `args` (momentum, betas, ...).
+
+    `no_decay`: "1d" = biases and every 1-D parameter (Swin's ImageNet rule); "norm" = parameters whose name contains
+    `norm` (Swin's detection and segmentation rule: biases are decayed).
     """
 
+    name: str = "adamw"
+    args: dict[str, Any] = {}
     lr: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1.0e-8
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     no_decay: Literal["1d", "norm"] = "1d"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_args(cls, data: Any) -> Any:
+        """Moves `betas` and `eps` of recipes written before `args` existed into it; fills in AdamW's defaults."""
+        if not isinstance(data, dict) or not isinstance(data.get("args", {}), dict):
+            return data
+        moved = {key: data[key] for key in ADAMW if key in data}
+        args = {**moved, **data.get("args", {})}
+        if data.get("name", "adamw") == "adamw":
+            args = {**ADAMW, **args}
+            args["betas"], args["eps"] = _floats("betas", args["betas"], 2), _floats("eps", [args["eps"]], 1)[0]
+        return {**{key: value for key, value in data.items() if key not in moved}, "args": args}
+
+
+def _floats(key: str, values: Any, count: int) -> list[float]:
+    """`values` as floats: 1 and 1.0 are the same number and must give the same fingerprint."""
+    plain = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+    if not plain or len(values) != count or not all(map(math.isfinite, values)):
+        raise ValueError(f'"optim.args.{key}" must be {"a number" if count == 1 else f"{count} numbers"}')
+    return [float(value) for value in values]
 
 
 class Schedule(Part):
@@ -252,6 +279,8 @@ NOT_IN_FINGERPRINT = frozenset(
         "train.workers",
     }
 )
+# Fields that were added after runs had been named, with their defaults (dotted key -> value).
+NEWER_FIELDS = {"optim.name": "adamw"}
 # What a run may vary without departing from its protocol.
 FREE = NOT_IN_FINGERPRINT | {"model.size", "model.disable", "train.seed", "train.precision"}
 
@@ -372,11 +401,12 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         raise UserError(f"The recipe {file} is not a mapping of keys to values.")
     base = check(data, str(file))
     known = flatten(base.model_dump())
+    free = _free_dictionaries(base)
     unsaid = known.keys() - flatten(data).keys()
     sources: dict[str, str] = {}
     nested: Any = data
     for key, value, source in overrides:
-        if key not in known:
+        if key not in known and not any(f"{key}.".startswith(f"{name}.") for name in free):
             section = [k for k in known if k.startswith(f"{key}.")]
             tip = f" It is a section: set one of {', '.join(section)}." if section else did_you_mean(key, known)
             raise UserError(
@@ -387,6 +417,8 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         node = nested
         for section_name in sections:
             node = node.setdefault(section_name, {})
+            if not isinstance(node, dict):
+                raise UserError(f'{source}: "{key}" cannot be set: "{section_name}" is {json.dumps(node)}.')
         node[last] = value
         sources[key] = source
     recipe = check(data, str(file), sources)
@@ -396,6 +428,18 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         model = recipe.model.model_copy(update={"drop_path_rate": SIZES[recipe.model.size].drop_path_rate})
         recipe = recipe.model_copy(update={"model": model})
     return Resolved(recipe, sources)
+
+
+def _free_dictionaries(part: Part, prefix: str = "") -> list[str]:
+    """Dotted names of the fields that are dictionaries: below them any key may be set."""
+    names: list[str] = []
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, Part):
+            names += _free_dictionaries(value, f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            names.append(f"{prefix}{name}")
+    return names
 
 
 def check(data: Mapping[str, Any], origin: str, sources: Mapping[str, str] = MappingProxyType({})) -> Recipe:
@@ -452,8 +496,18 @@ def _known_keys(data: Mapping[str, Any]) -> list[str]:
 
 
 def fingerprint(recipe: Recipe, **contents: str) -> str:
-    """8 hex digits over what can change a number: the recipe but NOT_IN_FINGERPRINT; digests of data and weights."""
+    """8 hex digits over what can change a number: the recipe without NOT_IN_FINGERPRINT; digests of data and weights.
+
+    A field that is newer than the first fingerprints enters only where it differs from its default, so that runs made
+    before it existed keep their names.
+    """
     flat = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k not in NOT_IN_FINGERPRINT}
+    for key, default in NEWER_FIELDS.items():
+        if flat.get(key, default) == default:
+            flat.pop(key, None)
+    if recipe.optim.name == "adamw":  # the only optimizer once, and these keys stood in `optim` itself
+        for key in ADAMW:
+            flat[f"optim.{key}"] = flat.pop(f"optim.args.{key}")
     text = json.dumps({**flat, **contents}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

@@ -231,7 +231,7 @@ class TrainLoader:
         self.max_unreadable = max_unreadable
         self.unreadable: list[str] = []
         self._size = len(dataset)
-        self._batches = BatchDataset(dataset, collate or collate_items)
+        self._dataset = BatchDataset(dataset, collate or collate_items)
 
     def requests(self, start_step: int) -> Iterator[list[SampleRequest]]:
         """Lists of requests: one list for each micro-batch of this process, `accumulate` lists for each step."""
@@ -256,7 +256,7 @@ class TrainLoader:
 
         Raises the UserError of a data set, and one of its own if too many files cannot be read.
         """
-        loader = _data_loader(self._batches, self.requests(start_step), self.workers, persistent=False)
+        loader = _data_loader(self._dataset, self.requests(start_step), self.workers, persistent=False)
         for batch, unreadable in _batches(loader):
             for path in unreadable:
                 self._count_unreadable(path)
