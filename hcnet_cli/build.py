@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -22,7 +21,7 @@ from hcnet_cli import dist, optim, profile, rng
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data import embedded, loader
-from hcnet_cli.engine import Job, to_device
+from hcnet_cli.engine import Evaluation, Job, to_device
 from hcnet_cli.recipe import Recipe, Steps
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.sizes import SIZES
@@ -298,15 +297,15 @@ def _segmentation_task(
     )
 
 
-def build_multi_scale(recipe: Recipe, data: Data, job: Job) -> Job:
-    """The job that evaluates the model of a segmentation job at several scales, by the same engine."""
+def build_multi_scale(recipe: Recipe, data: Data, job: Job) -> Evaluation:
+    """The evaluation of the model of a segmentation job at several scales."""
     config = recipe.data
     assert isinstance(config, rcp.SceneParsing)
     images = scene_parsing.EvalScenes(
         data.source, img_scale=config.img_scale, ratios=segmentation_task.MULTI_SCALE, mean=config.mean, std=config.std
     )
     task = several_scales(recipe, data, job.task.model).to(job.device)
-    return dataclasses.replace(job, task=task, val=_eval_loader(recipe, images, data), ema=None)
+    return Evaluation("multi-scale", task, _eval_loader(recipe, images, data))
 
 
 def macs(task: Any, data: Data) -> int:
@@ -374,7 +373,7 @@ def build_job(recipe: Recipe, data: Data, task: Any, device: torch.device) -> Jo
     return Job(
         task=task,
         train=batches,
-        val=_eval_loader(recipe, data.val, data),
+        evaluations=[Evaluation("", task, _eval_loader(recipe, data.val, data))],
         sample_path=data.train.sample_path,
         optimizer=optim.build_optimizer(
             task.model,

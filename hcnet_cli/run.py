@@ -18,7 +18,7 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, files, profile, runs
+from hcnet_cli import build, dist, engine, files, optim, profile, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import RunFailed, UserError, duration, notice, out, warn
 from hcnet_cli.recipe import Recipe, Resolved
@@ -66,6 +66,7 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         precision = build.pick_precision(resolved.recipe.train.precision, device)
         train_part = resolved.recipe.train.model_copy(update={"precision": precision})
         recipe = resolved.recipe.model_copy(update={"train": train_part})
+        optim.check_optimizer(recipe.optim.name, recipe.optim.args)
         data = build.build_data(recipe)
         task = build.build_task(recipe, data)
         recipe = recipe.model_copy(update={"init": dist.from_main(lambda: runs.find_init(recipe, options.results))})
@@ -306,7 +307,8 @@ def _several_scales(job: engine.Job, recipe: Recipe, data: build.Data, folder: R
     """mIoU_ms and its companions, of the best weights."""
     notice("Evaluating the best weights at several scales.")
     build.load_init(job.task.model, *build.read_init(str(folder.path)))
-    metrics, _ = engine.evaluate(build.build_multi_scale(recipe, data, job))
+    job.ema = None  # the best weights, just loaded, are those of the moving average
+    metrics, _ = engine.evaluate(job, build.build_multi_scale(recipe, data, job))
     return metrics
 
 
@@ -337,9 +339,9 @@ def _evaluate_only(run: Prepared, info: RunInfo) -> RunInfo:
     job.ema = None
     notice(str(account))
     notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")
-    metrics, evaluator = engine.evaluate(job)
+    metrics, evaluator = engine.evaluate(job, job.evaluations[0])
     if isinstance(recipe.data, rcp.SceneParsing) and recipe.data.multi_scale:
-        metrics |= engine.evaluate(build.build_multi_scale(recipe, data, job))[0]
+        metrics |= engine.evaluate(job, build.build_multi_scale(recipe, data, job))[0]
     if dist.is_main():
         out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     if earlier is None:

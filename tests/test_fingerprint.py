@@ -1,7 +1,7 @@
 """Protects the names of finished runs: a recipe has the fingerprint it had before optimizers other than AdamW existed.
 
 tests/golden/fingerprints.json holds `fingerprint(recipe, data="d")` of every shipped recipe, as the older code computed
-it: "NAME", followed by overrides; " slide" stands for data.eval_mode=slide. Fields added since keep it at their default.
+it: "NAME", then overrides; " slide" stands for data.eval_mode=slide. A field added since must keep it at its default.
 """
 
 from __future__ import annotations

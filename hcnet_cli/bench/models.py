@@ -247,7 +247,7 @@ def training_step(
 ) -> Callable[[], None]:
     """Forward under autocast, loss, backward, optimizer step. No loss scaling for fp16: it costs next to nothing."""
     targets = torch.randint(getattr(model, "num_classes", 1000), (len(images),)).to(images.device)
-    optimizer = optim.adamw(model, lr=1e-6, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, no_decay="1d")
+    optimizer = optim.build_optimizer(model, name="adamw", args={}, lr=1e-6, weight_decay=0.05, no_decay="1d")
 
     def run() -> None:
         with torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):

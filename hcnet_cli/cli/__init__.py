@@ -268,8 +268,8 @@ def check(
     sizes that are not those annotated, the same picture in training and validation or in two classes.
     """
     from hcnet_cli import check as checking
-    from hcnet_cli.report import render
     from hcnet_cli.files import check_output, write_output
+    from hcnet_cli.report import render
 
     if output is not None:
         if output.suffix != ".json":
@@ -438,9 +438,9 @@ def report(
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
+    from hcnet_cli.files import write_output
     from hcnet_cli.report import format_for, report_check
     from hcnet_cli.report import report as make
-    from hcnet_cli.files import write_output
     from hcnet_cli.study import design
 
     for folder in results or []:
@@ -524,8 +524,8 @@ def bench(
             )
         return
     from hcnet_cli.bench import models as timing
-    from hcnet_cli.report import render
     from hcnet_cli.files import write_output
+    from hcnet_cli.report import render
 
     timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
@@ -554,8 +554,8 @@ def bench_data(
     from hcnet_cli import build
     from hcnet_cli.bench import data as bench_data
     from hcnet_cli.bench import models as bench
-    from hcnet_cli.report import render
     from hcnet_cli.files import write_output
+    from hcnet_cli.report import render
 
     bench.check_output(output)
     bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it

@@ -26,7 +26,7 @@ from hcnet_cli.console import UserError, warn
 class SampleRequest(NamedTuple):
     """One sample to load. All randomness in loading it comes from `key`, or from `step_key` if the batch shares it."""
 
-    index: int  # into the data set
+    index: int  # type: ignore[assignment]  # of the sample in the data set; hides tuple.index, which nothing calls
     key: int
     step_key: int
 
@@ -159,7 +159,9 @@ def _exit_with_parent() -> None:
 warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user chose the number of workers
 
 
-def _data_loader(batches: BatchDataset, requests: Iterable[list[SampleRequest]], workers: int, persistent: bool) -> DataLoader[Any]:
+def _data_loader(
+    batches: BatchDataset, requests: Iterable[list[SampleRequest]], workers: int, persistent: bool
+) -> DataLoader[Any]:
     return DataLoader(
         batches,
         batch_size=None,  # an "index" is a whole list of requests
@@ -219,7 +221,9 @@ class TrainLoader:
         if groups is not None:
             sizes = np.unique(groups, return_counts=True)[1]
             if never := int(sizes[sizes < batch_size].sum()):
-                warn(f"{never} training images are never used: too few have their shape to fill a batch of {batch_size}.")
+                warn(
+                    f"{never} training images are never used: too few have their shape to fill a batch of {batch_size}."
+                )
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.total_steps = total_steps
