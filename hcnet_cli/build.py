@@ -225,13 +225,13 @@ def build_job(recipe: Recipe, data: DataSplits, task: Task, device: torch.device
         task=task,
         train=batches,
         evaluations=build_evaluations(recipe, task, data),
-        describe=data.train.describe,
-        optimizer=optim.adamw(
+        sample_path=data.train.sample_path,
+        optimizer=optim.build_optimizer(
             task.model,
+            name=recipe.optim.name,
+            args=recipe.optim.args,
             lr=recipe.optim.lr,
             weight_decay=recipe.optim.weight_decay,
-            betas=recipe.optim.args["betas"],
-            eps=recipe.optim.args["eps"],
             no_decay=recipe.optim.no_decay,
         ),
         lr_at=functools.partial(

@@ -144,7 +144,7 @@ def _image_folder(root: Path) -> Report:
     classes: dict[str, dict[str, float]] = {name: {} for name in index.classes}
     for split, files in (("train", index.train), ("val", index.val)):
         images = image_folder.ImageFolder(index, split, lambda image: {})
-        items += [Item(images.describe(i), split, index.classes[files.labels[i]]) for i in range(len(images))]
+        items += [Item(images.sample_path(i), split, index.classes[files.labels[i]]) for i in range(len(images))]
         for name, count in zip(index.classes, np.bincount(files.labels, minlength=len(classes)), strict=True):
             classes[name][split] = int(count)
     report = Report(index.name, root, "image folder", "images", items, classes)

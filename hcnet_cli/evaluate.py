@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hcnet_cli import build, dist, engine, run, runs
+from hcnet_cli import build, dist, engine, files, run, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice, out
 from hcnet_cli.device import pick_device
@@ -66,7 +66,7 @@ def evaluate(
                 {"name": evaluation.name, "settings": settings, "argv": list(argv), "at": runs.now()}
             )
         if dist.is_main() and wanted != [first]:
-            runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+            files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
             folder.write(info)
     return info
 

@@ -11,12 +11,13 @@ import rich.table
 import torch
 from torch import Tensor
 
-from hcnet_cli import build, dist, engine, profile, runs
+from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import duration, notice, out, warn
 from hcnet_cli.data import loader
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task, to_device
+from hcnet_cli.files import existing_parent
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 
@@ -39,7 +40,7 @@ def print_plan(
     for name, text in _lines(folder, recipe, data, task, device, seconds).items():
         out.print(f"{name + ':':<15}{text}", markup=False)
     notice_many_passes(build.steps(recipe, data).total, recipe.train.batch_size, data.info.num_train)
-    if shutil.disk_usage(runs.existing_parent(folder.path)).free < disk_need(recipe, task):
+    if shutil.disk_usage(existing_parent(folder.path)).free < disk_need(recipe, task):
         warn("The disk has too little space for this run's checkpoints.")
 
 
@@ -73,7 +74,7 @@ def _lines(
         f"({1 / seconds:.1f} images/s in a short trial), evaluation not counted"
     )
     lines["run"] = f"{folder.path}{' (exists)' if folder.record.exists() else ''}"
-    free = shutil.disk_usage(runs.existing_parent(folder.path)).free
+    free = shutil.disk_usage(existing_parent(folder.path)).free
     lines["disk"] = f"at most {disk_need(recipe, task) / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"
     return lines
 

@@ -16,7 +16,7 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, plan, profile, runs
+from hcnet_cli import build, dist, engine, files, optim, plan, profile, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, duration, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
@@ -86,6 +86,7 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
     precision = pick_precision(resolved.recipe.train.precision, device)
     train_part = resolved.recipe.train.model_copy(update={"precision": precision})
     recipe = resolved.recipe.model_copy(update={"train": train_part})
+    optim.check_optimizer(recipe.optim.name, recipe.optim.args)
     data = build.open_data(recipe)
     task = build.build_task(recipe, data)
     recipe = recipe.model_copy(update={"init": dist.from_main(lambda: runs.find_init(recipe, options.results))})
@@ -113,7 +114,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info = with_progress(info, state)
     info.metric_notes = protocols(job.evaluations)
     if dist.is_main():
-        runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+        files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
     _announce(run, info, state)
@@ -328,7 +329,7 @@ def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
 
 def keep(evaluator: Evaluator, place: Path) -> None:
     """Saves what is worth keeping of the predictions (main process)."""
-    with runs.writing(place):
+    with files.writing(place):
         place.mkdir(parents=True, exist_ok=True)
         evaluator.save(place)
 
@@ -378,7 +379,7 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         )
         with dist.on_main(folder.lock):
             if dist.is_main():
-                runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+                files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
                 for number, (one, _, evaluator) in enumerate(scored):
                     keep(evaluator, folder.path / "final" / (one.name if number else ""))
                 folder.write(info)

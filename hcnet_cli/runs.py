@@ -1,15 +1,13 @@
-"""The run folder: its name, its record (run.json), its log (metrics.jsonl), and writes that are whole or not at all."""
+"""The run folder: its name, its record (run.json) and its log (metrics.jsonl)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,12 +17,12 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import DISK_FULL, UserError, notice
+from hcnet_cli.console import UserError, notice
+from hcnet_cli.files import write_text, writing
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import TASKS
 
 SCHEMA = 1
-ELSEWHERE = "Choose another place, with --out or --output."
 
 
 class DataInfo(BaseModel):
@@ -106,77 +104,6 @@ def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-# --- writing whole files ----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusals to write `path` into one sentence for people."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            free = shutil.disk_usage(existing_parent(path)).free // 2**20
-            raise UserError(
-                f"The disk is full ({free} MiB free): {path} could not be written.",
-                hint="What was saved before is intact. Free some space and run the same command again.",
-            ) from None
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.", hint=ELSEWHERE) from None
-
-
-def existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def sync(path: Path) -> None:
-    """Pushes a file or folder entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` with `text`: temp file, fsync, rename. Readers see the old or the new file, never half.
-
-    A link stays and the file it points to is replaced; a pipe or a device gets the text as it would from any program.
-    """
-    with writing(path):
-        path = path.resolve()
-        if path.exists() and not path.is_file():
-            path.write_bytes(text.encode())
-            return
-        temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temp.write_bytes(text.encode())
-            sync(temp)
-            os.replace(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
-        sync(path.parent)
-
-
-def check_output(path: Path) -> None:
-    """UserError, before any work is done for it, if the file of an --output could not be written in the end."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder.")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-
-
-def write_output(path: Path, text: str) -> None:
-    """`write_text` for the file of an --output: its folder is made, and the user told."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-    notice(f"Wrote {path}.")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

@@ -138,8 +138,8 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
 
     return Pipeline(
         "hcnet",
-        lambda index: image_folder.read_image(images.describe(index)),
-        lambda index: images[index, rng.derive("bench", index), 0],
+        lambda index: image_folder.read_image(images.sample_path(index)),
+        lambda index: images[loader.SampleRequest(index, rng.derive("bench", index), 0)],
         start,
         len(images),
     )

@@ -42,8 +42,8 @@ def bench(
             )
         return
     from hcnet_cli.bench import models as timing
+    from hcnet_cli.files import write_output
     from hcnet_cli.report import render
-    from hcnet_cli.runs import write_output
 
     timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
@@ -72,8 +72,8 @@ def bench_data(
     from hcnet_cli.bench import data as bench_data
     from hcnet_cli.bench import models as bench
     from hcnet_cli.device import pick_device
+    from hcnet_cli.files import write_output
     from hcnet_cli.report import render
-    from hcnet_cli.runs import write_output
 
     bench.check_output(output)
     bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it

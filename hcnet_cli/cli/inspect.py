@@ -25,8 +25,8 @@ def check(
     sizes that are not those annotated, the same picture in training and validation or in two classes.
     """
     from hcnet_cli import check as checking
+    from hcnet_cli.files import check_output, write_output
     from hcnet_cli.report import render
-    from hcnet_cli.runs import check_output, write_output
 
     if output is not None:
         if output.suffix != ".json":

@@ -27,9 +27,9 @@ def report(
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
+    from hcnet_cli.files import write_output
     from hcnet_cli.report import format_for, report_check
     from hcnet_cli.report import report as make
-    from hcnet_cli.runs import write_output
     from hcnet_cli.study import design
 
     for folder in results or []:

@@ -7,7 +7,6 @@ the heat steps, and how far sight and heat spread. Equal runs give equal bytes.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hcnet_cli import build, runs
+from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.explain.heat import heat_steps, measure, receptive_field, windows
 from hcnet_cli.explain.pictures import captions, draw
+from hcnet_cli.files import replacing, writing
 from hcnet_cli.models import HcNet
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
@@ -42,7 +43,7 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     info, recipe, backbone = load(run)
     images, source = _one_image(recipe, image) if image else _validation_images(recipe, info)
     folder = out or run / "explain"
-    with runs.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     steps = heat_steps(backbone, images)
     if not steps:
@@ -66,13 +67,8 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
 
 def _write(path: Path, content: bytes) -> None:
     """Replaces `path` whole: the report's page may read it at any time."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with runs.writing(path):
-        try:
-            temp.write_bytes(content)
-            os.replace(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
+    with writing(path), replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _rounded(value: Any) -> Any:
@@ -111,7 +107,7 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
     try:
         data = build.open_data(recipe)
         chosen = np.linspace(0, len(data.val) - 1, min(MAX_IMAGES, len(data.val))).round()
-        items = [data.val[int(index), 0, 0] for index in chosen]
+        items = [data.val[SampleRequest(int(index), 0, 0)] for index in chosen]
     except UserError as error:
         raise UserError(
             f"The validation images of this run cannot be used: {error}",

@@ -24,6 +24,7 @@ from rich.text import Text
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, duration, err, notice, out, warn
+from hcnet_cli.files import write_text, writing
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import FAMILIES, METRICS, Run, is_number
 from hcnet_cli.study import design
@@ -214,7 +215,7 @@ class _Study:
         return self.folder.with_name(f"{self.plan.name}.json")
 
     def write(self) -> None:
-        runs.write_text(self.file, self.record.model_dump_json(indent=1) + "\n")
+        write_text(self.file, self.record.model_dump_json(indent=1) + "\n")
 
     # -- the loop --
 
@@ -222,7 +223,7 @@ class _Study:
         cells, arms = self.record.cells, len(self.plan.arms)
         for (arm, task), recipe in self.plan.recipes.items():
             file = self.folder / f"{self.stem(Cell(arm=arm, task=task, seed=0))}.yaml"
-            runs.write_text(file, rcp.dump_yaml(recipe))
+            write_text(file, rcp.dump_yaml(recipe))
         self.write()
         there = sum(cell.state == "finished" for cell in cells)
         tasks = f" x {len(self.plan.tasks)} tasks" if len(self.plan.tasks) > 1 else ""
@@ -307,7 +308,7 @@ class _Study:
         line = [*PROGRAM, cell.task, *(str(x) for pair in arguments.items() for x in pair)]
         if cell.run in self.again:
             line.append("--fresh")
-        with runs.writing(log), log.open("wb") as file:
+        with writing(log), log.open("wb") as file:
             # a session of its own: Ctrl-C is passed on by us, once
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=self._environment(slot),
@@ -448,7 +449,7 @@ class _Study:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Two commands at the same study would start the same runs."""
-    with runs.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         try:

@@ -254,7 +254,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         other.transform = transform
         return other
 
-    def describe(self, index: int) -> str:
+    def sample_path(self, index: int) -> str:
         """The file of a sample."""
         return os.path.join(self.folder, self.classes[self.files.labels[index]], self.files.name(index))
 
@@ -262,7 +262,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         index, key, _ = request
         unreadable: dict[str, str] = {}
         for attempt in range(10):
-            path = self.describe(index)
+            path = self.sample_path(index)
             try:
                 image = read_image(path)
             except MemoryError:

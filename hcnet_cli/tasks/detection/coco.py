@@ -494,7 +494,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def describe(self, index: int) -> str:
+    def sample_path(self, index: int) -> str:
         """The file of an item."""
         return str(self.images / self.annotations.name(int(self.rows[index])))
 

@@ -30,6 +30,7 @@ from hcnet_cli import dist, rng
 from hcnet_cli.console import UserError, notice, warn
 from hcnet_cli.data import embedded
 from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.files import replacing
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import DataPart, Part
 from hcnet_cli.tasks.segmentation.spec import SceneParsing
@@ -243,9 +244,8 @@ def _scan(images: NDArray[np.str_], labels: NDArray[np.str_], cache: Path | None
                 first_seen.setdefault(value, path)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        draft = kept.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(first_seen))
-        os.replace(draft, kept)
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps(first_seen))
     return first_seen
 
 
@@ -513,7 +513,7 @@ class TrainScenes:
         item["label"] = pad(torch.from_numpy(label), self.crop_size, self.folder.ignore_index)
         return item
 
-    def describe(self, index: int) -> str:
+    def sample_path(self, index: int) -> str:
         """The file behind a sample."""
         return str(self.images[index])
 
