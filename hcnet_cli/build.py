@@ -185,8 +185,13 @@ class Steps:
 
 
 def steps(recipe: Recipe, data: DataSplits) -> Steps:
-    """Durations of the schedule. A warm-up takes at most half of the run."""
-    schedule, epoch = recipe.schedule, data.steps_per_epoch(recipe.train.batch_size)
+    """Durations of the schedule on these data."""
+    return steps_of_schedule(recipe, data.steps_per_epoch(recipe.train.batch_size))
+
+
+def steps_of_schedule(recipe: Recipe, epoch: int) -> Steps:
+    """Durations of the schedule, given the steps of one epoch. A warm-up takes at most half of the run."""
+    schedule = recipe.schedule
 
     def count(amount: float, unit: str) -> int:
         return round(amount * epoch) if unit == "epochs" else round(amount)

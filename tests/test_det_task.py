@@ -238,7 +238,7 @@ def test_one_batch_is_learnt(scenes: Path, tmp_path: Path) -> None:
     data["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
     file = tmp_path / "two.json"
     file.write_text(json.dumps(data))
-    task._scoring["annotation_file"] = file
+    task.scoring["annotation_file"] = file
     evaluator = task.evaluator()
     with torch.inference_mode():
         for i in chosen:

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import hcnet_cli.models  # noqa: F401  (registers HcNet with timm)
-from hcnet_cli.tasks import segmentation
+from hcnet_cli.tasks.segmentation import task as task_module
+from hcnet_cli.tasks.segmentation.spec import SPEC
 from hcnet_cli.tasks.segmentation.task import SegmentationTask, View, label_map, protocol, windows
 from hcnet_cli.tasks.segmentation.upernet import UPerNet
 
@@ -221,7 +222,7 @@ def test_multi_scale_and_flip_average_probabilities(mode, elements, monkeypatch)
     """Softmax at the original size, mirrored back, averaged; the same when classes are taken a few at a
     time.
     """
-    monkeypatch.setattr(segmentation, "MAX_ELEMENTS", elements)
+    monkeypatch.setattr(task_module, "MAX_ELEMENTS", elements)
     task = make_task(flip=True, mode=mode, crop_size=40, stride=27).eval()
     size = (37, 59)
     batch = evaluation_batch((40, 64), ratios=(0.5, 1.0, 1.75), original=size)
@@ -242,7 +243,7 @@ def test_multi_scale_and_flip_average_probabilities(mode, elements, monkeypatch)
 @pytest.mark.parametrize("elements", [2**24, 1000])
 @torch.no_grad()
 def test_a_single_pass_is_the_argmax_of_the_resized_logits(elements, monkeypatch):
-    monkeypatch.setattr(segmentation, "MAX_ELEMENTS", elements)
+    monkeypatch.setattr(task_module, "MAX_ELEMENTS", elements)
     task = make_task().eval()
     batch = evaluation_batch((40, 64), original=(53, 70))
     p = reference_probabilities(task.model, batch["images"][0][0], (53, 70))
@@ -255,9 +256,9 @@ def test_memory_stays_bounded_with_150_classes(monkeypatch):
     """No tensor at full resolution holds more than MAX_ELEMENTS numbers, however many classes and passes
     there are.
     """
-    monkeypatch.setattr(segmentation, "MAX_ELEMENTS", 2**16)
+    monkeypatch.setattr(task_module, "MAX_ELEMENTS", 2**16)
     largest = 0
-    real = segmentation.resize
+    real = task_module.resize
 
     def watched(x, size):
         nonlocal largest
@@ -265,7 +266,7 @@ def test_memory_stays_bounded_with_150_classes(monkeypatch):
         largest = max(largest, out.numel())
         return out
 
-    monkeypatch.setattr(segmentation, "resize", watched)
+    monkeypatch.setattr(task_module, "resize", watched)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(150, 16, 24, generator=generator)
     views = [View((64, 96), [(0, 0, 64, 96)], [logits], flipped) for flipped in (False, True)]
@@ -297,21 +298,20 @@ def test_windows_cover_the_image(height, width, crop, stride):
 def test_protocol_says_how_a_score_was_made():
     assert protocol((2048, 512)) == "ss, whole, 2048x512"
     assert protocol((2048, 512), mode="slide") == "ss, slide 512/341, 2048x512"
-    multi = protocol((2048, 512), ratios=segmentation.MULTI_SCALE, flip=True)
+    multi = protocol((2048, 512), ratios=SPEC.evaluations["ms"]["scales"], flip=True)
     assert multi == "ms 0.5-1.75 + flip, whole, 2048x512"
 
 
 def test_evaluating_twice_with_one_model():
-    """A second task on the same model evaluates at several scales under names of its own."""
+    """A second task on the same model evaluates it at several scales."""
     task = make_task()
-    multi = SegmentationTask(task.model, NAMES, flip=True, suffix="_ms")
-    assert (task.primary, multi.primary) == ("mIoU", "mIoU_ms")
+    multi = SegmentationTask(task.model, NAMES, flip=True)
     assert multi.model is task.model
     batch = evaluation_batch((32, 32), ratios=(0.5, 1.0)) | {"sample": torch.tensor([0]), "path": ["a.jpg"]}
     evaluator = multi.eval().evaluator()
     with torch.no_grad():
         evaluator.update(multi.predict(batch), batch)
-    assert set(evaluator.compute()) == {"mIoU_ms", "mAcc_ms", "aAcc_ms", "num_present_ms"}
+    assert set(evaluator.compute()) == {"mIoU", "mAcc", "aAcc", "num_present"}
 
 
 def test_other_backbones_train_too():
