@@ -122,7 +122,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def telling() -> Iterator[Callable[[str], None]]:
+def status_line() -> Iterator[Callable[[str], None]]:
     """Shows what is being done: one line that changes on a terminal (without a thread of its own), else plain lines."""
     if not err.is_terminal:
         yield notice

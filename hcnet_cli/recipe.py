@@ -56,6 +56,10 @@ class Model(Part):
                 )
         return self
 
+    @property
+    def label(self) -> str:
+        return self.size
+
 
 class Classes(Part):
     """Image classification: a linear head."""

@@ -49,6 +49,7 @@ class RunInfo(BaseModel):
     task: str
     protocol: str  # shipped recipe followed, such as "pretrain/imagenet"
     changes: dict[str, Any] = {}  # where the recipe departs from it (dotted key -> value)
+    model: str = ""  # the name of a backbone other than HcNet, which has no `size`
     size: str
     variant: str = ""  # "", "no-refinement", "kernel_size=3" ...
     seed: int

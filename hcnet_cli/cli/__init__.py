@@ -18,7 +18,7 @@ from hcnet_cli.sizes import COMPONENTS, SIZES
 if TYPE_CHECKING:
     from hcnet_cli.recipe import Recipe, Resolved
     from hcnet_cli.study.design import Base, StudyRun
-    from hcnet_cli.study.runner import Cost
+    from hcnet_cli.study.preview import Cost
 
 app = typer.Typer(
     help="Train, fine-tune, ablate and report HcNet, the vision backbone that conducts heat.",
@@ -319,7 +319,7 @@ def ablate(
     pretrain is among the tasks, else from random weights.
     """
     from hcnet_cli.report import render
-    from hcnet_cli.study import design, runner
+    from hcnet_cli.study import design, preview, runner, table
 
     if bool(disable) == bool(study_name):
         raise UserError(
@@ -337,15 +337,14 @@ def ablate(
                 hint="Name recipes, and what all arms change in them, under runs: in a study file.",
             )
     bases = [_ablation_base(kind, one, ctx.params) for kind, one in wanted]
-    plan = design.plan(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
+    expanded = design.expand(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
     settings = runner.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
     if dry_run:
-        runner.preview(plan, settings, lambda one: _cost(one, device))
+        preview.preview(expanded, settings, lambda one: _cost(one, device))
         return
-    record, code = runner.run(plan, settings)
+    record, code = runner.run(expanded, settings)
     if code <= 1:
-        table = design.table(record, design.by_name(out_dir))
-        sys.stdout.write(render([table], "rich"))
+        sys.stdout.write(render([table.table(record, table.runs_by_name(out_dir))], "rich"))
     raise typer.Exit(code)
 
 
@@ -365,7 +364,7 @@ def _ablation_base(task: str, one: StudyRun, given: dict[str, Any]) -> Base:
 def _cost(recipe: Recipe, device: str) -> Cost:
     """What one run of a recipe takes; the time from a short trial."""
     from hcnet_cli import build, profile
-    from hcnet_cli.study.runner import Cost
+    from hcnet_cli.study.preview import Cost
 
     where = build.pick_device(device)
     data = build.build_data(recipe)
@@ -441,13 +440,13 @@ def report(
     from hcnet_cli.report import format_for, report_check
     from hcnet_cli.report import report as make
     from hcnet_cli.runs import write_output
-    from hcnet_cli.study import design
+    from hcnet_cli.study.table import tables
 
     for folder in results or []:
         if not folder.is_dir():
             raise UserError(f"There is no results folder {folder}.")
     where, more = results or [Path("results")], published or []
-    studies, unreadable = design.tables(where)
+    studies, unreadable = tables(where)
     for line in unreadable:
         warn(f"{line}.")
     if check is not None:
@@ -474,7 +473,7 @@ def report(
         if not watch:
             return
         time.sleep(10)
-        studies, _ = design.tables(where)
+        studies, _ = tables(where)
 
 
 @app.command()
