@@ -123,7 +123,7 @@ class Progress:
 
 @contextlib.contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """Shows what is being done: one line that changes on a terminal (without a thread of its own), else plain lines."""
+    """Shows progress: one line that is replaced on a terminal (without a thread), else plain lines."""
     if not err.is_terminal:
         yield notice
         return

@@ -16,6 +16,7 @@ import pytest
 from conftest import SMALL_MODEL, Done
 
 from hcnet_cli import runs
+from hcnet_cli.study import machine
 from hcnet_cli.study import runner as study
 
 Hcnet = Callable[..., Done]
@@ -165,7 +166,7 @@ def test_a_refusal_of_another_arm_is_that_arms_failure(hcnet: Hcnet, fake: Calla
 
 def test_jobs_divide_cores_and_gpus(hcnet: Hcnet, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(study, "cores", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     fake(seconds=0.5)
     assert hcnet("ablate", "--disable", "gate", "--jobs", "2", "--seeds", "0,1").code == 0

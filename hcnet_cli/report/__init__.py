@@ -10,13 +10,14 @@ from hcnet_cli import console
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.report import text
 from hcnet_cli.results import Results, collect, tables
+from hcnet_cli.sizes import SIZES
 from hcnet_cli.table import Table
-from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks import FIRST_TASK, TASKS
 
 TABLES = (*(spec.table for spec in TASKS.values()), "ablation")
 FORMATS = {"rich": "txt", "markdown": "md", "csv": "csv", "json": "json", "latex": "tex", "html": "html"}
 ENDINGS = {ending: fmt for fmt, ending in FORMATS.items()}
-FIRST_RUN = "No runs yet. The first takes two minutes: hcnet pretrain --size pico"
+FIRST_RUN = f"No runs yet. The first takes two minutes: hcnet {FIRST_TASK} --size {next(iter(SIZES))}"
 
 
 def report(

@@ -19,9 +19,8 @@ from hcnet_cli.recipe import Recipe
 from hcnet_cli.schema import Part
 from hcnet_cli.sizes import COMPONENTS, ordered_components
 from hcnet_cli.study.record import run_key
-from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks import FIRST_TASK, TASKS
 
-FROM_SCRATCH = next(task for task, spec in TASKS.items() if not spec.starts_from)  # the task of a study that names none
 SHARED = frozenset(  # fields that no arm may change: budget, data and seeds
     {
         *("task", "protocol", "data.format", "data.path", "train.seed", "train.batch_size"),
@@ -164,9 +163,9 @@ def study_runs(study: Study, tasks: Sequence[str], recipe: str) -> list[tuple[st
     if recipe:
         if len(tasks) > 1:
             raise UserError("--recipe is for a study of one task.", hint="Name recipes under runs: in a study file.")
-        file = rcp.recipe_file(recipe, *(tasks or [FROM_SCRATCH]))
+        file = rcp.recipe_file(recipe, *(tasks or [FIRST_TASK]))
         return [(rcp.resolve(file).recipe.task, StudyRun(recipe=recipe))]
-    tasks = tasks or [FROM_SCRATCH]
+    tasks = tasks or [FIRST_TASK]
     inits = [TASKS[task].starts_from if TASKS[task].starts_from in tasks else "none" for task in tasks]
     return [(task, StudyRun(recipe="", init=init)) for task, init in zip(tasks, inits, strict=True)]
 

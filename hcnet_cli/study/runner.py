@@ -26,6 +26,7 @@ from hcnet_cli.console import UserError, duration, err, notice, warn
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import Run
 from hcnet_cli.study.design import Design
+from hcnet_cli.study.machine import environment
 from hcnet_cli.study.record import Cell, Found, StudyRecord, find_run
 from hcnet_cli.table import is_number
 from hcnet_cli.tasks import TASKS
@@ -33,7 +34,6 @@ from hcnet_cli.tasks import TASKS
 PROGRAM = (sys.executable, "-m", "hcnet_cli")
 POLL_EVERY = 0.1  # seconds, the processes
 SHOW_EVERY = 2.0  # seconds, the progress of the runs
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,11 @@ class StudyProcess:
         line = [*PROGRAM, cell.task, *(str(x) for pair in arguments.items() for x in pair)]
         if cell.run in self.start_over:
             line.append("--fresh")
+        env = environment(slot, self.settings.jobs, self.settings.device)
         with runs.writing(log), log.open("wb") as file:
             # its own session, so that Ctrl-C reaches it through _work alone
             process = subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=self._environment(slot),
+                line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env,
                 start_new_session=True,
             )  # fmt: skip
         cell.state = "running"
@@ -257,16 +258,6 @@ class StudyProcess:
         self.write()
         self.announce(f"{self.label(cell)}: started")
         return _Job(cell, process, time.monotonic())
-
-    def _environment(self, slot: int) -> dict[str, str]:
-        """Divides the cores, or the GPUs, between the jobs."""
-        env = {name: value for name, value in os.environ.items() if name not in (*TORCHRUN_VARIABLES, "FORCE_COLOR")}
-        if self.settings.jobs > 1:
-            env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.settings.jobs)))
-            cards = gpus(self.settings.device)
-            if cards:
-                env["CUDA_VISIBLE_DEVICES"] = cards[slot % len(cards)]
-        return env
 
     def _ended(self, job: _Job, code: int) -> None:
         cell = job.cell
@@ -283,11 +274,8 @@ class StudyProcess:
             self.durations.append(time.monotonic() - job.began)
             metric = TASKS[cell.task].primary.key
             value = info.metrics.get(metric)
-            self.announce(
-                f"{self.label(cell)}: finished in {duration(self.durations[-1])}"
-                + (f", {metric} {value:.2f}" if is_number(value) and value is not None else "")
-                + self._left()
-            )
+            score = f", {metric} {value:.2f}" if is_number(value) else ""
+            self.announce(f"{self.label(cell)}: finished in {duration(self.durations[-1])}{score}{self._left()}")
         elif self.stop or self.refused:
             cell.state = "interrupted"
         else:
@@ -381,9 +369,6 @@ class StudyProcess:
         return Text(cell.state, style="red" if cell.state == "failed" else "dim")
 
 
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Refuses a second command at the same study, which would start the same runs."""
@@ -409,22 +394,3 @@ def last_error(log: str) -> tuple[str, str]:
         if lines[number].startswith("error: "):
             return lines[number].removeprefix("error: "), " ".join(lines[number + 1 :])
     return (lines[-1] if lines else "It ended without a message."), ""
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def gpus(device: str) -> list[str]:
-    """The GPUs to divide between jobs, as CUDA_VISIBLE_DEVICES names them; none where `device` names one."""
-    if device not in ("auto", "cuda"):
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU ")]
