@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, status_line
 from hcnet_cli.data import embedded
 from hcnet_cli.names import EMBEDDED
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.classification.spec import ImageFolder
 from hcnet_cli.tasks.detection import coco
+from hcnet_cli.tasks.detection.spec import Coco, MaskRCNN
 from hcnet_cli.tasks.segmentation import scene_parsing
 
 AT_A_TIME = 512  # images
@@ -120,10 +121,10 @@ def check(recipe: Recipe) -> Report:
     assert path is not None, "the command line fills in data.path"
     root = embedded.data_folder(path)
     folder = None
-    if isinstance(recipe.data, rcp.ImageFolder):
+    if isinstance(recipe.data, ImageFolder):
         report = _image_folder(root)
-    elif isinstance(recipe.data, rcp.Coco):
-        assert isinstance(recipe.head, rcp.MaskRCNN)
+    elif isinstance(recipe.data, Coco):
+        assert isinstance(recipe.head, MaskRCNN)
         report = _coco(root, recipe.head.with_masks)
     else:
         config = recipe.data.model_dump(include={"num_classes", "reduce_zero_label", "ignore_index"})
@@ -143,7 +144,7 @@ def _image_folder(root: Path) -> Report:
     classes: dict[str, dict[str, float]] = {name: {} for name in index.classes}
     for split, files in (("train", index.train), ("val", index.val)):
         images = image_folder.ImageFolder(index, split, lambda image: {})
-        items += [Item(images.describe(i), split, index.classes[files.labels[i]]) for i in range(len(images))]
+        items += [Item(images.sample_path(i), split, index.classes[files.labels[i]]) for i in range(len(images))]
         for name, count in zip(index.classes, np.bincount(files.labels, minlength=len(classes)), strict=True):
             classes[name][split] = int(count)
     report = Report(index.name, root, "image folder", "images", items, classes)

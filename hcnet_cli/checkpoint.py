@@ -1,7 +1,7 @@
-"""Checkpoints that survive a crash at any moment: tensors as safetensors, the rest as JSON, a checksum over each file.
+"""Checkpoints that survive a crash at any moment: tensors as safetensors, the rest as JSON, a checksum for each file.
 
-`last/` is the newest, `previous/` the one before. A new one is written beside them and renamed into place, so that at
-every instant one of the two is whole; `read` takes the newest whole one.
+`last/` is the newest checkpoint and `previous/` the one before. A new one is written to a third folder and renamed, so
+that one of the two is whole at any moment. `read` returns the newest whole one.
 """
 
 from __future__ import annotations
@@ -13,44 +13,38 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hcnet_cli.console import UserError, warn
-from hcnet_cli.runs import existing_parent, sync, write_text, writing
+from hcnet_cli.files import replacing, require_space, sync, write_text, writing
 
 Tensors = Mapping[str, Tensor]
 NEWEST, PREVIOUS = "last", "previous"
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
-    """Replaces a safetensors file atomically; `metadata` becomes JSON under one key: equal content, equal bytes.
+    """Replaces a safetensors file atomically. `metadata` is stored as sorted JSON: equal content gives equal bytes.
 
-    UserError when the disk is full or the place is not writable.
+    UserError if the disk is full or the folder cannot be written.
     """
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # channels-last weights are stored in the ordinary order; a file is the same whatever layout trained it
+    # channels-last tensors are stored in the ordinary order, so the file does not depend on the layout
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with writing(path):
+    with writing(path), replacing(path) as temporary:
+        require_space(path, sum(t.numel() * t.element_size() for t in plain.values()))
         try:
-            _require_space(path, sum(t.numel() * t.element_size() for t in plain.values()))
-            save_file(plain, temp, metadata={"hcnet": json.dumps(metadata, sort_keys=True)} if metadata else None)
-            sync(temp)
-            os.replace(temp, path)
+            save_file(plain, temporary, metadata={"hcnet": json.dumps(metadata, sort_keys=True)} if metadata else None)
         except SafetensorError as error:
-            if "os error 28" in str(error):  # it reports the system's error as text
+            if "os error 28" in str(error):  # safetensors reports the system's error as text
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
             raise
-        finally:
-            temp.unlink(missing_ok=True)
-        sync(path.parent)
 
 
 def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
-    """Makes `folder`/last from named groups of tensors and a JSON-able state; the former last becomes previous."""
+    """Writes named groups of tensors and a JSON-able state to `folder`/last; the old last becomes previous."""
     fresh = folder / f".{NEWEST}.tmp"
     shutil.rmtree(fresh, ignore_errors=True)
     with writing(fresh):
@@ -69,19 +63,19 @@ def write(folder: Path, tensors: Mapping[str, Tensors], state: Mapping[str, Any]
 
 
 def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """(tensors, state) of the newest whole checkpoint, or None where there is none yet.
+    """(tensors, state) of the newest whole checkpoint, or None if there is none yet.
 
-    A damaged one is passed over with a warning. UserError when there are checkpoints and all are damaged.
+    A damaged checkpoint is skipped with a warning. UserError if there are checkpoints and all are damaged.
     """
     present = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
     for place in present:
         try:
             return _read_whole(place)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            warn(f"The checkpoint {place} is damaged ({error}) and was passed over.")
+            warn(f"The checkpoint {place} is damaged ({error}) and was skipped.")
     if present:
         raise UserError(
-            f"No checkpoint in {folder} is whole.", hint="Start over with --fresh, or restore the folder from a copy."
+            f"No checkpoint in {folder} is whole.", hint="Start over with --fresh, or restore the folder from a backup."
         )
     return None
 
@@ -106,15 +100,9 @@ def _sha256(path: Path) -> str:
         return file_digest(file)
 
 
-def file_digest(file: Any) -> str:
-    """SHA-256 of an open binary file, in pieces."""
+def file_digest(file: BinaryIO) -> str:
+    """SHA-256 of an open binary file, read in blocks of 1 MiB."""
     digest = hashlib.sha256()
     for block in iter(lambda: file.read(2**20), b""):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _require_space(path: Path, size: int) -> None:
-    """A full disk found before half a file is written."""
-    if shutil.disk_usage(existing_parent(path.parent)).free < size + 2**20:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

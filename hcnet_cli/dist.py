@@ -1,4 +1,4 @@
-"""Processes: the same calls on one process and under torchrun."""
+"""Communication between processes. Every call also works on one process, without torchrun."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins torchrun's group for the duration (nccl for tensors on GPUs, gloo beside it); nothing on one process."""
+    """Joins torchrun's process group inside: nccl for GPU tensors, gloo for CPU tensors. No-op on one process."""
     if world_size() == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    td.init_process_group(backend, timeout=timedelta(hours=2))  # others wait while the main process scores
+    td.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the main process scores
     try:
         yield
     finally:
@@ -51,7 +51,7 @@ def is_distributed() -> bool:
 
 
 def processes() -> int:
-    """Processes that work together right now."""
+    """The number of processes in the group; 1 without a group."""
     return td.get_world_size() if is_distributed() else 1
 
 
@@ -64,7 +64,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def gather(item: Any) -> list[Any]:
-    """Every process's picklable item, in rank order, on all processes."""
+    """The picklable items of all processes, in rank order, on every process."""
     if not is_distributed():
         return [item]
     items: list[Any] = [None] * processes()
@@ -73,12 +73,12 @@ def gather(item: Any) -> list[Any]:
 
 
 def any_process(flag: bool) -> bool:
-    """True everywhere when it is true anywhere."""
+    """True on every process if `flag` is true on at least one."""
     return bool(all_reduce_sum(torch.tensor(int(flag))).item()) if is_distributed() else flag
 
 
 def broadcast(item: Any) -> Any:
-    """The main process's picklable item, on all processes."""
+    """The picklable item of the main process, on every process."""
     if not is_distributed():
         return item
     box = [item]
@@ -88,11 +88,11 @@ def broadcast(item: Any) -> Any:
 
 def barrier() -> None:
     if is_distributed():
-        all_reduce_sum(torch.zeros(1))  # on the CPU, hence gloo: no GPU is named, no device is blocked
+        all_reduce_sum(torch.zeros(1))  # a CPU tensor, so gloo: names no GPU and blocks no device
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """The main process's result on all processes; what it raises, all raise."""
+    """Computes on the main process; every process returns its result or raises its exception."""
     value, raised = None, None
     if is_main() or not is_distributed():
         try:
@@ -107,7 +107,7 @@ def from_main(compute: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def on_main(manager: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Enters a context on the main process only; what entering raises, all processes raise."""
+    """Enters a context on the main process only; if entering it raises, every process raises."""
     with contextlib.ExitStack() as stack:
         from_main(lambda: stack.enter_context(manager()) and None)
         yield

@@ -2,262 +2,121 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model
 
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.schema import DataPart, EvaluationPart, Model, Optim, Part, Schedule, Train
 from hcnet_cli.sizes import COMPONENTS, SIZES
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Triple = tuple[float, float, float]
-Quad = tuple[int, int, int, int]
-PositiveInt = Annotated[int, Field(ge=1)]
-Pair = tuple[PositiveInt, PositiveInt]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Part(BaseModel):
-    """A section of a recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class Model(Part):
-    """The backbone. Shape fields left at null are the size's own (models/hcnet.py); so is the drop path of a recipe
-    that says nothing, filled in when it is resolved.
-    """
-
-    size: str = "pico"
-    depths: Quad | None = None
-    dims: Quad | None = None
-    kernel_size: PositiveInt | None = None
-    mlp_ratio: Annotated[float, Field(gt=0)] | None = None
-    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
-    disable: tuple[str, ...] = ()
-    grad_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _known_names(self) -> Model:
-        if self.size not in SIZES:
-            raise ValueError(f'unknown size "{self.size}" (known: {", ".join(SIZES)}).{did_you_mean(self.size, SIZES)}')
-        for name in self.disable:
-            if name not in COMPONENTS:
-                raise ValueError(
-                    f'unknown component "{name}" (known: {", ".join(COMPONENTS)}).{did_you_mean(name, COMPONENTS)}'
-                )
-        return self
-
-    @property
-    def label(self) -> str:
-        return self.size
-
-
-class Classes(Part):
-    """Image classification: a linear head."""
-
-    kind: Literal["linear"] = "linear"
-
-
-class MaskRCNN(Part):
-    """FPN and Mask R-CNN; the defaults are the reference's (Swin detection, mmdetection)."""
-
-    kind: Literal["mask-rcnn"]
-    with_masks: bool = True  # without: Faster R-CNN
-    fpn_channels: PositiveInt = 256
-    box_head_channels: PositiveInt = 1024
-    mask_head_channels: PositiveInt = 256
-    num_mask_convs: Annotated[int, Field(ge=0)] = 4
-    anchor_scale: Annotated[float, Field(gt=0)] = 8.0
-    rpn_pre_train: PositiveInt = 2000
-    rpn_post_train: PositiveInt = 1000
-    rpn_pre_test: PositiveInt = 1000
-    rpn_post_test: PositiveInt = 1000
-    rpn_batch: PositiveInt = 256
-    box_batch: PositiveInt = 512
-    score_thresh: Fraction = 0.05
-    nms_thresh: Fraction = 0.5
-    max_detections: PositiveInt = 100
-
-
-class UPerNet(Part):
-    """UPerHead and auxiliary FCN head; the defaults are the reference's (Swin segmentation, mmsegmentation)."""
-
-    kind: Literal["upernet"]
-    channels: PositiveInt = 512
-    aux_channels: PositiveInt = 256
-    pool_scales: tuple[PositiveInt, ...] = (1, 2, 3, 6)
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    aux_weight: Annotated[float, Field(ge=0)] = 0.4
-    init_std: Annotated[float, Field(gt=0)] = 0.01  # of the classifiers' weights; narrow heads want more
-
-
-class ImageFolder(Part):
-    """Folders of images by class, with timm's augmentation (names as in timm.data.create_transform and Mixup)."""
-
-    format: Literal["image-folder"]
-    path: str | None = None
-    img_size: PositiveInt = 224
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: Fraction = 0.5
-    vflip: Fraction = 0.0
-    color_jitter: float | None = 0.4
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    re_prob: Fraction = 0.25
-    re_mode: Literal["pixel", "const", "rand"] = "pixel"
-    re_count: PositiveInt = 1
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    mixup_prob: Fraction = 1.0
-    mixup_switch_prob: Fraction = 0.5
-    smoothing: Fraction = 0.1
-    crop_pct: Annotated[float, Field(gt=0)] = 0.875
-    mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
-
-
-class Coco(Part):
-    """A COCO folder: train2017/, val2017/, annotations/instances_*.json."""
-
-    format: Literal["coco"]
-    path: str | None = None
-    img_scale: Pair = (1333, 800)
-    multiscale: tuple[PositiveInt, ...] = ()
-    crop_scales: tuple[PositiveInt, ...] = (400, 500, 600)
-    crop_range: Pair = (384, 600)
-    hflip: Fraction = 0.5
-    min_side: Annotated[int, Field(ge=0)] = 32
-    mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
-    eval_backend: Literal["faster-coco-eval", "pycocotools"] = "faster-coco-eval"
-
-
-class SceneParsing(Part):
-    """ADE20K's SceneParsing layout: images/ and annotations/, each with training/ and validation/."""
-
-    format: Literal["scene-parsing"]
-    path: str | None = None
-    num_classes: PositiveInt | None = None  # null: as many as the folder names
-    reduce_zero_label: bool = True
-    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
-    img_scale: Pair = (2048, 512)
-    ratio_range: tuple[float, float] = (0.5, 2.0)
-    crop_size: PositiveInt = 512
-    cat_max_ratio: Annotated[float, Field(gt=0, le=1)] = 0.75
-    hflip: Fraction = 0.5
-    photometric: bool = True
-    mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
-    eval_mode: Literal["whole", "slide"] = "whole"
-    eval_stride: PositiveInt = 341
-    multi_scale: bool = False  # evaluate the best weights at several scales too, when training ends
-
-
-class Optim(Part):
-    """AdamW. `no_decay`: "1d" = biases and every 1-D parameter (Swin's ImageNet rule); "norm" = parameters whose name
-    contains `norm` (Swin's detection and segmentation rule: biases are decayed).
-    """
-
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1.0e-8
-    clip_grad: Annotated[float, Field(gt=0)] | None = None
-    no_decay: Literal["1d", "norm"] = "1d"
-
-
-class Schedule(Part):
-    """Learning rate over steps; durations in `unit`, code counts optimizer steps (optim.lr_at).
-
-    `warmup_inside` (cosine): the cosine runs from step 0 and warm-up hides its beginning, as in the released code;
-    otherwise the cosine starts after warm-up. `milestones` and `gamma` are multistep's, `power` is poly's.
-    """
-
-    kind: Literal["cosine", "multistep", "poly"] = "cosine"
-    unit: Literal["epochs", "steps"] = "epochs"
-    length: PositiveInt
-    warmup: Annotated[float, Field(ge=0)] = 0
-    warmup_unit: Literal["epochs", "steps"] = "epochs"
-    warmup_ratio: Fraction = 1.0e-3
-    warmup_inside: bool = False
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    milestones: tuple[int, ...] = ()
-    gamma: float = 0.1
-    power: float = 1.0
-
-
-class Train(Part):
-    """How the run is driven. `batch_size` is the total over processes and micro-batches; `eval_every` counts in the
-    schedule's unit.
-    """
-
-    batch_size: PositiveInt
-    accumulate: PositiveInt = 1
-    seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    eval_every: PositiveInt = 1
-    eval_batch_size: PositiveInt | None = None
-    save_every: Annotated[float, Field(gt=0)] = 10.0  # minutes between checkpoints besides those at evaluations
-    log_every: PositiveInt = 50
-    workers: Annotated[int, Field(ge=0)] = 8
-    compile: bool = False
+from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.spec import Spec
 
 
 class Recipe(Part):
-    """A whole experiment. `protocol` names the shipped recipe it follows; see `changes` for where it departs."""
+    """A whole experiment. `protocol` names the shipped recipe it follows; see `changes` for where it departs.
 
-    task: Literal["pretrain", "finetune-det", "finetune-seg"]
+    Head, data and evaluation are those of the task; `schema_of` has the class with their types.
+    """
+
+    task: str
     protocol: str
     model: Model = Model()
-    head: Annotated[Classes | MaskRCNN | UPerNet, Field(discriminator="kind")] = Classes()
-    data: Annotated[ImageFolder | Coco | SceneParsing, Field(discriminator="format")]
+    head: SerializeAsAny[Part]
+    data: SerializeAsAny[DataPart]
     optim: Optim
     schedule: Schedule
     train: Train
+    evaluation: dict[str, SerializeAsAny[EvaluationPart]] = Field(default_factory=dict)
     init: str = Field(default="none", min_length=1)
 
-    @model_validator(mode="after")
-    def _belongs_together(self) -> Recipe:
-        parts = {
-            "pretrain": ("linear", "image-folder"),
-            "finetune-det": ("mask-rcnn", "coco"),
-            "finetune-seg": ("upernet", "scene-parsing"),
-        }
-        if (self.head.kind, self.data.format) != parts[self.task]:
-            raise ValueError(f"{self.task} takes head {parts[self.task][0]} and data format {parts[self.task][1]}")
-        return self
+    @property
+    def spec(self) -> Spec:
+        """The declaration of the recipe's task."""
+        return TASKS[self.task]
 
 
-# What cannot change a number (beyond the rounding of a sum): how the work is divided and shown, and where files lie.
-# Data and weights enter the fingerprint by content.
-NOT_IN_FINGERPRINT = frozenset(
-    {
-        "data.eval_backend",
-        "data.multi_scale",
-        "data.path",
-        "init",
-        "model.grad_checkpointing",
-        "train.accumulate",
-        "train.compile",
-        "train.eval_batch_size",
-        "train.log_every",
-        "train.save_every",
-        "train.workers",
-    }
-)
+@functools.cache
+def schema_of(task: str) -> type[Recipe]:
+    """The class of recipes of a task."""
+    spec = TASKS[task]
+    heads = list(spec.heads.values())
+    formats = [one.config for one in spec.formats.values()]
+
+    def one_of(parts: list[Any], discriminator: str) -> Any:
+        if len(parts) == 1:
+            return parts[0]
+        return Annotated[Union[tuple(parts)], Field(discriminator=discriminator)]  # noqa: UP007
+
+    made: type[Recipe] = create_model(
+        f"Recipe[{task}]",
+        __base__=Recipe,
+        head=(one_of(heads, "kind"), ...),
+        data=(one_of(formats, "format"), ...),
+        evaluation=(dict[str, spec.evaluation], {}),  # type: ignore[name-defined]
+    )
+    return made
+
+
+# Where a recipe's sections lie. Keys below a dictionary are free.
+DICTIONARIES = ("model.args", "optim.args", "evaluation")
+# Keys of version 0.1, which old recipes, runs and command lines have: their names today.
+RENAMED: dict[str, str | tuple[str, Mapping[Any, Any]]] = {
+    "optim.betas": "optim.args.betas",
+    "optim.eps": "optim.args.eps",
+}
+
+
+def _renamed(task: object) -> dict[str, str | tuple[str, Mapping[Any, Any]]]:
+    return {**RENAMED, **(TASKS[task].renamed if isinstance(task, str) and task in TASKS else {})}
+
+
+def translate(key: str, value: Any, task: object) -> tuple[str, Any]:
+    """A dotted key and its value under today's names."""
+    new = _renamed(task).get(key, key)
+    if isinstance(new, tuple):
+        return new[0], new[1].get(value, value)
+    return new, value
+
+
+def _fields(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
+    """(dotted key, how the field enters the fingerprint, its default) of every field of a recipe's sections."""
+
+    def section(part: BaseModel, prefix: str) -> Iterator[tuple[str, str, Any]]:
+        for name, info in type(part).model_fields.items():
+            extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+            yield f"{prefix}{name}", str(extra.get("fingerprint", "always")), info.get_default()
+
+    for name in ("model", "head", "data", "optim", "schedule", "train"):
+        yield from section(getattr(recipe, name), f"{name}.")
+    for name, entry in recipe.evaluation.items():
+        yield from section(entry, f"evaluation.{name}.")
+    yield "init", "never", "none"  # weights enter by content
+
+
+def not_in_fingerprint(recipe: Recipe) -> frozenset[str]:
+    """Dotted keys of what cannot change a number: how the work is divided and shown, where files lie, and evaluations
+    but the first, which score weights that are chosen without them.
+    """
+    first = next(iter(recipe.evaluation), "")
+    return frozenset(
+        key
+        for key, role, _ in _fields(recipe)
+        if role == "never" or (key.startswith("evaluation.") and key.split(".")[1] != first)
+    )
+
+
 # What a run may vary without departing from its protocol.
-FREE = NOT_IN_FINGERPRINT | {"model.size", "model.disable", "train.seed", "train.precision"}
+ALLOWED_TO_VARY = frozenset({"model.size", "model.disable", "train.seed", "train.precision"})
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -267,10 +126,12 @@ class _Loader(yaml.SafeLoader):
     """YAML as people write it: `1e-3` is a number, only true and false are booleans, a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f'the key "{key}" stands twice', node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -366,7 +227,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resolved:
     """The recipe in `file` with overrides (dotted key, value, source) laid over it, checked.
 
-    Raises UserError naming the first unknown key (with a suggestion) or bad value.
+    Keys of version 0.1 are understood. Raises UserError naming the first unknown key (with a suggestion) or bad value.
     """
     try:
         data = parse_yaml(file.read_text(encoding="utf-8"), str(file))
@@ -374,57 +235,99 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         raise UserError(f"The recipe {file} cannot be read: {error}.") from None
     if not isinstance(data, dict):
         raise UserError(f"The recipe {file} is not a mapping of keys to values.")
+    task = data.get("task")
+    for old in _renamed(task).keys() & flatten(data).keys():
+        *sections, last = old.split(".")
+        node = _node(data, sections)
+        key, value = translate(old, node.pop(last), task)
+        *sections, last = key.split(".")
+        _node(data, sections)[last] = value
     base = check(data, str(file))
     known = flatten(base.model_dump())
     unsaid = known.keys() - flatten(data).keys()
     sources: dict[str, str] = {}
-    nested: Any = data
     for key, value, source in overrides:
-        if key not in known:
+        key, value = translate(key, value, task)
+        if key not in known and not key.startswith(tuple(f"{name}." for name in DICTIONARIES)):
             section = [k for k in known if k.startswith(f"{key}.")]
             tip = f" It is a section: set one of {', '.join(section)}." if section else did_you_mean(key, known)
             raise UserError(
                 f'{source}: unknown recipe key "{key}".{tip}',
-                hint="`hcnet recipes show NAME` prints a recipe.",
+                hint="`hcnet recipes show NAME` prints a recipe, `hcnet recipes explain KEY` tells what a key means.",
             )
         *sections, last = key.split(".")
-        node = nested
-        for section_name in sections:
-            node = node.setdefault(section_name, {})
-        node[last] = value
+        _node(data, sections)[last] = value
         sources[key] = source
     recipe = check(data, str(file), sources)
     sources = dict.fromkeys(unsaid, "default") | sources
-    if recipe.model.drop_path_rate is None:
+    if recipe.model.drop_path_rate is None and not recipe.model.name:
         sources["model.drop_path_rate"] = f"size {recipe.model.size}"
         model = recipe.model.model_copy(update={"drop_path_rate": SIZES[recipe.model.size].drop_path_rate})
         recipe = recipe.model_copy(update={"model": model})
     return Resolved(recipe, sources)
 
 
+def _node(data: dict[str, Any], sections: Iterable[str]) -> dict[str, Any]:
+    """The mapping that a dotted key lies in, made where it is missing."""
+    for name in sections:
+        inner = data.setdefault(name, {})
+        if not isinstance(inner, dict):
+            inner = data[name] = {}
+        data = inner
+    return data
+
+
 def check(data: Mapping[str, Any], origin: str, sources: Mapping[str, str] = MappingProxyType({})) -> Recipe:
     """A Recipe from plain data, or a UserError about the first thing that is wrong, naming the flag it came from."""
+    task = data.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        what = f'unknown task "{task}"' if task is not None else 'the key "task" is missing'
+        raise UserError(f"{origin}: {what} (known: {', '.join(TASKS)}).{did_you_mean(str(task), TASKS)}")
+    whole = _with_task_defaults(data, TASKS[task])
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = schema_of(task).model_validate(whole)
     except ValidationError as error:
-        raise UserError(_one_sentence(error, data, origin, sources)) from None
+        raise UserError(format_validation_error(error, task, origin, sources)) from None
     taken = flatten(recipe.model_dump())
-    for key, value in flatten(data).items():
+    for key, value in flatten(whole).items():
         if isinstance(value, bool) and not isinstance(taken[key], bool):  # pydantic takes true for 1
             raise UserError(f'{sources.get(key, origin)}: "{key}" cannot be {json.dumps(value)}: it is a number.')
     return recipe
 
 
-def _one_sentence(error: ValidationError, data: Mapping[str, Any], origin: str, sources: Mapping[str, str]) -> str:
+def _with_task_defaults(data: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
+    """The data with the task's head and evaluations where it says nothing of them."""
+    given = data.get("evaluation", {})
+    if isinstance(given, Mapping):
+        first = next(iter(spec.evaluations))
+        names = [*spec.evaluations, *(name for name in given if name not in spec.evaluations)]
+        entries = {name: given.get(name, {}) for name in names}
+        given = {
+            name: {**spec.evaluations.get(name, {}), **entry} if isinstance(entry, Mapping) else entry
+            for name, entry in entries.items()
+        }
+        when = given[first].get("when") if isinstance(given[first], Mapping) else None
+        if when not in (None, "training"):
+            raise UserError(f"evaluation.{first}.when must be training: it decides which weights are best.")
+        for name, entry in given.items():
+            if name != first and isinstance(entry, Mapping) and entry.get("when") == "training":
+                raise UserError(f"evaluation.{name}.when cannot be training: only {first} is measured then.")
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", str(name)):
+                raise UserError(f'evaluation: "{name}" cannot be a name: use letters and digits.')
+    return {"head": {"kind": next(iter(spec.heads))}, **data, "evaluation": given}
+
+
+def format_validation_error(error: ValidationError, task: str, origin: str, sources: Mapping[str, str]) -> str:
+    """The first thing that is wrong with a recipe, as one sentence."""
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key explains the rest
-    tags = {"linear", "mask-rcnn", "upernet", "image-folder", "coco", "scene-parsing"}
+    tags = {*TASKS[task].heads, *TASKS[task].formats}
     loc = [str(part) for part in first["loc"] if str(part) not in tags]
     key = ".".join(loc)
     for name, source in sources.items():
         if (first["type"] == "value_error" and name.startswith(f"{key}.")) or key.startswith(name):
             origin = source
     if first["type"] == "extra_forbidden":
-        return f'{origin}: unknown key "{key}".{did_you_mean(key, _known_keys(data))}'
+        return f'{origin}: unknown key "{key}".{did_you_mean(key, known_keys(task))}'
     if first["type"] == "missing":
         return f'{origin}: the key "{key}" is missing.'
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
@@ -434,50 +337,78 @@ def _one_sentence(error: ValidationError, data: Mapping[str, Any], origin: str, 
     return f'{origin}: "{key}" cannot be {given}: {message[0].lower()}{message[1:]}.'
 
 
-def _known_keys(data: Mapping[str, Any]) -> list[str]:
-    """Dotted keys a recipe of this task may have."""
-    heads: dict[Any, type[Part]] = {"finetune-det": MaskRCNN, "finetune-seg": UPerNet}
-    formats: dict[Any, type[Part]] = {"finetune-det": Coco, "finetune-seg": SceneParsing}
-    sections: dict[str, type[Part]] = {
-        "model": Model,
-        "head": heads.get(data.get("task"), Classes),
-        "data": formats.get(data.get("task"), ImageFolder),
-        "optim": Optim,
-        "schedule": Schedule,
-        "train": Train,
+def sections(task: str) -> dict[str, list[type[Part]]]:
+    """The sections of a task's recipes; several classes where the task has several heads or data formats."""
+    spec = TASKS[task]
+    return {
+        "model": [Model],
+        "head": list(spec.heads.values()),
+        "data": [one.config for one in spec.formats.values()],
+        "optim": [Optim],
+        "schedule": [Schedule],
+        "train": [Train],
+        **{f"evaluation.{name}": [spec.evaluation] for name in spec.evaluations},
     }
-    return [
-        *Recipe.model_fields,
-        *(f"{name}.{key}" for name, part in sections.items() for key in part.model_fields),
-    ]
+
+
+def known_keys(task: str) -> list[str]:
+    """Dotted keys a recipe of a task may have."""
+    inner = [f"{name}.{key}" for name, parts in sections(task).items() for part in parts for key in part.model_fields]
+    return [*Recipe.model_fields, *dict.fromkeys(inner)]
 
 
 # --- what a recipe says about itself ----------------------------------------------------------------------------------
 
 
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """All that can change a number, by dotted key: equal for two recipes of the same run.
+
+    Keys and defaults are those of version 0.1: a field that came later is left out at its default, and a renamed one
+    has its old name. So the fingerprints of earlier runs stay what they were.
+    """
+    flat = flatten(recipe.model_dump(mode="json"))
+    for key, role, default in _fields(recipe):
+        if key in flat and (role == "never" or (role == "changed" and _plain(flat[key]) == _plain(default))):
+            del flat[key]
+    for key in not_in_fingerprint(recipe) & flat.keys():
+        del flat[key]
+    old = {new: name for name, new in _renamed(recipe.task).items() if isinstance(new, str)}
+    return {old.get(key, key): value for key, value in flat.items()}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
 def fingerprint(recipe: Recipe, **contents: str) -> str:
-    """8 hex digits over what can change a number: the recipe but NOT_IN_FINGERPRINT; digests of data and weights."""
-    flat = {k: v for k, v in flatten(recipe.model_dump(mode="json")).items() if k not in NOT_IN_FINGERPRINT}
-    text = json.dumps({**flat, **contents}, sort_keys=True)
+    """8 hex digits over what can change a number: the recipe's identity, and digests of data and weights."""
+    text = json.dumps({**identity(recipe), **contents}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def differences(ours: Recipe, theirs: Recipe, but: frozenset[str] = frozenset()) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ (ours, theirs), except those in `but`."""
-    a, b = flatten(ours.model_dump(mode="json")), flatten(theirs.model_dump(mode="json"))
-    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if key not in but and a.get(key) != b.get(key)}
+def changed_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ: (ours, theirs)."""
+    return {k: (ours.get(k), theirs.get(k)) for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)}
 
 
 def changes(recipe: Recipe) -> dict[str, Any]:
     """Where the recipe departs from the shipped protocol it names ({} for the protocol itself).
 
-    The model's own shape is told by `variant`; size, seed and how the work is divided are free.
+    The model's own shape is told by `variant`; size, seed and how the work is divided may vary.
     """
     if recipe.protocol not in shipped():
         return {}
     base = resolve(recipes_dir() / f"{recipe.protocol}.yaml", [("model.size", recipe.model.size, "--size")]).recipe
-    shape = frozenset(f"model.{name}" for name in ("depths", "dims", "kernel_size", "mlp_ratio"))
-    changed = {key: ours for key, (ours, _) in sorted(differences(recipe, base, FREE | shape).items())}
+    shape = {f"model.{name}" for name in ("name", "args", "depths", "dims", "kernel_size", "mlp_ratio")}
+    free = ALLOWED_TO_VARY | shape
+    if recipe.model.name:
+        free |= {"model.drop_path_rate"} if recipe.model.drop_path_rate is None else set()
+    differing = changed_keys(identity(recipe), identity(base))
+    changed = {
+        key: ours
+        for key, (ours, _) in sorted(differing.items())
+        if key not in free and not key.startswith("model.args.")
+    }
     if (recipe.init == "none") != (base.init == "none"):
         changed["init"] = "none" if recipe.init == "none" else "given weights"  # a path differs between machines
     return changed
@@ -485,11 +416,16 @@ def changes(recipe: Recipe) -> dict[str, Any]:
 
 def variant(recipe: Recipe) -> str:
     """How the model departs from its size: "", "no-refinement", "kernel_size=3" or both joined with "+"."""
+
+    def shown(value: Any) -> str:
+        return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
     parts = [f"no-{name}" for name in COMPONENTS if name in recipe.model.disable]
     for name in ("depths", "dims", "kernel_size", "mlp_ratio"):
         value = getattr(recipe.model, name)
         if value is not None:
-            parts.append(f"{name}={'-'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            parts.append(f"{name}={shown(value)}")
+    parts += [f"{name}={shown(value)}" for name, value in sorted(recipe.model.args.items())]
     return "+".join(parts)
 
 

@@ -1,7 +1,7 @@
-"""Randomness as a pure function of who asks for it: (seed, epoch, sample), never of what was drawn before.
+"""Randomness as a pure function of (seed, epoch, sample), independent of what was drawn before.
 
-A sample carries a `key`. Its augmentation, drop path, dropout and proposal sampling depend on that key alone, so
-worker count, accumulation, process count and the step at which a run was resumed cannot change a result.
+A sample carries a `key`. Its augmentation, drop path, dropout and proposal sampling depend on that key alone, so the
+number of workers, micro-batches and processes and the step at which a run was resumed cannot change a result.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from torch import Tensor
 
 
 def derive(*parts: int | str) -> int:
-    """A 63-bit key from its parts; the same on every machine and Python."""
+    """A 63-bit key from its parts, the same on every machine and Python version."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-_prepared: dict[int, np.random.PCG64] = {}  # fresh, each is taken once
+_prebuilt: dict[int, np.random.PCG64] = {}  # generators at the start of their stream; `seeded` takes each one once
 
 
-def prepare(keys: Iterable[int]) -> None:
-    """Makes numpy's generators for blocks that `seeded` will begin with these keys. It changes nothing but their speed:
-    one alone, between two images that swept the processor's cache, takes ten times as long.
+def prebuild(keys: Iterable[int]) -> None:
+    """Makes the numpy generators that `seeded` will need for these keys. It changes the speed only.
+
+    Made one at a time, between two images that have filled the processor's cache, a generator takes ten times as long.
     """
-    _prepared.clear()
-    _prepared.update((key, np.random.PCG64(key)) for key in set(keys))  # in evaluation all are alike
+    _prebuilt.clear()
+    _prebuilt.update((key, np.random.PCG64(key)) for key in set(keys))  # in evaluation all keys are equal
 
 
 @contextlib.contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Python's, numpy's and torch's (CPU) global generators start at `key` inside, and are as before outside."""
+    """Seeds Python's, numpy's and torch's (CPU) global generators with `key`; restores their state at the end."""
     python_state, numpy_generator, torch_state = random.getstate(), mtrand.get_bit_generator(), torch.get_rng_state()
     random.seed(key)
-    # a seventh of the time of seed, get_state and set_state
-    mtrand.set_bit_generator(_prepared.pop(key) if key in _prepared else np.random.PCG64(key))
+    # exchanging the generator takes a seventh of the time of seed, get_state and set_state
+    mtrand.set_bit_generator(_prebuilt.pop(key) if key in _prebuilt else np.random.PCG64(key))
     torch.default_generator.manual_seed(key)
     try:
         yield
@@ -53,8 +54,8 @@ def seeded(key: int) -> Iterator[None]:
 def keyed_uniform(keys: Tensor, n: int, stream: int = 0) -> Tensor:
     """`n` uniform numbers in [0, 1) for each key: keys [B] int64 -> [n, B] float32, on the keys' device.
 
-    Column b depends on keys[b] (and `stream`) alone. SplitMix64's mixing function, counter mode; int64 arithmetic
-    wraps around, and `>>` is made logical with a mask.
+    Column b depends only on keys[b] and `stream`. The mixing function is SplitMix64's, in counter mode. int64
+    arithmetic wraps around; a mask turns the arithmetic shift `>>` into a logical one.
     """
 
     def shift(x: Tensor, by: int) -> Tensor:

@@ -1,32 +1,32 @@
-"""One run, from a resolved recipe to a finished run folder: plan, resume or start, train, record."""
+"""One run, from a resolved recipe to a finished run folder: start or resume, train, evaluate, record."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rich.box
-import rich.table
 import safetensors
 import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, profile, runs
+from hcnet_cli import build, dist, engine, files, optim, plan, profile, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import RunFailed, UserError, duration, notice, out, warn
+from hcnet_cli.console import UserError, duration, notice, out, warn
+from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.device import pick_device, pick_precision
+from hcnet_cli.engine import Evaluation, Evaluator, Task
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo
-from hcnet_cli.weights import Account
+from hcnet_cli.weights import LoadReport
 
 WAITING_TOO_LONG = 0.2  # share of the training time spent waiting for data
-MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A run before it starts: all is read and built, nothing is written. `account`: of the weights of `recipe.init`."""
+class RunSetup:
+    """A run before it starts: all is read and built, nothing is written. `init`: what became of the weights that
+    `recipe.init` names.
+    """
 
     folder: RunFolder
     recipe: Recipe
-    data: build.Data
-    task: Any
+    data: DataSplits
+    task: Task
     device: torch.device
-    account: Account | None
+    init: LoadReport | None
 
 
 def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, int]:
@@ -59,57 +61,66 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
 
     Returns its folder, its record (None after a dry run) and the number of the signal that stopped it, or 0.
     """
-    device = build.pick_device(options.device)
-    if device.type == "cpu" and dist.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.world_size()))
+    device = pick_device(options.device)
+    use_cores(device)
     with dist.process_group(device):
-        precision = build.pick_precision(resolved.recipe.train.precision, device)
-        train_part = resolved.recipe.train.model_copy(update={"precision": precision})
-        recipe = resolved.recipe.model_copy(update={"train": train_part})
-        data = build.build_data(recipe)
-        task = build.build_task(recipe, data)
-        recipe = recipe.model_copy(update={"init": dist.from_main(lambda: runs.find_init(recipe, options.results))})
-        account = build.load_init(task.model, *build.read_init(recipe.init)) if recipe.init != "none" else None
-        contents = {"data": data.info.digest, **({"init": account.digest} if account else {})}
-        fingerprint = rcp.fingerprint(recipe, **contents)
-        name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
-        folder = RunFolder(options.results / "runs" / name)
-        prepared = Prepared(folder, recipe, data, task, device, account)
+        setup, fingerprint = _setup(resolved, options, device)
         if options.dry_run:
             if dist.is_main():
-                _print_plan(prepared, resolved)
-            return folder.path, None, 0
-        info = _describe(prepared, fingerprint, options)
+                plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved)
+            return setup.folder.path, None, 0
+        info = _describe(setup, fingerprint, options)
         if options.eval_only:
-            return folder.path, _evaluate_only(prepared, info), 0
-        with dist.on_main(folder.lock):  # what goes wrong on the main process, goes wrong on all
-            return _train_in(prepared, info, options)
+            return setup.folder.path, _evaluate_only(setup, info), 0
+        with dist.on_main(setup.folder.lock):  # what goes wrong on the main process, goes wrong on all
+            return _train_in(setup, info, options)
 
 
-def _train_in(run: Prepared, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
-    folder, recipe, data, device = run.folder, run.recipe, run.data, run.device
+def use_cores(device: torch.device) -> None:
+    """Divides the cores between the processes of a machine, unless the user has."""
+    if device.type == "cpu" and dist.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.world_size()))
+
+
+def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[RunSetup, str]:
+    precision = pick_precision(resolved.recipe.train.precision, device)
+    train_part = resolved.recipe.train.model_copy(update={"precision": precision})
+    recipe = resolved.recipe.model_copy(update={"train": train_part})
+    optim.check_optimizer(recipe.optim.name, recipe.optim.args)
+    data = build.open_data(recipe)
+    task = build.build_task(recipe, data)
+    recipe = recipe.model_copy(update={"init": dist.from_main(lambda: runs.find_init(recipe, options.results))})
+    init = build.load_init(task, *build.read_init(recipe.init)) if recipe.init != "none" else None
+    fingerprint = rcp.fingerprint(recipe, data=data.info.digest, **({"init": init.digest} if init else {}))
+    name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
+    return RunSetup(RunFolder(options.results / "runs" / name), recipe, data, task, device, init), fingerprint
+
+
+def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
+    folder, recipe = run.folder, run.recipe
     if options.fresh:
         dist.from_main(folder.clear)
-    earlier = dist.from_main(lambda: _look_at_earlier(folder, info, recipe))
+    earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
         dist.from_main(lambda: _check_best(folder))
         notice(f"This run is finished: {folder.path}")
         notice("Start it over with --fresh; `hcnet report` prints the table.")
         return folder.path, earlier, 0
     dist.from_main(lambda: _check_disk(run))
-    job = build.build_job(recipe, data, run.task, device)
+    job = build.build_job(recipe, run.data, run.task, run.device)
     state = engine.restore(job, folder.path)
     if earlier is not None:
         info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
-    info = _progressed(info, state)
+    info = with_progress(info, state)
+    info.metric_notes = protocols(job.evaluations)
     if dist.is_main():
-        runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+        files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
     _announce(run, info, state)
 
     def on_evaluation(state: engine.State) -> None:
-        folder.write(_progressed(info, state))
+        folder.write(with_progress(info, state))
 
     try:
         stopped_by = engine.fit(job, folder, state, on_evaluation)
@@ -117,16 +128,13 @@ def _train_in(run: Prepared, info: RunInfo, options: Options) -> tuple[Path, Run
         failed = not isinstance(error, KeyboardInterrupt)
         update = {"status": "failed" if failed else "interrupted", "error": str(error) if failed else ""}
         if dist.is_main():
-            folder.write(_progressed(info, state).model_copy(update=update))
+            folder.write(with_progress(info, state).model_copy(update=update))
         raise
-    info = _progressed(info, state)
-    info.peak_memory_mb = round(profile.peak_memory_mb(device), 1)
-    if not stopped_by and isinstance(recipe.data, rcp.SceneParsing) and recipe.data.multi_scale:
-        info.metrics |= _several_scales(job, recipe, data, folder)
-    if stopped_by:
-        info.status = "interrupted"
-    else:
-        info.status = "finished"
+    info = with_progress(info, state)
+    info.peak_memory_mb = round(profile.peak_memory_mb(run.device), 1)
+    info.status = "interrupted" if stopped_by else "finished"
+    if not stopped_by:
+        info.metrics |= _score_best_weights(job, folder)
         _measure_speed(info, run)
     info.finished = runs.now()
     if dist.is_main():
@@ -138,12 +146,12 @@ def _train_in(run: Prepared, info: RunInfo, options: Options) -> tuple[Path, Run
 # --- before -----------------------------------------------------------------------------------------------------------
 
 
-def _look_at_earlier(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo | None:
+def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo | None:
     """The record of an earlier run of this very recipe in the folder; UserError if the folder holds another's."""
     earlier = folder.read()
     if earlier is not None and earlier.fingerprint != info.fingerprint:
         theirs = rcp.resolve(folder.recipe_file).recipe if folder.recipe_file.exists() else None
-        keys = rcp.differences(recipe, theirs, rcp.NOT_IN_FINGERPRINT) if theirs else {}
+        keys = rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)) if theirs else {}
         shown = ", ".join(f"{key} ({b!r} there, {a!r} here)" for key, (a, b) in keys.items())
         raise UserError(
             f"{folder.path} holds a run of another recipe: {shown or 'the data or the initial weights differ'}.",
@@ -162,16 +170,10 @@ def _check_best(folder: RunFolder) -> None:
         ) from None
 
 
-def _disk_need(run: Prepared) -> int:
-    """Bytes of a run's folder at its largest: three checkpoints while one is written, and the best weights."""
-    weights = profile.count_params(run.task.model) * 4
-    return weights * (3 * (4 if run.recipe.train.ema_decay is not None else 3) + 1)
-
-
-def _check_disk(run: Prepared) -> None:
+def _check_disk(run: RunSetup) -> None:
     """UserError before hours of training whose result could not be kept."""
     folder = run.folder.path
-    need, there = _disk_need(run), sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    need, there = plan.disk_need(run.recipe, run.task), sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     free = shutil.disk_usage(folder).free
     if free + there < need:
         raise UserError(
@@ -181,29 +183,29 @@ def _check_disk(run: Prepared) -> None:
         )
 
 
-def _describe(run: Prepared, fingerprint: str, options: Options) -> RunInfo:
-    recipe, data, task, device, account = run.recipe, run.data, run.task, run.device, run.account
+def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
+    recipe, data, task, device = run.recipe, run.data, run.task, run.device
     commit, dirty = runs.git_state()
     return RunInfo(
         task=recipe.task,
         protocol=recipe.protocol,
         changes=rcp.changes(recipe),
-        size=recipe.model.size,
+        size="" if recipe.model.name else recipe.model.size,
+        model=recipe.model.label if recipe.model.name else "",
         variant=rcp.variant(recipe),
         seed=recipe.train.seed,
         fingerprint=fingerprint,
         data=data.info,
-        steps_total=data.steps(recipe).total,
+        steps_total=build.steps(recipe, data).total,
         batch_size=recipe.train.batch_size,
         params=profile.count_params(task.model),
-        macs=build.macs(task, data),
+        macs=build.count_macs(recipe, task, data),
         macs_input="x".join(map(str, (3, *data.img_size))),
         img_size=data.img_size[0],
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=recipe.train.precision,
         processes=dist.processes(),
-        init=vars(account) if account else {},
-        metric_notes=_how_measured(task, data, recipe),
+        init=vars(run.init) if run.init else {},
         git_commit=commit,
         git_dirty=dirty,
         argv=list(options.argv),
@@ -220,48 +222,36 @@ def _describe(run: Prepared, fingerprint: str, options: Options) -> RunInfo:
     )
 
 
-def _how_measured(task: Any, data: build.Data, recipe: Recipe) -> dict[str, str]:
-    """How each score that has several protocols is made, for the tables."""
-    if not isinstance(recipe.data, rcp.SceneParsing):
-        return {}
-    tasks = [task]
-    if recipe.data.multi_scale:
-        tasks.append(build.several_scales(recipe, data, task.model))
-    return {one.primary: one.protocol for one in tasks}
-
-
-def _announce(run: Prepared, info: RunInfo, state: engine.State) -> None:
-    label = info.size + (f" ({info.variant})" if info.variant else "")
+def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
+    label = (f"model {info.model}" if info.model else f"size {info.size}") + (
+        f" ({info.variant})" if info.variant else ""
+    )
     notice(
-        f"{info.protocol} · size {label} · {info.data.name}: {info.data.num_train} training and "
+        f"{info.protocol} · {label} · {info.data.name}: {info.data.num_train} training and "
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
-    _tell_passes(info.steps_total, info.batch_size, info.data.num_train)
+    plan.notice_many_passes(info.steps_total, info.batch_size, info.data.num_train)
     if run.recipe.train.compile and info.device == "cpu":
         notice("On a CPU, training is not faster compiled (docs/speed.md).")
-    if run.data.steps(run.recipe).shortened:
+    if build.steps(run.recipe, run.data).shortened:
         notice("The warm-up was shortened to half of the run.")
-    if run.account:
-        notice(str(run.account))
+    if run.init:
+        notice(str(run.init))
     if state.step:
         notice(f"Going on from step {state.step}.")
-
-
-def _tell_passes(steps: int, batch_size: int, images: int) -> None:
-    if (passes := steps * batch_size // images) > MANY_PASSES:
-        notice(f"That is {passes:,} passes over the training images; --set schedule.length=N gives a shorter schedule.")
 
 
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
-def _progressed(info: RunInfo, state: engine.State) -> RunInfo:
+def with_progress(info: RunInfo, state: engine.State) -> RunInfo:
+    """The record with what the run has reached."""
     images = (state.step * info.batch_size) / state.seconds if state.seconds else None
     return info.model_copy(
         update={
             "steps_done": state.step,
-            "metrics": state.metrics,
+            "metrics": dict(state.metrics),
             "best_step": state.best_step,
             "train_seconds": round(state.seconds, 1),
             "train_images_per_second": round(images, 2) if images else None,
@@ -271,13 +261,15 @@ def _progressed(info: RunInfo, state: engine.State) -> RunInfo:
     )
 
 
-def _measure_speed(info: RunInfo, run: Prepared) -> None:
-    """Inference images/s of the classifier, for the table."""
-    if info.task != "pretrain" or not dist.is_main():
+def _measure_speed(info: RunInfo, run: RunSetup) -> None:
+    """Inference images/s of the model, for the table, where the task's has such a column."""
+    if not run.recipe.spec.times_inference or not dist.is_main():
         return
-    model, batch = run.task.model, 64
+    model: Any = run.task.model
+    batch = 64
     assert info.img_size is not None
-    model.set_grad_checkpointing(False)
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(False)
     rate = profile.throughput(
         model, info.img_size, batch_size=batch, seconds=1.0, device=run.device, precision=info.precision
     )
@@ -302,130 +294,93 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
     notice(f"The run is in {folder.path}; `hcnet report` prints the table.")
 
 
-def _several_scales(job: engine.Job, recipe: Recipe, data: build.Data, folder: RunFolder) -> dict[str, float]:
-    """mIoU_ms and its companions, of the best weights."""
-    notice("Evaluating the best weights at several scales.")
-    build.load_init(job.task.model, *build.read_init(str(folder.path)))
-    metrics, _ = engine.evaluate(build.build_multi_scale(recipe, data, job))
-    return metrics
+# --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _lacking(account: Account, task: Any) -> str:
+def suffixed(names: Mapping[str, Any], evaluation: Evaluation, first: bool) -> dict[str, Any]:
+    """Scores under the names that run.json has for them: those of the first evaluation are plain."""
+    return {name if first else f"{name}_{evaluation.name}": value for name, value in names.items()}
+
+
+def protocols(evaluations: Sequence[Evaluation], first: bool = True) -> dict[str, str]:
+    """How each score that has several protocols is made, for the tables."""
+    notes: dict[str, str] = {}
+    for number, one in enumerate(evaluations):
+        if one.task.protocol:
+            notes |= suffixed({one.task.primary: one.task.protocol}, one, first and number == 0)
+    return notes
+
+
+def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
+    """The evaluations that take place when training ends, of the best weights."""
+    further = job.evaluations[1:]
+    if not further:
+        return {}
+    build.load_init(job.task, *build.read_init(str(folder.path)))
+    scores: dict[str, float] = {}
+    for evaluation in further:
+        notice(f"Evaluating the best weights as {evaluation.name}: {evaluation.task.protocol}.")
+        metrics, evaluator = engine.evaluate(dataclasses.replace(job, ema=None), evaluation)
+        scores |= suffixed(metrics, evaluation, first=False)
+        if dist.is_main():
+            keep(evaluator, folder.path / "final" / evaluation.name)
+    return scores
+
+
+def keep(evaluator: Evaluator, place: Path) -> None:
+    """Saves what is worth keeping of the predictions (main process)."""
+    with files.writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        evaluator.save(place)
+
+
+def lacking(init: LoadReport, task: Task) -> str:
     """What weights that were loaded lack of the task's, for people; "" where they are whole."""
-    names = sorted({*account.missing, *account.reinitialised})
-    if account.total < len(task.model.state_dict()):
+    names = sorted({*init.missing, *init.reinitialised})
+    if init.total < len(task.model.state_dict()):
         names.insert(0, "the head")
     return ", ".join(names[:5])
 
 
-def _evaluate_only(run: Prepared, info: RunInfo) -> RunInfo:
+def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
     """Metrics, on the validation data, of the run's best weights; where nothing was trained, of those of --init.
 
     The latter become a finished run, the only thing that is written.
     """
-    folder, recipe, data, task, account = run.folder, run.recipe, run.data, run.task, run.account
+    folder, recipe, task, init = run.folder, run.recipe, run.task, run.init
     if folder.best.is_file():
-        account = build.load_init(task.model, *build.read_init(str(folder.path)))
-    elif account is None or (lacking := _lacking(account, task)):
-        why = f", and {account.source} lacks {lacking}" if account else ""
+        init = build.load_init(task, *build.read_init(str(folder.path)))
+    elif init is None or (missing := lacking(init, task)):
+        why = f", and {init.source} lacks {missing}" if init else ""
         raise UserError(
             f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",
             hint="Train it first, or name whole weights with --init RUN, FILE.safetensors or FILE.pth.",
         )
-    earlier = dist.from_main(lambda: _look_at_earlier(folder, info, recipe))
-    job = build.build_job(recipe, data, task, run.device)
-    job.ema = None
-    notice(str(account))
+    earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
+    job = dataclasses.replace(build.build_job(recipe, run.data, task, run.device), ema=None)
+    notice(str(init))
     notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")
-    metrics, evaluator = engine.evaluate(job)
-    if isinstance(recipe.data, rcp.SceneParsing) and recipe.data.multi_scale:
-        metrics |= engine.evaluate(build.build_multi_scale(recipe, data, job))[0]
+    scored = [(one, *engine.evaluate(job, one)) for one in job.evaluations]
+    metrics: dict[str, float] = {}
+    for number, (one, found, _) in enumerate(scored):
+        metrics |= suffixed(found, one, first=number == 0)
     if dist.is_main():
         out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
     if earlier is None:
         info = info.model_copy(
-            update={"status": "finished", "metrics": metrics, "evaluated_only": True, "finished": runs.now()}
+            update={
+                "status": "finished",
+                "metrics": metrics,
+                "metric_notes": protocols(job.evaluations),
+                "evaluated_only": True,
+                "finished": runs.now(),
+                "steps_total": 0,
+            }
         )
-        info.steps_total = 0
         with dist.on_main(folder.lock):
             if dist.is_main():
-                runs.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
-                (folder.path / "final").mkdir(exist_ok=True)
-                evaluator.save(folder.path / "final")
+                files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+                for number, (one, _, evaluator) in enumerate(scored):
+                    keep(evaluator, folder.path / "final" / (one.name if number else ""))
                 folder.write(info)
     return info
-
-
-# --- the plan ---------------------------------------------------------------------------------------------------------
-
-
-def _print_plan(run: Prepared, resolved: Resolved) -> None:
-    """What would happen, on standard output: every value with its origin, batches, learning rate, cost, place."""
-    recipe, data, task, device, folder = run.recipe, run.data, run.task, run.device, run.folder
-    plan, batch = data.steps(recipe), recipe.train.batch_size
-    table = rich.table.Table("key", "value", "from", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    asked = rcp.flatten(resolved.recipe.model_dump(mode="json"))
-    for key, value in rcp.flatten(recipe.model_dump(mode="json")).items():
-        source = "auto" if asked[key] == "auto" else resolved.sources.get(key, "recipe")
-        table.add_row(key, "–" if value is None else str(value), source)
-    out.print(table)
-    micro = batch // (recipe.train.accumulate * dist.processes())
-    params, macs = profile.count_params(task.model), build.macs(task, data)
-    size = "x".join(map(str, data.img_size))
-    lines = [
-        ("data", f"{data.info.name}: {data.info.num_train} training, {data.info.num_val} validation images, "
-                 f"{data.info.num_classes} classes ({data.info.path})"),
-        ("model", f"{params / 1e6:.2f} M parameters, {macs / 1e9:.2f} G MACs at {size} "
-                  "(convolutions, linear layers, matrix products)"),
-        ("batch", f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes"),
-        ("steps", f"{plan.total} ({plan.epoch} an epoch), warm-up {plan.warmup}"
-                  + (" (shortened to half of the run)" if plan.shortened else "")
-                  + f", evaluation {f'every {plan.eval_every}' if plan.eval_every < plan.total else 'at the end'}"),
-        ("learning rate", f"peak {recipe.optim.lr:g}" + _scaling_advice(recipe)),
-    ]  # fmt: skip
-    state_bytes = params * 4 * 4
-    activations = _activation_bytes(task, data, recipe)
-    if activations:
-        lines.append(
-            ("memory", f"about {(state_bytes + activations * micro) / 2**30:.1f} GiB a process in fp32: "
-                       f"{state_bytes / 2**30:.2f} weights, gradients and optimizer, "
-                       f"{activations / 2**20:.0f} MiB activations an image")
-        )  # fmt: skip
-    notice("Timing some small batches ...")
-    per_image = build.seconds_per_image(recipe, data, task, device)
-    lines.append(
-        ("time", f"about {duration(per_image * batch * plan.total)} on this {device.type} by one process "
-                 f"({1 / per_image:.1f} images/s in a short trial), evaluation not counted")
-    )  # fmt: skip
-    lines.append(("run", f"{folder.path}" + (" (exists)" if folder.record.exists() else "")))
-    free, need = shutil.disk_usage(runs.existing_parent(folder.path)).free, _disk_need(run)
-    lines.append(("disk", f"at most {need / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"))
-    for name, text in lines:
-        out.print(f"{name + ':':<15}{text}", markup=False)
-    _tell_passes(plan.total, batch, data.info.num_train)
-    if free < need:
-        warn("The disk has too little space for this run's checkpoints.")
-
-
-def _scaling_advice(recipe: Recipe) -> str:
-    """What linear scaling would give where the batch is not the protocol's; the rate itself is left alone."""
-    if recipe.protocol not in rcp.shipped():
-        return ""
-    base = rcp.resolve(rcp.recipes_dir() / f"{recipe.protocol}.yaml").recipe
-    if base.train.batch_size == recipe.train.batch_size:
-        return ""
-    scaled = base.optim.lr * recipe.train.batch_size / base.train.batch_size
-    return (
-        f" for a batch of {recipe.train.batch_size}; the recipe has {base.optim.lr:g} for {base.train.batch_size}: "
-        f"linear scaling would give --lr {scaled:g}"
-    )
-
-
-def _activation_bytes(task: Any, data: build.Data, recipe: Recipe) -> int:
-    if recipe.task != "pretrain":
-        return 0
-    per_image = build.saved_activations(task, data.img_size)
-    return per_image // 2 if math.isclose(engine.BYTES[recipe.train.precision], 2) else per_image
-
-
-__all__ = ["Options", "RunFailed", "train"]

@@ -1,15 +1,13 @@
-"""The run folder: its name, its record (run.json), its log (metrics.jsonl), and writes that are whole or not at all."""
+"""The run folder: its name, its record (run.json) and its log (metrics.jsonl)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,12 +17,12 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import DISK_FULL, UserError, notice
-from hcnet_cli.names import EMBEDDED
+from hcnet_cli.console import UserError, notice
+from hcnet_cli.files import write_text, writing
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.tasks import TASKS
 
 SCHEMA = 1
-ELSEWHERE = "Choose another place, with --out or --output."
 
 
 class DataInfo(BaseModel):
@@ -49,8 +47,8 @@ class RunInfo(BaseModel):
     task: str
     protocol: str  # shipped recipe followed, such as "pretrain/imagenet"
     changes: dict[str, Any] = {}  # where the recipe departs from it (dotted key -> value)
-    model: str = ""  # the name of a backbone other than HcNet, which has no `size`
-    size: str
+    size: str  # of HcNet; "" for another model
+    model: str = ""  # another model's name
     variant: str = ""  # "", "no-refinement", "kernel_size=3" ...
     seed: int
     fingerprint: str
@@ -59,7 +57,8 @@ class RunInfo(BaseModel):
     steps_total: int
     batch_size: int
     metrics: dict[str, float] = {}
-    metric_notes: dict[str, str] = {}  # such as {"mIoU": "single scale, whole image, 150 of 150 classes"}
+    metric_notes: dict[str, str] = {}  # the protocols of scores that have several: {"mIoU": "ss, whole"}
+    evaluations: list[dict[str, Any]] = []  # scores added by `hcnet evaluate`: name, settings, argv, at
     best_step: int | None = None
     params: int | None = None
     macs: int | None = None
@@ -67,6 +66,7 @@ class RunInfo(BaseModel):
     img_size: int | None = None
     images_per_second: float | None = None  # inference, see speed_notes
     speed_notes: str = ""
+    kernels: list[str] = []  # the faster forms that training used
     train_images_per_second: float | None = None
     data_wait_share: float | None = None  # of the training time, 0..1
     peak_memory_mb: float | None = None
@@ -94,7 +94,7 @@ def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
     parts = [
         recipe.task,
         data_name,
-        recipe.model.size,
+        recipe.model.label,
         *([shape] if shape else []),
         f"s{recipe.train.seed}",
         fingerprint,
@@ -104,77 +104,6 @@ def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-# --- writing whole files ----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns the system's refusals to write `path` into one sentence for people."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            free = shutil.disk_usage(existing_parent(path)).free // 2**20
-            raise UserError(
-                f"The disk is full ({free} MiB free): {path} could not be written.",
-                hint="What was saved before is intact. Free some space and run the same command again.",
-            ) from None
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.", hint=ELSEWHERE) from None
-
-
-def existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def sync(path: Path) -> None:
-    """Pushes a file or folder entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` with `text`: temp file, fsync, rename. Readers see the old or the new file, never half.
-
-    A link stays and the file it points to is replaced; a pipe or a device gets the text as it would from any program.
-    """
-    with writing(path):
-        path = path.resolve()
-        if path.exists() and not path.is_file():
-            path.write_bytes(text.encode())
-            return
-        temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temp.write_bytes(text.encode())
-            sync(temp)
-            os.replace(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
-        sync(path.parent)
-
-
-def check_output(path: Path) -> None:
-    """UserError, before any work is done for it, if the file of an --output could not be written in the end."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder.")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-
-
-def write_output(path: Path, text: str) -> None:
-    """`write_text` for the file of an --output: its folder is made, and the user told."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-    notice(f"Wrote {path}.")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -309,38 +238,47 @@ def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Pat
 
 
 def best_pretraining(recipe: Recipe, results: Path) -> str | None:
-    """The finished pretrain run of the same model on the most images, then with the best top-1, then the newest."""
+    """The finished run, of the task that this one starts from, of the same model on the most training images; of
+    several the one with the best score, then the newest.
+    """
+    source = TASKS[recipe.spec.starts_from]
     candidates = [
-        (info.data.num_train, info.metrics.get("top1", 0.0), info.finished, str(folder))
+        (info.data.num_train, info.metrics.get(source.primary.key, 0.0), info.finished, str(folder))
         for folder, info in find_runs(results)[0]
-        if (info.task, info.status, info.size) == ("pretrain", "finished", recipe.model.size)
+        if (info.task, info.status, info.model or info.size) == (source.name, "finished", recipe.model.label)
         and info.variant == rcp.variant(recipe)
         and (folder / "best.safetensors").exists()
     ]
     return max(candidates)[-1] if candidates else None
 
 
-def no_pretraining(recipe: Recipe, results: Path) -> tuple[str, str]:
+def explain_missing_pretraining(recipe: Recipe, results: Path) -> tuple[str, str]:
     """(that there is none, the command that makes one), for people; no full stops."""
     shape = rcp.variant(recipe)
-    size = recipe.model.size + (f" ({shape})" if shape else "")
-    first = f"hcnet pretrain --size {recipe.model.size}" + (" with the same --set options" if shape else "")
-    return f"There is no finished pretrain run of size {size} under {results}", first
+    label = recipe.model.label + (f" ({shape})" if shape else "")
+    source = recipe.spec.starts_from
+    flag = f"--set model.name={recipe.model.name}" if recipe.model.name else f"--size {recipe.model.size}"
+    command = f"hcnet {source} {flag}" + (" with the same --set options" if shape else "")
+    kind = "model" if recipe.model.name else "size"
+    return f"There is no finished {source} run of {kind} {label} under {results}", command
 
 
 def find_init(recipe: Recipe, results: Path) -> str:
-    """What `init` means here: "auto" is the best pretraining, or "none", with a notice, where embedded data
-    have none.
+    """What `init` means here: "auto" is the best pretraining, or "none", with a notice, where embedded data have none.
+
+    A task that trains from scratch starts from nothing.
     """
     if recipe.init != "auto":
         return recipe.init
+    if not recipe.spec.starts_from:
+        return "none"
     if found := best_pretraining(recipe, results):
         return found
-    lacking, first = no_pretraining(recipe, results)
-    if recipe.data.path not in EMBEDDED.values():
-        hint = f"Run `{first}` first, name weights with --init, or start from scratch with --init none."
+    lacking, command = explain_missing_pretraining(recipe, results)
+    if recipe.data.path not in {spec.embedded for spec in TASKS.values()}:
+        hint = f"Run `{command}` first, name weights with --init, or start from scratch with --init none."
         raise UserError(f"{lacking}.", hint=hint)
-    notice(f"{lacking}: starting from scratch (`{first}` makes one).")
+    notice(f"{lacking}: starting from scratch (`{command}` makes one).")
     return "none"
 
 

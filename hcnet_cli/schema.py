@@ -119,7 +119,7 @@ class Optim(Part):
 
     name: str = field("adamw", "Optimizer, by its name in timm.", fingerprint="changed")
     args: dict[str, Any] = field(
-        {}, "Further arguments of the optimizer, such as `betas` or `momentum`.", fingerprint="changed"
+        {}, "Further arguments of the optimizer. adamw: `betas: [0.9, 0.999]`, `eps: 1e-8`.", fingerprint="changed"
     )
     lr: PositiveFloat = field(..., "Peak learning rate. It is never scaled by the batch size.")
     weight_decay: Annotated[float, Field(ge=0)] = field(0.05, "Weight decay.")
@@ -186,5 +186,7 @@ class Train(Part):
     workers: NaturalInt = field(8, "Processes that load data; 0: the main process.", fingerprint="never")
     compile: bool = field(False, "Use torch.compile.", fingerprint="never")
     kernels: bool = field(
-        True, "Use the faster forms of layers (docs/speed.md); `HCNET_KERNELS=0` turns them off too.", fingerprint="never"
+        True,
+        "Use the faster forms of layers (docs/speed.md); `HCNET_KERNELS=0` turns them off too.",
+        fingerprint="never",
     )

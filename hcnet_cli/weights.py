@@ -21,7 +21,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 MIN_MATCHED = 0.5  # of the model's backbone parameters; less is a mistake, not a choice
 
 
-class _Inert(OrderedDict[str, Any]):
+class IgnoredObject(OrderedDict[str, Any]):
     """Stands in for a pickled object that is not a tensor: takes its contents, does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in CONFIG_CLASSES]), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals([(IgnoredObject, name) for name in CONFIG_CLASSES]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # of old pickles' formats; what matters is said below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes; nothing of it has run
@@ -80,7 +83,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 @dataclass
-class Account:
+class LoadReport:
     """What became of each tensor: loaded, re-initialised (other shape), missing in the file, or not needed here."""
 
     source: str
@@ -109,7 +112,7 @@ def load_into(
     state: Mapping[str, Tensor],
     source: str,
     remap: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-) -> Account:
+) -> LoadReport:
     """Copies what fits from `state` into `model` and tells what did not.
 
     `remap` translates foreign names first. Prefixes that wrappers add are stripped where that makes a name known.
@@ -127,7 +130,7 @@ def load_into(
             key = key.split(".", 1)[1]
         named[key if key in own else name] = value
     fits = {name for name, value in named.items() if name in own and value.shape == own[name].shape}
-    account = Account(
+    report = LoadReport(
         source=source,
         digest=digest(state),
         loaded=len(fits),
@@ -144,4 +147,4 @@ def load_into(
             hint="Give the --size, and the --set model options, that the weights were trained with.",
         )
     model.load_state_dict({name: named[name] for name in fits}, strict=False)
-    return account
+    return report

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hcnet_cli import checkpoint, runs
+from hcnet_cli import checkpoint, files, runs
 from hcnet_cli.console import UserError
 
 
@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_sentence_and_the_earlier_checkpoint_stays(
 
 def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "run.json"
-    runs.write_text(target, "old")
+    files.write_text(target, "old")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -135,7 +135,7 @@ def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="disk is full"):
-            runs.write_text(target, "new")
+            files.write_text(target, "new")
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["run.json"]
 
@@ -145,11 +145,11 @@ def test_links_pipes_and_devices_are_written_to_and_stay_what_they_are(tmp_path:
     target, link, pipe = tmp_path / "target.md", tmp_path / "link.md", tmp_path / "pipe"
     target.write_text("old")
     link.symlink_to(target)
-    runs.write_text(link, "new")
+    files.write_text(link, "new")
     assert (link.is_symlink(), target.read_text()) == (True, "new")
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    runs.write_text(pipe, "text")
+    files.write_text(pipe, "text")
     assert (pipe.is_fifo(), os.read(reader, 10)) == (True, b"text")
     os.close(reader)
 

@@ -69,7 +69,7 @@ def test_classes_come_from_train_sorted_and_files_are_found_below_them(tmp_path:
     assert index.classes == ("10", "2", "a", "b")
     assert (index.num_train, index.num_val) == (6, 1)
     dataset = ImageFolder(index, "train", to_bytes)
-    paths = [dataset.describe(i) for i in range(len(dataset))]
+    paths = [dataset.sample_path(i) for i in range(len(dataset))]
     found = sorted(str(p) for p in (root / "train").rglob("*") if p.suffix in {".png", ".JPEG"})
     assert sorted(paths) == found
     assert [Path(p).relative_to(root / "train").parts[0] for p in paths] == [

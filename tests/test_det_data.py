@@ -284,7 +284,7 @@ def test_items_depend_on_the_key_alone(tmp_path: Path) -> None:
 def test_normalisation_and_groups(tmp_path: Path) -> None:
     dataset = train_set(make(tmp_path, [an_object(1), an_object(2, image=2)]), img_scale=(100, 80), hflip=0)
     assert dataset.groups.tolist() == [1, 0]  # 100 x 80 is landscape, 60 x 90 is not
-    pixels = np.array(Image.open(dataset.describe(0)), dtype=np.float32)
+    pixels = np.array(Image.open(dataset.sample_path(0)), dtype=np.float32)
     expected = (pixels - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
     np.testing.assert_allclose(dataset[0, 0, 0]["image"].permute(1, 2, 0).numpy(), expected, atol=1e-4)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hcnet_cli import engine, optim
 from hcnet_cli.console import RunFailed
 from hcnet_cli.data.loader import EvalLoader, TrainLoader
-from hcnet_cli.engine import Job, State
+from hcnet_cli.engine import Evaluation, Job, State
 from hcnet_cli.rng import keyed_uniform, seeded
 from hcnet_cli.runs import RunFolder, read_log
 
@@ -82,14 +82,22 @@ class Regression(nn.Module):
         return Fitted()
 
 
-def make_job(task: Regression, total: int = 12, accumulate: int = 1, ema: bool = True, eval_every: int = 5) -> Job:
+def make_job(
+    task: Regression,
+    total: int = 12,
+    accumulate: int = 1,
+    ema: bool = True,
+    eval_every: int = 5,
+    optimizer: tuple[str, dict[str, Any]] = ("adamw", {}),
+) -> Job:
     train = Points(40)
+    name, args = optimizer
     return Job(
         task=task,
         train=TrainLoader(train, batch_size=8, accumulate=accumulate, total_steps=total, seed=3, workers=0),
-        val=EvalLoader(Points(11), batch_size=4, workers=0),
-        describe=lambda index: f"point {index}",
-        optimizer=optim.adamw(task.model, lr=0.02, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, no_decay="1d"),
+        evaluations=[Evaluation("", task, EvalLoader(Points(11), batch_size=4, workers=0))],
+        sample_path=lambda index: f"point {index}",
+        optimizer=optim.build_optimizer(task.model, name=name, args=args, lr=0.02, weight_decay=0.05, no_decay="1d"),
         lr_at=lambda step: optim.lr_at(step, lr=0.02, total_steps=total, warmup_steps=3),
         total_steps=total,
         batch_size=8,
@@ -275,7 +283,7 @@ def test_evaluation_uses_the_ema_and_leaves_the_model_training(tmp_path: Path) -
     assert job.ema is not None
     other = make_job(Regression(), ema=False)
     other.task.model.load_state_dict(job.ema.module.state_dict())
-    assert engine.evaluate(other)[0] == engine.evaluate(job)[0]
+    assert engine.evaluate(other, other.evaluations[0])[0] == engine.evaluate(job, job.evaluations[0])[0]
     assert job.task.training
     assert job.task.model is not job.ema.module
 

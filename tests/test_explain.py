@@ -342,7 +342,7 @@ def test_one_image_instead_of_the_data(drawn: Path, folder_of_images: Path, tmp_
     assert file.name in found["model"]
     _, recipe, backbone = load(run)
     data = build.build_data(recipe)
-    (index,) = (i for i in range(10) if data.val.describe(i) == str(file))
+    (index,) = (i for i in range(10) if data.val.sample_path(i) == str(file))
     steps = heat_steps(backbone, normalised(data, [index], recipe))
     assert [b["rate"]["mean"] for b in found["blocks"]] == pytest.approx([s.rate.mean() for s in steps], rel=1e-5)
     assert "between images" not in found["captions"]["2-rates"]

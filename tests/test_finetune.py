@@ -24,7 +24,7 @@ from hcnet_cli.data import embedded
 Hcnet = Callable[..., Done]
 STEPS = (
     *("--set", "schedule.unit=steps", "--set", "schedule.length=6", "--set", "train.eval_every=3"),
-    *("--set", "optim.eps=0.01"),  # Adam at its usual eps turns the rounding of a tiny gradient into a whole step
+    *("--set", "optim.args.eps=0.01"),  # Adam at its usual eps turns the rounding of a tiny gradient into a whole step
 )
 SMALL = {
     "finetune-det": (

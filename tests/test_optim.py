@@ -68,6 +68,6 @@ def test_decay_rules() -> None:
     }
     assert free["1d"] == {"conv.bias", "norm.weight", "norm.bias", "bn.weight", "bn.bias"}
     assert free["norm"] == {"norm.weight", "norm.bias"}
-    groups = optim.adamw(net, lr=1, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, no_decay="1d").param_groups
+    groups = optim.build_optimizer(net, name="adamw", args={}, lr=1, weight_decay=0.05, no_decay="1d").param_groups
     decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decayed == {id(p): 0.05 if n == "conv.weight" else 0.0 for n, p in net.named_parameters()}

@@ -43,7 +43,7 @@ def test_a_seeded_block_draws_the_same_whatever_was_drawn_before() -> None:
 def test_what_is_prepared_draws_the_same_each_time() -> None:
     with rng.seeded(5):
         first = draw()
-    rng.prepare([5, 6, 5])
+    rng.prebuild([5, 6, 5])
     for _ in range(2):
         with rng.seeded(5), rng.seeded(6):
             draw()

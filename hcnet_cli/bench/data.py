@@ -31,6 +31,7 @@ from hcnet_cli.data import embedded, loader
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.classification.spec import ImageFolder
 
 SAMPLE = 64  # images of a turn for the parts before the loader
 TURN = 128  # images that each process delivers in a loader's turn, about
@@ -68,7 +69,7 @@ def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
     if img_size is not None:
         changes.append(("data.img_size", img_size, "--img-size"))
     recipe = rcp.resolve(rcp.recipe_file(name, "pretrain"), changes).recipe
-    if not isinstance(recipe.data, rcp.ImageFolder):
+    if not isinstance(recipe.data, ImageFolder):
         raise UserError(f"The recipe {name} is for {recipe.task}.", hint="Only pretraining reads image folders.")
     return recipe
 
@@ -118,8 +119,8 @@ def make_pictures(root: Path, count: int) -> int:
 
 def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
     """The pipeline of `hcnet pretrain`, up to normalised batches on this processor."""
-    assert isinstance(recipe.data, rcp.ImageFolder)
-    data = build.build_data(recipe)
+    assert isinstance(recipe.data, ImageFolder)
+    data = build.open_data(recipe)
     images, normalise = data.train, image_folder.Normalise(recipe.data.mean, recipe.data.std)
     batches = loader.TrainLoader(
         images,
@@ -137,8 +138,8 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
 
     return Pipeline(
         "hcnet",
-        lambda index: image_folder.read_image(images.describe(index)),
-        lambda index: images[index, rng.derive("bench", index), 0],
+        lambda index: image_folder.read_image(images.sample_path(index)),
+        lambda index: images[loader.SampleRequest(index, rng.derive("bench", index), 0)],
         start,
         len(images),
     )
@@ -160,7 +161,7 @@ def timms(recipe: Recipe, root: str, batch_size: int, workers: int, prefetcher: 
 def timm_loader(images: Any, recipe: Recipe, batch_size: int, workers: int, prefetcher: bool) -> Any:
     """Gives a data set of timm the recipe's transform and returns the loader."""
     config = recipe.data
-    assert isinstance(config, rcp.ImageFolder)
+    assert isinstance(config, ImageFolder)
     batches = create_loader(
         images,
         input_size=(3, config.img_size, config.img_size),
@@ -192,7 +193,7 @@ def timm_loader(images: Any, recipe: Recipe, batch_size: int, workers: int, pref
 
 def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: int, rounds: int) -> Measurement:
     """Times the pipelines, alternating; one thread in every process."""
-    assert isinstance(recipe.data, rcp.ImageFolder)
+    assert isinstance(recipe.data, ImageFolder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

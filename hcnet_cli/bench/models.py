@@ -28,8 +28,9 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 import hcnet_cli
-from hcnet_cli import build, optim, profile, report, rng, runs
+from hcnet_cli import files, optim, profile, report, rng, runs
 from hcnet_cli.console import UserError, did_you_mean, status_line, warn
+from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.models import HcNet, remap_official_state_dict
 from hcnet_cli.models.literal import ReferenceHcNet
 from hcnet_cli.sizes import SIZES
@@ -60,7 +61,7 @@ def settings(batch_size: int, img_size: int, rounds: int, device: str, threads: 
     """The settings of a bench; CPU threads are set for the process."""
     if threads is not None:
         torch.set_num_threads(threads)
-    return Settings(batch_size, img_size, rounds, build.pick_device(device), torch.get_num_threads())
+    return Settings(batch_size, img_size, rounds, pick_device(device), torch.get_num_threads())
 
 
 @dataclass(eq=False)
@@ -144,7 +145,7 @@ def check_output(output: Path | None) -> None:
         return
     if output.suffix not in ENDINGS:
         raise UserError(f"{output} ends in neither {' nor '.join(ENDINGS)}.", hint="The ending chooses the format.")
-    runs.check_output(output)
+    files.check_output(output)
 
 
 # --- one contender ----------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def prepare(
     device, training = settings.device, contender.mode == "train"
     dtype = profile.DTYPES[contender.precision]
     if training:
-        build.pick_precision(contender.precision, device)
+        pick_precision(contender.precision, device)
     model = create(contender.model, settings.img_size, literal_of)
     contender.params = profile.count_params(model)
     contender.macs = profile.count_macs(model, torch.zeros(1, 3, settings.img_size, settings.img_size))
@@ -247,7 +248,7 @@ def training_step(
 ) -> Callable[[], None]:
     """Forward under autocast, loss, backward, optimizer step. No loss scaling for fp16: it costs next to nothing."""
     targets = torch.randint(getattr(model, "num_classes", 1000), (len(images),)).to(images.device)
-    optimizer = optim.adamw(model, lr=1e-6, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, no_decay="1d")
+    optimizer = optim.build_optimizer(model, name="adamw", args={}, lr=1e-6, weight_decay=0.05, no_decay="1d")
 
     def run() -> None:
         with torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):

@@ -1,7 +1,7 @@
 """Batches: which samples, in which order, for which process, and the workers that fetch them.
 
-Training is one stream of optimizer steps, a pure function of (seed, step): the number of workers, processes and
-micro-batches and the step at which a run goes on cannot change it. Evaluation shows each sample once.
+Training is one stream of optimizer steps, a pure function of (seed, step). It does not depend on the number of
+workers, processes and micro-batches or on the step at which a run resumes. Evaluation yields each sample once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,25 +22,42 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, warn
 
-Request = tuple[int, int, int]  # dataset index, the sample's key, the step's key
+
+class SampleRequest(NamedTuple):
+    """One sample to load. All randomness in loading it comes from `key`, or from `step_key` if the batch shares it."""
+
+    index: int  # type: ignore[assignment]  # of the sample in the data set; hides tuple.index, which nothing calls
+    key: int
+    step_key: int
+
+
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 class RequestDataset(Protocol):
-    """What the loaders ask of a data set. An item is a dict with at least `sample` and `key`."""
+    """A data set the loaders can read. An item is a dict with at least `sample` (the index) and `key`.
+
+    An item may have `unreadable`: the path of a file that could not be read and was replaced by another sample.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, request: Request, /) -> dict[str, Any]: ...
+    def __getitem__(self, request: SampleRequest, /) -> dict[str, Any]: ...
+
+
+class TrainDataset(RequestDataset, Protocol):
+    """A training set; it can also name the file of a sample, for the report of a non-finite loss."""
+
+    def sample_path(self, index: int) -> str: ...
 
 
 def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Tensors are stacked, integers become an int64 tensor [B], everything else stays a list of length B."""
+    """Stacks tensors, turns integers into an int64 tensor [B] and leaves everything else a list of length B."""
     batch: dict[str, Any] = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]
         if isinstance(first, torch.Tensor):
-            batch[name] = default_collate(values)  # stacked; in a worker straight into shared memory
+            batch[name] = default_collate(values)  # in a worker it stacks directly into shared memory
         elif isinstance(first, (int, np.integer)):
             batch[name] = torch.tensor(values, dtype=torch.int64)
         else:
@@ -49,7 +66,7 @@ def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def steps_per_epoch(count: int, batch_size: int, groups: NDArray[np.integer] | None = None) -> int:
-    """How many full batches an epoch has; UserError if there is none."""
+    """The number of full batches in an epoch; UserError if there is none."""
     sizes = [count] if groups is None else np.unique(groups, return_counts=True)[1].tolist()
     steps = sum(size // batch_size for size in sizes)
     if not steps:
@@ -66,11 +83,11 @@ def epoch_batches(
 ) -> NDArray[np.int64]:
     """The global batches of an epoch, [steps, batch_size] dataset indices, each at most once.
 
-    With `groups` a whole global batch comes from one group, rather than each micro-batch separately: so the
-    batches, and the number of steps of an epoch, do not depend on the split over processes and micro-batches.
-    What fills no batch sits this epoch out, other samples in each (at most batch_size - 1 of every group).
+    With `groups`, all samples of a global batch come from one group. The batches and the number of steps of an epoch
+    therefore do not depend on the split over processes and micro-batches. Samples that do not fill a batch (at most
+    batch_size - 1 of each group) are left out of this epoch; the shuffle chooses different ones in each epoch.
     """
-    # numpy promises never to change the stream of RandomState; that of its newer generators may change
+    # numpy guarantees that the stream of RandomState never changes; it gives no such guarantee for newer generators
     key = rng.derive(seed, "epoch", epoch)
     random = np.random.RandomState([key & 0xFFFFFFFF, key >> 32])
     order = random.permutation(count)
@@ -80,14 +97,14 @@ def epoch_batches(
     for group in np.unique(groups):
         members = order[groups[order] == group]
         full.append(members[: len(members) // batch_size * batch_size].reshape(-1, batch_size))
-    return random.permutation(np.concatenate(full))  # shuffles rows: groups take turns at random
+    return random.permutation(np.concatenate(full))  # shuffles the rows, so that groups alternate at random
 
 
 def micro_batch(batch: NDArray[np.int64], micro: int, rank: int, accumulate: int, world_size: int) -> NDArray[np.int64]:
     """The `micro`-th share of process `rank` in a global batch, [B] -> [B / (accumulate * world_size)].
 
-    A batch is a list of pairs (2j, 2j + 1) and a share takes whole pairs (if its size is even), laid out as
-    a0 a1 .. b1 b0 for timm's mixup, whose partner is `flip(0)`: who mixes with whom is the same for any split.
+    timm's mixup mixes a batch with its own `flip(0)`. For the mixing partners to be the same for any split, a global
+    batch is a list of pairs (2j, 2j + 1); a share of even size holds whole pairs, ordered as a0 a1 .. b1 b0.
     """
     size = len(batch) // (accumulate * world_size)
     number = micro * world_size + rank
@@ -95,25 +112,25 @@ def micro_batch(batch: NDArray[np.int64], micro: int, rank: int, accumulate: int
     return np.concatenate([share[0::2], share[1::2][::-1]])
 
 
-class _Fetch(Dataset[Any]):
-    """Runs in the worker: a list of requests -> (batch, unreadable files), or the UserError met on the way.
+class BatchDataset(Dataset[Any]):
+    """A data set of batches: a list of requests -> (batch, unreadable files). Runs in a worker process.
 
-    An exception raised in a worker would reach the main process wrapped in the worker's traceback.
+    A UserError is returned, not raised: a raised one would reach the main process wrapped in the worker's traceback.
     """
 
     def __init__(self, dataset: RequestDataset, collate: Collate) -> None:
         self.dataset = dataset
         self.collate = collate
 
-    def __getitem__(self, requests: list[Request]) -> tuple[dict[str, Any], list[str]] | UserError:
-        rng.prepare(key for _, key, _ in requests)
+    def __getitem__(self, requests: list[SampleRequest]) -> tuple[dict[str, Any], list[str]] | UserError:
+        rng.prebuild(request.key for request in requests)
         try:
             items = [self.dataset[request] for request in requests]
             unreadable = [item.pop("unreadable") for item in items if "unreadable" in item]
             batch = self.collate(items)
         except UserError as error:
             return error
-        batch["step_key"] = requests[0][2]
+        batch["step_key"] = requests[0].step_key
         return batch, unreadable
 
 
@@ -122,29 +139,31 @@ def _unchanged(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C and a scheduler's signals reach workers too; the main process needs them to finish its step."""
+    """Ctrl-C and a scheduler's signals reach workers too. Workers ignore them: the main process finishes its step."""
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends a worker
+    if hasattr(signal, "sigwaitinfo"):  # missing on macOS; SIGTERM ends a worker there
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _obey_parent() -> None:
-    """Ends this worker on a SIGTERM of its parent, which sends it on its own exit and then waits; no one else's."""
+def _exit_with_parent() -> None:
+    """Ends this worker on a SIGTERM sent by its parent process, which does so when it exits; ignores other senders."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-warnings.filterwarnings("ignore", message="This DataLoader will create")  # the recipe's number is the user's choice
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user chose the number of workers
 
 
-def _data_loader(fetch: _Fetch, requests: Iterable[list[Request]], workers: int, persistent: bool) -> DataLoader[Any]:
+def _data_loader(
+    batches: BatchDataset, requests: Iterable[list[SampleRequest]], workers: int, persistent: bool
+) -> DataLoader[Any]:
     return DataLoader(
-        fetch,
+        batches,
         batch_size=None,  # an "index" is a whole list of requests
         sampler=requests,
         num_workers=workers,
@@ -152,7 +171,7 @@ def _data_loader(fetch: _Fetch, requests: Iterable[list[Request]], workers: int,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         persistent_workers=persistent and workers > 0,
-        generator=torch.Generator(),  # its seeds are not used; without it the global generator would move
+        generator=torch.Generator(),  # its seeds are unused; without it the loader draws from the global generator
     )
 
 
@@ -167,16 +186,16 @@ def _batches(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], list[str
             raise
         raise UserError(
             f"A data worker process died ({str(error).rstrip('. ')}).",
-            hint="Mostly this is a lack of memory or of shared memory (/dev/shm): try fewer --workers.",
+            hint="The usual cause is too little memory or shared memory (/dev/shm): try fewer --workers.",
         ) from None
 
 
 class TrainLoader:
-    """Micro-batches for steps 0 .. total_steps, epoch after epoch without a pause.
+    """Micro-batches for steps 0 .. total_steps; workers keep running from one epoch to the next.
 
     `batch_size` counts the samples of one optimizer step over all processes and micro-batches. `groups`
-    [len(dataset)] (by aspect ratio) are never mixed within a batch, see `epoch_batches`. A file that cannot be
-    read is warned of once and listed in `unreadable`; more than `max_unreadable` of them stop the run.
+    [len(dataset)] (by aspect ratio) are never mixed within a batch, see `epoch_batches`. Each file that cannot be
+    read gives one warning and is listed in `unreadable`; more than `max_unreadable` of them stop the run.
     """
 
     def __init__(
@@ -202,7 +221,9 @@ class TrainLoader:
         if groups is not None:
             sizes = np.unique(groups, return_counts=True)[1]
             if never := int(sizes[sizes < batch_size].sum()):
-                warn(f"{never} training images are never used: too few of their shape for a batch of {batch_size}.")
+                warn(
+                    f"{never} training images are never used: too few have their shape to fill a batch of {batch_size}."
+                )
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.total_steps = total_steps
@@ -214,10 +235,10 @@ class TrainLoader:
         self.max_unreadable = max_unreadable
         self.unreadable: list[str] = []
         self._size = len(dataset)
-        self._fetch = _Fetch(dataset, collate or collate_items)
+        self._dataset = BatchDataset(dataset, collate or collate_items)
 
-    def requests(self, start_step: int) -> Iterator[list[Request]]:
-        """Lists of requests, one for each micro-batch of this process, `accumulate` for each step."""
+    def requests(self, start_step: int) -> Iterator[list[SampleRequest]]:
+        """Lists of requests: one list for each micro-batch of this process, `accumulate` lists for each step."""
         epoch = -1
         batches = np.empty((0, 0), dtype=np.int64)
         for step in range(start_step, self.total_steps):
@@ -229,14 +250,17 @@ class TrainLoader:
                 share = micro_batch(
                     batches[step % self.steps_per_epoch], micro, self.rank, self.accumulate, self.world_size
                 )
-                yield [(index, rng.derive(self.seed, "sample", epoch, index), step_key) for index in share.tolist()]
+                yield [
+                    SampleRequest(index, rng.derive(self.seed, "sample", epoch, index), step_key)
+                    for index in share.tolist()
+                ]
 
     def iterate(self, start_step: int) -> Iterator[dict[str, Any]]:
-        """Micro-batches from `start_step` to `total_steps`; what lies before is skipped, no file of it read.
+        """Micro-batches from `start_step` to `total_steps`; no file of an earlier step is read.
 
-        Raises UserError for what a data set refuses, and when too many files cannot be read.
+        Raises the UserError of a data set, and one of its own if too many files cannot be read.
         """
-        loader = _data_loader(self._fetch, self.requests(start_step), self.workers, persistent=False)
+        loader = _data_loader(self._dataset, self.requests(start_step), self.workers, persistent=False)
         for batch, unreadable in _batches(loader):
             for path in unreadable:
                 self._count_unreadable(path)
@@ -251,7 +275,7 @@ class TrainLoader:
             raise UserError(
                 f"{len(self.unreadable)} training images cannot be read (limit {self.max_unreadable}): "
                 f"{some}{', ...' if len(self.unreadable) > 5 else ''}.",
-                hint="Is the disk mounted, the data set unpacked completely? `hcnet check` names all such files.",
+                hint="Is the disk mounted, and the data set unpacked completely? `hcnet check` names all such files.",
             )
         warn(f"cannot read {path}; another image takes its place.")
 
@@ -259,8 +283,8 @@ class TrainLoader:
 class EvalLoader:
     """Every sample once: process `rank` takes rank, rank + world_size, ... in batches of `batch_size`.
 
-    The last batch may be smaller, and a process may have one batch fewer than another. Workers live from one
-    evaluation to the next.
+    The last batch may be smaller, and a process may have one batch fewer than another. Workers are kept for the next
+    evaluation.
     """
 
     def __init__(
@@ -276,10 +300,10 @@ class EvalLoader:
         assert 0 <= rank < world_size
         if batch_size < 1:
             raise UserError(f"The evaluation batch size must be at least 1, not {batch_size}.")
-        mine: list[Request] = [(index, 0, 0) for index in range(rank, len(dataset), world_size)]
+        mine: list[SampleRequest] = [SampleRequest(index, 0, 0) for index in range(rank, len(dataset), world_size)]
         chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
         self._chunks: Sized = chunks
-        self._loader = _data_loader(_Fetch(dataset, collate or collate_items), chunks, workers, persistent=True)
+        self._loader = _data_loader(BatchDataset(dataset, collate or collate_items), chunks, workers, persistent=True)
 
     def __len__(self) -> int:
         return len(self._chunks)

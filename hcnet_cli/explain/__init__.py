@@ -7,7 +7,6 @@ the heat steps, and how far sight and heat spread. Equal runs give equal bytes.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hcnet_cli import build, runs
+from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.explain.heat import heat_steps, measure, receptive_field, windows
 from hcnet_cli.explain.pictures import captions, draw
+from hcnet_cli.files import replacing, writing
 from hcnet_cli.models import HcNet
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.classification.spec import ImageFolder
 from hcnet_cli.tasks.detection import coco
 from hcnet_cli.weights import load_into
 
@@ -41,7 +43,7 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     info, recipe, backbone = load(run)
     images, source = _one_image(recipe, image) if image else _validation_images(recipe, info)
     folder = out or run / "explain"
-    with runs.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     steps = heat_steps(backbone, images)
     if not steps:
@@ -65,13 +67,8 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
 
 def _write(path: Path, content: bytes) -> None:
     """Replaces `path` whole: the report's page may read it at any time."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with runs.writing(path):
-        try:
-            temp.write_bytes(content)
-            os.replace(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
+    with writing(path), replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _rounded(value: Any) -> Any:
@@ -94,7 +91,7 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
             f"{run} has no best.safetensors yet.", hint="Training writes it at the first evaluation: go on with it."
         )
     recipe = rcp.resolve(folder.recipe_file).recipe
-    backbone = build.build_backbone(recipe, 0)
+    backbone: Any = build.build_backbone(recipe, 0)
     account = load_into(backbone, build.read_init(str(run))[1], str(folder.best))
     lacking = [name for name in (*account.missing, *account.reinitialised) if not name.startswith("norm.")]
     if lacking:  # the final norm is the classifier's; nothing here uses it
@@ -108,22 +105,22 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
 def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str]:
     """Up to MAX_IMAGES images [3, H, W] as evaluation sees them, evenly spread over the validation images."""
     try:
-        data = build.build_data(recipe)
+        data = build.open_data(recipe)
         chosen = np.linspace(0, len(data.val) - 1, min(MAX_IMAGES, len(data.val))).round()
-        items = [data.val[int(index), 0, 0] for index in chosen]
+        items = [data.val[SampleRequest(int(index), 0, 0)] for index in chosen]
     except UserError as error:
         raise UserError(
             f"The validation images of this run cannot be used: {error}",
             hint="Name a picture instead: hcnet explain RUN --image FILE",
         ) from None
-    if isinstance(recipe.data, rcp.ImageFolder):
+    if isinstance(recipe.data, ImageFolder):
         images = _normalised(recipe.data, items)
     else:
         images = [item["images"][0] if "images" in item else item["image"] for item in items]
     return images, f"{len(images)} validation image{'s' if len(images) > 1 else ''}"
 
 
-def _normalised(config: rcp.ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:
+def _normalised(config: ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:
     return list(image_folder.Normalise(config.mean, config.std)(image_folder.collate(items)))
 
 
@@ -134,8 +131,8 @@ def _one_image(recipe: Recipe, file: Path) -> tuple[list[Tensor], str]:
     except Exception as error:  # decoders raise almost anything on damaged files
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
         raise UserError(f"The image {file} cannot be read: {reason}.") from None
-    config = recipe.data
-    if isinstance(config, rcp.ImageFolder):
+    config: Any = recipe.data
+    if isinstance(config, ImageFolder):
         transform = image_folder.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
         return _normalised(config, [transform(image)]), file.name
     width, height = coco.fit(*image.size, *config.img_scale)

@@ -291,7 +291,9 @@ def _init(arm: str, changes: Mapping[str, Any], base: Base, recipe: Recipe, resu
     wanted = str(changes.get("init", "none" if base.init in TASKS else base.init))
     if wanted != "auto":
         return wanted
+    if not TASKS[recipe.task].starts_from:
+        return "none"
     if found := runs.best_pretraining(recipe, results):
         return found
-    lacking, first = runs.no_pretraining(recipe, results)
+    lacking, first = runs.explain_missing_pretraining(recipe, results)
     raise UserError(f"{lacking}.", hint=f"The arm {arm} starts from one: {first} first.")

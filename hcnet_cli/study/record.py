@@ -68,8 +68,7 @@ def read_studies(results: Path) -> tuple[list[StudyRecord], list[str]]:
 
 def run_key(recipe: Recipe) -> str:
     """Equal for two recipes that are the same run. Precision is compared separately, see find_run."""
-    flat = rcp.flatten(recipe.model_dump(mode="json"))
-    kept = {k: v for k, v in flat.items() if k not in rcp.NOT_IN_FINGERPRINT and k != "train.precision"}
+    kept = {key: value for key, value in rcp.identity(recipe).items() if key != "train.precision"}
     kept["data.path"] = str(Path(recipe.data.path or "").resolve())
     kept["init"] = recipe.init if recipe.init == "none" else str(Path(recipe.init).resolve())
     return json.dumps(kept, sort_keys=True)

@@ -23,6 +23,7 @@ from rich.text import Text
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, duration, err, notice, warn
+from hcnet_cli.files import write_text, writing
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import Run
 from hcnet_cli.study.design import Design
@@ -152,7 +153,7 @@ class StudyProcess:
         return self.folder.with_name(f"{self.design.name}.json")
 
     def write(self) -> None:
-        runs.write_text(self.file, self.record.model_dump_json(indent=1) + "\n")
+        write_text(self.file, self.record.model_dump_json(indent=1) + "\n")
 
     # -- the loop --
 
@@ -160,7 +161,7 @@ class StudyProcess:
         cells = self.record.cells
         for (arm, task), recipe in self.design.recipes.items():
             file = self.folder / f"{self.stem(Cell(arm=arm, task=task, seed=0))}.yaml"
-            runs.write_text(file, rcp.dump_yaml(recipe))
+            write_text(file, rcp.dump_yaml(recipe))
         self.write()
         finished = sum(cell.state == "finished" for cell in cells)
         tasks = f" x {len(self.design.tasks)} tasks" if self.several_tasks else ""
@@ -245,7 +246,7 @@ class StudyProcess:
         if cell.run in self.start_over:
             line.append("--fresh")
         env = environment(slot, self.settings.jobs, self.settings.device)
-        with runs.writing(log), log.open("wb") as file:
+        with writing(log), log.open("wb") as file:
             # its own session, so that Ctrl-C reaches it through _work alone
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env,
@@ -372,7 +373,7 @@ class StudyProcess:
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Refuses a second command at the same study, which would start the same runs."""
-    with runs.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         try:

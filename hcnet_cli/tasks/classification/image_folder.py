@@ -10,6 +10,7 @@ Images stay bytes, a quarter of the memory, until a whole batch is normalised on
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import math
@@ -34,6 +35,10 @@ from torchvision import transforms
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.runs import DataInfo
+from hcnet_cli.schema import DataPart, Part
+from hcnet_cli.tasks.classification.spec import ImageFolder as ImageFolderConfig
 
 SIZED = 100  # files of a class whose size enters the digest: all of a small class, about so many of a large one
 EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm .jp2".split())
@@ -243,7 +248,13 @@ class ImageFolder(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def describe(self, index: int) -> str:
+    def with_transform(self, transform: Callable[[Image.Image], dict[str, Any]]) -> ImageFolder:
+        """The same images behind another transform."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
+
+    def sample_path(self, index: int) -> str:
         """The file of a sample."""
         return os.path.join(self.folder, self.classes[self.files.labels[index]], self.files.name(index))
 
@@ -251,7 +262,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         index, key, _ = request
         unreadable: dict[str, str] = {}
         for attempt in range(10):
-            path = self.describe(index)
+            path = self.sample_path(index)
             try:
                 image = read_image(path)
             except MemoryError:
@@ -459,3 +470,34 @@ def mix(images: Tensor, target: Tensor, step_key: int, mixup: Mixup) -> tuple[Te
         )
     with rng.seeded(step_key):
         return mixup(images, target)
+
+
+# --- from a recipe's section ------------------------------------------------------------------------------------------
+
+
+def open_data(config: DataPart, head: Part, root: Path) -> DataSplits:
+    """Scans the folder and makes both data sets; UserError for what is wrong with it."""
+    assert isinstance(config, ImageFolderConfig)
+    index = scan(root)
+    shared: dict[str, Any] = {"img_size": config.img_size, "interpolation": config.interpolation}
+    names = {
+        *("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment"),
+        *("re_prob", "re_mode", "re_count", "mean"),
+    }
+    train = train_transform(**shared, **config.model_dump(include=names))
+    return DataSplits(
+        info=DataInfo(
+            name=index.name,
+            digest=index.digest,
+            path=str(root),
+            num_train=index.num_train,
+            num_val=index.num_val,
+            num_classes=len(index.classes),
+        ),
+        train=ImageFolder(index, "train", train),
+        val=ImageFolder(index, "val", eval_transform(**shared, crop_pct=config.crop_pct)),
+        class_names=list(index.classes),
+        img_size=(config.img_size, config.img_size),
+        collate=collate,
+        val_collate=collate,
+    )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError
-from hcnet_cli.runs import write_text
+from hcnet_cli.files import write_text
 
 
 class Accuracy:

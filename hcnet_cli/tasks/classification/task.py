@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from hcnet_cli.models import HcNet
+from hcnet_cli.data.loader import Collate, RequestDataset
+from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.engine import Task
+from hcnet_cli.models.backbone import takes_noise
+from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
+from hcnet_cli.schema import DataPart, EvaluationPart, Part
+from hcnet_cli.tasks.classification import image_folder
 from hcnet_cli.tasks.classification.image_folder import Normalise, mix
 from hcnet_cli.tasks.classification.metric import Accuracy
+from hcnet_cli.tasks.classification.spec import ClassificationEvaluation, ImageFolder
 
 
-class ClassificationTask(nn.Module):
+class ClassificationTask(Task):
     """`model` maps images [B, 3, H, W], which `normalise` makes of a batch, to logits [B, num_classes].
 
     With `mixup` (timm's, which also smooths) the target is soft; without it plain cross-entropy with `smoothing`.
     """
 
     primary = "top1"
+    protocol = ""
 
     def __init__(
-        self, model: HcNet, class_names: Sequence[str], normalise: Normalise, mixup: Mixup | None, smoothing: float
+        self, model: nn.Module, class_names: Sequence[str], normalise: Normalise, mixup: Mixup | None, smoothing: float
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
+        self.takes_noise = takes_noise(model.forward)
         self.normalise = normalise
         self.class_names = list(class_names)
         self.mixup = mixup
@@ -37,7 +47,8 @@ class ClassificationTask(nn.Module):
         images, target = self.normalise(batch), batch["target"]
         if self.mixup:
             images, target = mix(images, target, batch["step_key"], self.mixup)
-        logits = self.model(images, noise=keyed_uniform(batch["key"], self.model.num_blocks))
+        noise = {"noise": keyed_uniform(batch["key"], self.model.num_blocks)} if self.takes_noise else {}
+        logits = self.model(images, **noise)
         return {"loss_cls": self.criterion(logits.float(), target)}
 
     def predict(self, batch: dict[str, Any]) -> Tensor:
@@ -45,3 +56,46 @@ class ClassificationTask(nn.Module):
 
     def evaluator(self) -> Accuracy:
         return Accuracy(len(self.class_names), self.class_names)
+
+
+def build_task(
+    head: Part,
+    config: DataPart,
+    evaluation: EvaluationPart,
+    data: DataSplits,
+    backbone: Callable[[int], nn.Module],
+    micro_batch: int,
+) -> ClassificationTask:
+    """See hcnet_cli/build.py."""
+    assert isinstance(config, ImageFolder)
+    mixup = image_folder.make_mixup(
+        data.info.num_classes,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        smoothing=config.smoothing,
+    )
+    model = backbone(data.info.num_classes)
+    return ClassificationTask(model, data.class_names, Normalise(config.mean, config.std), mixup, config.smoothing)
+
+
+def build_evaluation(
+    task: ClassificationTask, config: DataPart, entry: EvaluationPart, first: EvaluationPart, data: DataSplits
+) -> tuple[ClassificationTask, RequestDataset, Collate | None]:
+    """See hcnet_cli/build.py."""
+    assert isinstance(config, ImageFolder)
+    assert isinstance(entry, ClassificationEvaluation)
+    if entry.img_size is None and entry.crop_pct is None:
+        return task, data.val, data.val_collate
+    assert isinstance(data.val, image_folder.ImageFolder)
+    size, crop = entry.img_size or config.img_size, entry.crop_pct or config.crop_pct
+    transform = image_folder.eval_transform(img_size=size, interpolation=config.interpolation, crop_pct=crop)
+    view = ClassificationTask(task.model, task.class_names, task.normalise, None, 0.0)
+    view.protocol = f"{size} x {size}, crop {crop:g}"
+    return view, data.val.with_transform(transform), data.val_collate
+
+
+def count_macs(task: ClassificationTask, size: tuple[int, int]) -> int:
+    """Multiply-accumulates for one image of `size` (height, width)."""
+    return macs_of(task.model, torch.zeros(1, 3, *size))

@@ -7,6 +7,7 @@ and order the file has. The recipe is that of Swin's detection code (REFERENCES 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -30,7 +31,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hcnet_cli import rng
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.runs import DataInfo
+from hcnet_cli.schema import DataPart, Part
+from hcnet_cli.tasks.detection.spec import Coco, MaskRCNN
 
 MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1], RGB: ImageNet's, as everywhere in this project
 STD = (0.229, 0.224, 0.225)
@@ -489,9 +494,15 @@ class CocoDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def describe(self, index: int) -> str:
+    def sample_path(self, index: int) -> str:
         """The file of an item."""
         return str(self.images / self.annotations.name(int(self.rows[index])))
+
+    def at_scale(self, img_scale: tuple[int, int]) -> CocoDataset:
+        """The same images, rescaled to fit other (long, short) sides."""
+        other = copy.copy(self)
+        other.long, other.short = max(img_scale), min(img_scale)
+        return other
 
     def load_image(self, image_id: int) -> Image.Image:
         """An image by its COCO id, as its annotations see it; UserError if it cannot be."""
@@ -595,3 +606,47 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "sample": torch.tensor([item["sample"] for item in items], dtype=torch.int64),
         "key": torch.tensor([item["key"] for item in items], dtype=torch.int64),
     }
+
+
+# --- from a recipe's section ------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class CocoSplits(DataSplits):
+    """With the annotations of the validation images, which scores are made against."""
+
+    val: CocoDataset
+    annotations: Annotations
+
+
+def open_data(config: DataPart, head: Part, root: Path) -> CocoSplits:
+    """Reads both annotation files and makes the data sets; UserError for what is wrong with them."""
+    assert isinstance(config, Coco)
+    assert isinstance(head, MaskRCNN)
+    splits = {split: load_split(root, split, masks=head.with_masks) for split in ("train", "val")}
+    (train, train_images), (val, val_images) = splits["train"], splits["val"]
+    check_same_classes(train, val)
+    check_sizes(val, val_images)  # what evaluation cannot do without must not be found after hours of training
+    if left_out := {reason: len(ids) for reason, ids in train.dropped.items() if reason != "crowd"}:
+        listed = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
+        notice(f"Training objects left out of {train.file.name}: {listed}.")
+    given = config.model_dump(exclude={"format", "path"})
+    train_set = CocoDataset(train, train_images, train=True, **given)
+    return CocoSplits(
+        info=DataInfo(
+            name=dataset_name(root, val),
+            digest=hashlib.sha256(f"{train.digest} {val.digest}".encode()).hexdigest()[:16],
+            path=str(root),
+            num_train=len(train_set),
+            num_val=len(val),
+            num_classes=len(val.class_names),
+        ),
+        train=train_set,
+        val=CocoDataset(val, val_images, train=False, **given),
+        class_names=val.class_names,
+        img_size=(800, 1280),
+        collate=collate,
+        val_collate=collate,
+        groups=train_set.groups,
+        annotations=val,
+    )

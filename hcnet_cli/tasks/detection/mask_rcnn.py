@@ -12,7 +12,6 @@ Letters: B images, G ground-truth boxes, N anchors or boxes, C classes, A anchor
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -27,6 +26,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from hcnet_cli.models.backbone import Pyramid
 
 STRIDES = (4, 8, 16, 32, 64)  # P2..P6; RoIs are taken from the first four
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
@@ -152,7 +153,7 @@ def pad_batch(images: Sequence[Tensor], divisor: int = 32) -> Tensor:
 class MaskRCNN(nn.Module):
     """FPN and Mask R-CNN on a backbone with timm's `forward_intermediates` and `feature_info`; nothing is frozen.
 
-    The backbone's last four outputs (strides 4, 8, 16, 32) get one GroupNorm(1) each, new to every checkpoint. Without
+    The backbone's last four maps (strides 4, 8, 16, 32) get one GroupNorm(1) each, new to every checkpoint. Without
     masks this is Faster R-CNN. Defaults are the reference's; box and mask widths and the counts of proposals may shrink
     for small data.
 
@@ -188,25 +189,15 @@ class MaskRCNN(nn.Module):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
-        body: Any = backbone  # timm's features interface, which nn.Module does not declare
-        info = [body.feature_info[i] for i in range(len(body.feature_info))][-4:]
-        if [level["reduction"] for level in info] != [4, 8, 16, 32]:
-            raise ValueError(
-                f"the backbone's last four outputs need strides 4, 8, 16, 32, not {[i['reduction'] for i in info]}"
-            )
-        channels = [level["num_chs"] for level in info]
-        first = len(body.feature_info) - 4
-        self.out_indices = list(range(first, first + 4))
-        if hasattr(body, "prune_intermediate_layers"):  # a classifier without gradient stalls several processes
-            body.prune_intermediate_layers(self.out_indices, prune_norm=True, prune_head=True)
-        self.takes_noise = "noise" in inspect.signature(body.forward_intermediates).parameters
+        self.pyramid = Pyramid.of(backbone)
+        channels = self.pyramid.channels
         self.num_classes, self.anchor_scale, self.with_masks = num_classes, anchor_scale, with_masks
         self.rpn_pre, self.rpn_post = (rpn_pre_test, rpn_pre_train), (rpn_post_test, rpn_post_train)
         self.rpn_batch, self.box_batch = rpn_batch, box_batch
         self.score_thresh, self.nms_thresh, self.max_detections = score_thresh, nms_thresh, max_detections
 
-        self.backbone: Any = body
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in channels)
+        self.backbone: Any = backbone
+        self.norms = self.pyramid.norms()
         self.fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=LastLevelMaxPool())
         self.rpn_head = RPNHead(fpn_channels, num_anchors=len(RATIOS))
         self.box_head = TwoMLPHead(fpn_channels * 7 * 7, box_head_channels)
@@ -258,10 +249,8 @@ class MaskRCNN(nn.Module):
 
     def features(self, x: Tensor, noise: Tensor | None = None) -> list[Tensor]:
         """[B, 3, H, W] -> P2..P6, [B, fpn_channels, H / stride, W / stride]."""
-        given = {"noise": noise} if self.takes_noise and noise is not None else {}
-        outputs = self.backbone.forward_intermediates(x, indices=self.out_indices, intermediates_only=True, **given)
-        levels = OrderedDict((str(i), norm(o)) for i, (norm, o) in enumerate(zip(self.norms, outputs, strict=True)))
-        return list(self.fpn(levels).values())
+        maps = self.pyramid.maps(self.backbone, self.norms, x, noise)
+        return list(self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(maps))).values())
 
     # --- region proposals ---
 

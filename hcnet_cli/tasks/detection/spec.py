@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from hcnet_cli.schema import DataPart, EvaluationPart, Fraction, NaturalInt, Pair, Part, PositiveFloat, PositiveInt, field
+from hcnet_cli.schema import (
+    DataPart,
+    EvaluationPart,
+    Fraction,
+    NaturalInt,
+    Pair,
+    Part,
+    PositiveFloat,
+    PositiveInt,
+    field,
+)
 from hcnet_cli.tasks.spec import Column, Format, Metric, Option, Spec
 
 FOLDER = "hcnet_cli.tasks.detection"
@@ -70,7 +80,7 @@ def is_coco(root: Path) -> bool:
 
 SPEC = Spec(
     name="finetune-det",
-    help="""Fine-tune Mask R-CNN for detection and instance masks: COCO, any COCO-format folder, or embedded digit-scenes.
+    help="""Fine-tune Mask R-CNN for detection and masks: COCO, any COCO-format folder, or the embedded digit-scenes.
 
     Starts from the best finished pretrain run of the same size unless --init says otherwise.
     """,
@@ -89,7 +99,9 @@ SPEC = Spec(
     options=(
         Option("schedule", ("--schedule",), str, "On COCO: 1x, 1x-single-scale or 3x.", recipe="coco-{}"),
         Option("with_masks", ("--masks/--no-masks",), bool, "Without masks: Faster R-CNN.", key="head.with_masks"),
-        Option("eval_backend", ("--eval-backend",), str, "faster-coco-eval or pycocotools.", key="evaluation.val.backend"),
+        Option(
+            "eval_backend", ("--eval-backend",), str, "faster-coco-eval or pycocotools.", key="evaluation.val.backend"
+        ),
     ),
     length_flag="epochs",
     starts_from="pretrain",

@@ -13,20 +13,29 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor, nn
 
-from hcnet_cli.profile import count_macs
+from hcnet_cli.data.loader import Collate, RequestDataset
+from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.engine import Task
+from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
+from hcnet_cli.schema import DataPart, EvaluationPart, Part
+from hcnet_cli.tasks.detection.coco import CocoSplits
 from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
 from hcnet_cli.tasks.detection.metric import Backend, CocoAP
+from hcnet_cli.tasks.detection.spec import DetectionEvaluation
+from hcnet_cli.tasks.detection.spec import MaskRCNN as Head
 
 
-class DetectionTask(nn.Module):
+class DetectionTask(Task):
     """Mask R-CNN (or Faster R-CNN, if the model has no masks) on COCO-format data.
 
     A batch: `image`, a list of [3, H, W], normalised; `target`, a list of dicts (training: boxes, labels, masks;
     evaluation: image_id, orig_size); `key` [B]. The other arguments go to the evaluator, metrics.coco_ap.CocoAP.
     """
 
+    model: MaskRCNN
     primary = "box_AP"
+    protocol = ""
 
     def __init__(
         self,
@@ -41,7 +50,7 @@ class DetectionTask(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._scoring: dict[str, Any] = {
+        self.scoring: dict[str, Any] = {
             "annotation_file": annotation_file,
             "category_ids": category_ids,
             "class_names": class_names,
@@ -54,7 +63,7 @@ class DetectionTask(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """loss_rpn_cls, loss_rpn_box, loss_cls, loss_box and (with masks) loss_mask; all weights are 1."""
         keys = batch["key"]
-        noise = keyed_uniform(keys, self.model.backbone.num_blocks) if self.model.takes_noise else None
+        noise = keyed_uniform(keys, self.model.backbone.num_blocks) if self.model.pyramid.takes_noise else None
 
         def uniform(image: int, number: int, stream: int) -> Tensor:
             return keyed_uniform(keys[image : image + 1], number, stream)[:, 0]
@@ -79,7 +88,7 @@ class DetectionTask(nn.Module):
         return predictions
 
     def evaluator(self) -> CocoAP:
-        return CocoAP(**self._scoring)
+        return CocoAP(**self.scoring)
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> list[dict[str, Any]]:
@@ -114,10 +123,49 @@ class _Cost(nn.Module):
         self.model.forward_dummy(image)
 
 
-def detection_macs(model: MaskRCNN, height: int = 800, width: int = 1280) -> int:
-    """Multiply-accumulates by the convention of the papers' COCO tables.
+def count_macs(task: DetectionTask, size: tuple[int, int] = (800, 1280)) -> int:
+    """Multiply-accumulates by the convention of the papers' COCO tables, for one image of `size` (height, width).
 
-    1280 x 800, backbone, FPN, RPN, box head on 1000 RoIs and mask head on 100; convolutions, linear layers and matrix
-    products only.
+    Backbone, FPN, RPN, box head on 1000 RoIs and mask head on 100; convolutions, linear layers and matrix products.
     """
-    return count_macs(_Cost(model), torch.empty(1, 3, height, width, device="meta"))
+    return macs_of(_Cost(task.model), torch.empty(1, 3, *size, device="meta"))
+
+
+def build_task(
+    head: Part,
+    config: DataPart,
+    evaluation: EvaluationPart,
+    data: DataSplits,
+    backbone: Callable[[int], nn.Module],
+    micro_batch: int,
+) -> DetectionTask:
+    """See hcnet_cli/build.py."""
+    assert isinstance(head, Head)
+    assert isinstance(data, CocoSplits)
+    model = MaskRCNN(backbone(0), data.info.num_classes, **head.model_dump(exclude={"kind"}))
+    return _task(model, evaluation, data)
+
+
+def _task(model: MaskRCNN, evaluation: EvaluationPart, data: CocoSplits) -> DetectionTask:
+    assert isinstance(evaluation, DetectionEvaluation)
+    return DetectionTask(
+        model,
+        annotation_file=data.annotations.file,
+        category_ids=data.annotations.category_ids,
+        class_names=data.class_names,
+        backend=evaluation.backend,
+        load_image=data.val.load_image,
+    )
+
+
+def build_evaluation(
+    task: DetectionTask, config: DataPart, entry: EvaluationPart, first: EvaluationPart, data: DataSplits
+) -> tuple[DetectionTask, RequestDataset, Collate | None]:
+    """See hcnet_cli/build.py."""
+    assert isinstance(entry, DetectionEvaluation)
+    assert isinstance(data, CocoSplits)
+    view = task if entry is first else _task(task.model, entry, data)
+    if entry.img_scale is None:
+        return view, data.val, data.val_collate
+    view.protocol = f"{entry.img_scale[0]}x{entry.img_scale[1]}"
+    return view, data.val.at_scale(entry.img_scale), data.val_collate

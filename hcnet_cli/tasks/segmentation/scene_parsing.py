@@ -28,6 +28,12 @@ from torch.nn import functional as F
 
 from hcnet_cli import dist, rng
 from hcnet_cli.console import UserError, notice, warn
+from hcnet_cli.data import embedded
+from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.files import replacing
+from hcnet_cli.runs import DataInfo
+from hcnet_cli.schema import DataPart, Part
+from hcnet_cli.tasks.segmentation.spec import SceneParsing
 
 SPLITS = ("training", "validation")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -238,9 +244,8 @@ def _scan(images: NDArray[np.str_], labels: NDArray[np.str_], cache: Path | None
                 first_seen.setdefault(value, path)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        draft = kept.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(first_seen))
-        os.replace(draft, kept)
+        with replacing(kept) as temporary:
+            temporary.write_text(json.dumps(first_seen))
     return first_seen
 
 
@@ -508,7 +513,7 @@ class TrainScenes:
         item["label"] = pad(torch.from_numpy(label), self.crop_size, self.folder.ignore_index)
         return item
 
-    def describe(self, index: int) -> str:
+    def sample_path(self, index: int) -> str:
         """The file behind a sample."""
         return str(self.images[index])
 
@@ -582,3 +587,44 @@ def collate_scenes(items: list[dict[str, Any]]) -> dict[str, Any]:
     """
     batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0]}
     return batch | {name: torch.tensor(batch[name], dtype=torch.int64) for name in ("sample", "key")}
+
+
+# --- from a recipe's section ------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class SceneSplits(DataSplits):
+    """With the folder, for evaluations at other scales."""
+
+    folder: SceneFolder
+
+
+def open_data(config: DataPart, head: Part, root: Path) -> SceneSplits:
+    """Pairs images with labels, looks at every label once, and makes both data sets; UserError for what is wrong."""
+    assert isinstance(config, SceneParsing)
+    folder = open_folder(
+        root,
+        num_classes=config.num_classes,
+        reduce_zero_label=config.reduce_zero_label,
+        ignore_index=config.ignore_index,
+        scan_cache=embedded.cache_dir() / "label-scans",
+    )
+    shared: dict[str, Any] = {"img_scale": config.img_scale, "mean": config.mean, "std": config.std}
+    names = {"ratio_range", "crop_size", "cat_max_ratio", "hflip", "photometric"}
+    train = TrainScenes(folder, **shared, **config.model_dump(include=names))
+    return SceneSplits(
+        info=DataInfo(
+            name=folder.name,
+            digest=folder.digest,
+            path=str(root),
+            num_train=len(train),
+            num_val=len(folder.images["validation"]),
+            num_classes=folder.num_classes,
+        ),
+        train=train,
+        val=EvalScenes(folder, **shared),
+        class_names=list(folder.class_names),
+        img_size=(512, 2048),
+        val_collate=collate_scenes,
+        folder=folder,
+    )

@@ -22,7 +22,9 @@ class UPerNet(Part):
     pool_scales: tuple[PositiveInt, ...] = field((1, 2, 3, 6), "Sides of the maps of the pyramid pooling.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = field(0.1, "Dropout of channels before the classifiers.")
     aux_weight: Annotated[float, Field(ge=0)] = field(0.4, "Weight of the auxiliary loss.")
-    init_std: PositiveFloat = field(0.01, "Standard deviation of the classifiers' first weights; narrow heads want more.")
+    init_std: PositiveFloat = field(
+        0.01, "Standard deviation of the classifiers' first weights; narrow heads want more."
+    )
 
 
 class SceneParsing(DataPart):
@@ -34,7 +36,7 @@ class SceneParsing(DataPart):
     ignore_index: Annotated[int, Field(ge=0, le=255)] = field(255, "Label of pixels that do not count.")
     img_scale: Pair = field((2048, 512), "Long and short side that an image is rescaled to fit.", unit="pixels")
     ratio_range: tuple[float, float] = field((0.5, 2.0), "Training: factor on `img_scale`, from and to.")
-    crop_size: PositiveInt = field(512, "Side of the training crop, and of the windows of `mode: slide`.", unit="pixels")
+    crop_size: PositiveInt = field(512, "Side of the training crop and of sliding windows.", unit="pixels")
     cat_max_ratio: Annotated[float, Field(gt=0, le=1)] = field(
         0.75, "A crop is drawn again, up to ten times, while one class covers this share of it."
     )

@@ -5,7 +5,7 @@ Dimension letters: B batch, K classes, H x W the label's size, h x w the network
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,15 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hcnet_cli import profile
+from hcnet_cli.console import UserError
+from hcnet_cli.data.loader import Collate, RequestDataset
+from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.engine import Task
 from hcnet_cli.rng import keyed_uniform
+from hcnet_cli.schema import DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.segmentation.metric import MeanIoU
-from hcnet_cli.tasks.segmentation.upernet import resize
+from hcnet_cli.tasks.segmentation.scene_parsing import EvalScenes, SceneSplits
+from hcnet_cli.tasks.segmentation.spec import SceneEvaluation, SceneParsing
+from hcnet_cli.tasks.segmentation.spec import UPerNet as Head
+from hcnet_cli.tasks.segmentation.upernet import UPerNet, resize
 
-MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 MAX_ELEMENTS = 2**24  # of a temporary at full resolution: 64 MiB
 
 
-class SegmentationTask(nn.Module):
+class SegmentationTask(Task):
     """`model` is a UPerNet. A training batch has `image` [B, 3, S, S], `label` [B, S, S] uint8 and `key` [B].
 
     An evaluation batch has, for each sample, a list of `images` ([3, h, w], one for each scale) and a
@@ -30,8 +37,10 @@ class SegmentationTask(nn.Module):
     the network sees the "whole" image, or windows of `crop_size` every `stride` pixels ("slide") whose
     logits are averaged where they overlap.
 
-    A second task on the same model, with `flip` and `suffix="_ms"`, evaluates at several scales.
+    A second task on the same model can evaluate it in another way, such as at several scales.
     """
+
+    primary = "mIoU"
 
     def __init__(
         self,
@@ -44,7 +53,6 @@ class SegmentationTask(nn.Module):
         crop_size: int = 512,
         stride: int = 341,
         flip: bool = False,
-        suffix: str = "",
         protocol: str = "",
         num_pictures: int = 8,
     ) -> None:
@@ -57,15 +65,13 @@ class SegmentationTask(nn.Module):
         self.crop_size = crop_size
         self.stride = stride
         self.flip = flip
-        self.suffix = suffix
         self.protocol = protocol
         self.num_pictures = num_pictures
-        self.primary = f"mIoU{suffix}"
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         key = batch["key"]
         image = batch["image"].contiguous(memory_format=torch.channels_last)
-        noise = keyed_uniform(key, self.model.backbone.num_blocks) if self.model.takes_noise else None
+        noise = keyed_uniform(key, self.model.backbone.num_blocks) if self.model.pyramid.takes_noise else None
         dropout_noise = keyed_uniform(key, self.model.num_dropout, stream=1)
         logits, aux = self.model(image, noise, dropout_noise)
         return {
@@ -112,7 +118,6 @@ class SegmentationTask(nn.Module):
             self.class_names,
             ignore_index=self.ignore_index,
             num_pictures=self.num_pictures,
-            suffix=self.suffix,
             protocol=self.protocol,
         )
 
@@ -212,8 +217,67 @@ def protocol(
     return f"{scales}{' + flip' if flip else ''}, {how}, {img_scale[0]}x{img_scale[1]}"
 
 
-def segmentation_macs(model: nn.Module, height: int = 512, width: int = 2048) -> int:
-    """Multiply-accumulates for one image as the tables count: without the auxiliary head, which only
-    training runs.
-    """
-    return profile.count_macs(model, torch.zeros(1, 3, height, width))
+def count_macs(task: SegmentationTask, size: tuple[int, int] = (512, 2048)) -> int:
+    """Multiply-accumulates for one image of `size` (height, width), without the auxiliary head, as the tables count."""
+    return profile.count_macs(task.model, torch.zeros(1, 3, *size))
+
+
+def build_task(
+    head: Part,
+    config: DataPart,
+    evaluation: EvaluationPart,
+    data: DataSplits,
+    backbone: Callable[[int], nn.Module],
+    micro_batch: int,
+) -> SegmentationTask:
+    """See hcnet_cli/build.py."""
+    assert isinstance(head, Head)
+    if micro_batch < 2:
+        raise UserError(
+            f"UPerNet trains on two or more images at a time (its batch norm sees 1 x 1 maps), not on {micro_batch}.",
+            hint="Choose a larger --batch-size or fewer micro-batches (--accumulate).",
+        )
+    model = UPerNet(backbone(0), data.info.num_classes, **head.model_dump(exclude={"kind", "aux_weight"}))
+    return _task(model, head.aux_weight, config, evaluation, evaluation, data)
+
+
+def build_evaluation(
+    task: SegmentationTask, config: DataPart, entry: EvaluationPart, first: EvaluationPart, data: DataSplits
+) -> tuple[SegmentationTask, RequestDataset, Collate | None]:
+    """See hcnet_cli/build.py."""
+    assert isinstance(config, SceneParsing)
+    assert isinstance(entry, SceneEvaluation)
+    assert isinstance(data, SceneSplits)
+    if entry is first and tuple(entry.scales) == (1.0,):
+        return task, data.val, data.val_collate
+    view = task if entry is first else _task(task.model, task.aux_weight, config, entry, first, data)
+    images = EvalScenes(data.folder, img_scale=config.img_scale, ratios=entry.scales, mean=config.mean, std=config.std)
+    return view, images, data.val_collate
+
+
+def _task(
+    model: UPerNet,
+    aux_weight: float,
+    config: DataPart,
+    entry: EvaluationPart,
+    first: EvaluationPart,
+    data: DataSplits,
+) -> SegmentationTask:
+    """The task that scores as `entry` says; what it leaves open is as in the first evaluation."""
+    assert isinstance(config, SceneParsing)
+    assert isinstance(entry, SceneEvaluation)
+    assert isinstance(first, SceneEvaluation)
+    how: dict[str, Any] = {
+        "mode": entry.mode or first.mode or "whole",
+        "crop_size": config.crop_size,
+        "stride": entry.stride or first.stride or config.crop_size,
+        "flip": config.hflip > 0 if entry.flip is None else entry.flip,  # digits are other signs in a mirror
+    }
+    return SegmentationTask(
+        model,
+        data.class_names,
+        aux_weight=aux_weight,
+        ignore_index=config.ignore_index,
+        protocol=protocol(config.img_scale, ratios=entry.scales, **how),
+        **how,
+    )

@@ -12,7 +12,6 @@ Dimension letters: B batch, C channels, K classes, H x W image, h x w feature ma
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hcnet_cli.models.backbone import Pyramid
 
 
 def _num_processes() -> int:
@@ -171,9 +172,8 @@ class FCNHead(SegHead):
 class UPerNet(nn.Module):
     """Backbone, one norm per output, UPerHead and auxiliary FCNHead.
 
-    `backbone` is any timm model with `feature_info` and `forward_intermediates`; its last four maps are
-    used, and what comes after them (final norm, classifier) is pruned. Any image size works that the
-    backbone takes.
+    `backbone` is any model with timm's `feature_info` and `forward_intermediates` (models/backbone.py); its last four
+    maps are used. Any image size works that the backbone takes.
 
     In training the result is (logits, auxiliary logits) at strides 4 and 16; in evaluation the logits alone.
     Upsampling to the image is left to the caller, who knows the size wanted.
@@ -191,20 +191,11 @@ class UPerNet(nn.Module):
         init_std: float = 0.01,
     ) -> None:
         super().__init__()
-        info = list(getattr(backbone, "feature_info", None) or [])
-        if len(info) < 4 or not hasattr(backbone, "forward_intermediates"):
-            raise ValueError(
-                f"{type(backbone).__name__} cannot carry UPerNet: it needs forward_intermediates and a feature_info"
-                f" of four stages, it has {len(info)}."
-            )
         self.backbone = backbone
-        self.indices = list(range(len(info)))[-4:]
-        in_chans = [info[i]["num_chs"] for i in self.indices]
-        if hasattr(backbone, "prune_intermediate_layers"):  # parameters without gradient stall DDP
-            backbone.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
-        self.takes_noise = "noise" in inspect.signature(backbone.forward_intermediates).parameters
+        self.pyramid = Pyramid.of(backbone)
+        in_chans = self.pyramid.channels
         self.num_classes = num_classes
-        self.norms = nn.ModuleList(nn.GroupNorm(1, chans) for chans in in_chans)
+        self.norms = self.pyramid.norms()
         self.decode_head = UPerHead(in_chans, num_classes, channels, pool_scales, dropout, init_std)
         self.auxiliary_head = FCNHead(in_chans[2], num_classes, aux_channels, dropout, init_std)
 
@@ -218,9 +209,7 @@ class UPerNet(nn.Module):
 
         `noise` [num_blocks, B] decides the backbone's drop path, where the backbone takes it.
         """
-        extra = {"noise": noise} if self.takes_noise else {}
-        maps = self.backbone.forward_intermediates(x, indices=self.indices, intermediates_only=True, **extra)
-        return [norm(feature) for norm, feature in zip(self.norms, maps, strict=True)]
+        return self.pyramid.maps(self.backbone, self.norms, x, noise)
 
     def forward(
         self, x: Tensor, noise: Tensor | None = None, dropout_noise: Tensor | None = None

@@ -1,0 +1,117 @@
+"""`hcnet ablate`: studies of the model with and without its parts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hcnet_cli.cli import options
+from hcnet_cli.cli.base import base_recipe
+from hcnet_cli.console import UserError
+from hcnet_cli.sizes import COMPONENTS
+from hcnet_cli.tasks import TASKS
+
+if TYPE_CHECKING:
+    from hcnet_cli.recipe import Recipe
+    from hcnet_cli.study.design import Base, StudyRun
+    from hcnet_cli.study.preview import Cost
+
+
+def ablate(
+    ctx: typer.Context,
+    disable: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each."),
+    ] = None,
+    study_name: Annotated[
+        str | None, typer.Option("--study", help="components, stencil, pretraining, or a YAML file.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="pretrain (default), finetune-det or finetune-seg; may repeat, for one table of all."),
+    ] = None,
+    size: options.Size = None,
+    data: options.DataPath = None,
+    recipe: options.RecipeName = None,
+    epochs: options.Epochs = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of every arm (default: the study's, or 0,1,2).")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; cores or GPUs are divided between them.")] = 1,
+    out_dir: options.Out = Path("results"),
+    device: options.Device = "auto",
+    overrides: options.Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid with a time estimate and stop.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over finished runs of another code version, and broken ones.")
+    ] = False,
+) -> None:
+    """Train the model with and without its parts, on the same data, budget and seeds, and print what they are worth.
+
+    Every cell (arm and seed) is an ordinary run: finished ones are taken as they are, whoever asked for them, and the
+    same command again goes on. Without --epochs the embedded digits get 3 epochs a run, fewer than their recipe has,
+    so that two arms and three seeds end within minutes. Fine-tuning starts from the same arm's own pretraining when
+    pretrain is among the tasks, else from random weights.
+    """
+    from hcnet_cli.report import render
+    from hcnet_cli.study import design, preview, runner
+    from hcnet_cli.study.table import runs_by_name, table
+
+    if bool(disable) == bool(study_name):
+        raise UserError(
+            "--disable makes a study of its own: leave it or --study out."
+            if disable
+            else "Name components to --disable, or a --study.",
+            hint=f"For example: hcnet ablate --disable refinement. Studies: {', '.join(design.shipped_studies())}.",
+        )
+    short, asked = design.read_study(study_name) if study_name else design.disable_study(disable or [])
+    wanted = design.study_runs(asked, task or [], recipe or "")
+    for flag in ("data", "epochs"):
+        if len(wanted) > 1 and ctx.params[flag] is not None:
+            raise UserError(
+                f"--{flag} is for a study of one task.",
+                hint="Name recipes, and what all arms change in them, under runs: in a study file.",
+            )
+    bases = [_study_base(kind, one, ctx.params) for kind, one in wanted]
+    expanded = design.expand(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
+    settings = runner.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
+    if dry_run:
+        preview.preview(expanded, settings, lambda one: _cost(one, device))
+        return
+    record, code = runner.run(expanded, settings)
+    if code <= 1:
+        made = table(record, runs_by_name(out_dir))
+        sys.stdout.write(render([made], "rich"))
+    raise typer.Exit(code)
+
+
+def _study_base(task: str, one: StudyRun, given: dict[str, Any]) -> Base:
+    """What all arms of a study share in one task: the recipe, and what the study and the flags change in it."""
+    from hcnet_cli import recipe as rcp
+    from hcnet_cli.study.design import Base
+
+    file, overrides = base_recipe(task, {**given, "recipe": one.recipe or None, "data": given["data"] or one.data})
+    changes = [(key, value, "the study") for key, value in rcp.flatten(one.changes).items()]
+    protocol = rcp.resolve(file).recipe.protocol
+    spec = TASKS[task]
+    embedded = protocol == f"{task}/{spec.embedded}"
+    if embedded and spec.ablation_length and "schedule.length" not in {key for key, _, _ in [*overrides, *changes]}:
+        changes.append(("schedule.length", spec.ablation_length, "the default of ablations"))
+    return Base(file, (*changes, *overrides), one.init)
+
+
+def _cost(recipe: Recipe, device: str) -> Cost:
+    """What one run of a recipe takes; the time from a short trial."""
+    from hcnet_cli import build, plan, profile
+    from hcnet_cli.device import pick_device
+    from hcnet_cli.study.preview import Cost
+
+    data = build.open_data(recipe)
+    task = build.build_task(recipe, data)
+    return Cost(
+        images=recipe.train.batch_size * build.steps(recipe, data).total,
+        seconds=plan.seconds_per_image(recipe, data, task, pick_device(device)),
+        params=profile.count_params(task.model),
+        macs=build.count_macs(recipe, task, data),
+    )

@@ -1,0 +1,85 @@
+"""From the flags of a command to a recipe file and the overrides laid over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hcnet_cli.cli.options import RECIPE_KEYS
+from hcnet_cli.console import UserError, notice
+from hcnet_cli.tasks import TASKS
+
+if TYPE_CHECKING:
+    from hcnet_cli.recipe import Resolved
+
+Override = tuple[str, Any, str]  # dotted key, value, where it comes from
+
+
+def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Override]]:
+    """The recipe file of a training command, named or the one that belongs to the data; flags and --set as overrides.
+
+    `given`: the command's parameters; those that are None were not given.
+    """
+    from hcnet_cli import recipe as rcp
+
+    spec = TASKS[task]
+    parsed = [rcp.parse_override(text) for text in given["overrides"] or []]
+    name, data, source = _recipe_name(task, given), given["data"], "--data"
+    for key, value in parsed:
+        if key == "data.path":
+            data, source = str(value), "--set data.path"
+    if data is None and (variable := os.environ.get(spec.data_variable)):
+        data, source = variable, f"${spec.data_variable}"
+    file = rcp.recipe_file(name, task) if name else None
+    if data is None and file is not None:
+        data, source = rcp.resolve(file).recipe.data.path, f"recipe {name}"
+    if data is None:
+        data, source = spec.embedded, "embedded"
+        notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")
+    if file is None:
+        file = rcp.recipe_file(spec.embedded if data == spec.embedded else spec.default_recipe, task)
+    overrides = [("data.path", data, source), *_flags(task, given)]
+    overrides += [(key, value, f"--set {key}") for key, value in parsed]
+    found = rcp.resolve(file, overrides).recipe
+    if found.task != task:
+        raise UserError(f"The recipe {file} is for {found.task}, not for {task}.")
+    for parameter in ("epochs", "steps"):
+        if given.get(parameter) is not None and parameter != found.schedule.unit:
+            raise UserError(
+                f"This recipe counts {found.schedule.unit}, not {parameter}.",
+                hint=f"Use --set schedule.length=N, in {found.schedule.unit}.",
+            )
+    return file, overrides
+
+
+def resolve(task: str, given: Mapping[str, Any]) -> Resolved:
+    """The recipe of a training command, checked."""
+    from hcnet_cli import recipe as rcp
+
+    return rcp.resolve(*base_recipe(task, given))
+
+
+def _recipe_name(task: str, given: Mapping[str, Any]) -> str | None:
+    """What --recipe names, or a flag of the task that stands for a recipe."""
+    name: str | None = given["recipe"]
+    for option in TASKS[task].options:
+        if option.recipe and given.get(option.name) is not None:
+            if name is not None:
+                raise UserError(f"{option.flags[0]} names a recipe; --recipe does too.", hint="Give one of them.")
+            name = option.recipe.format(given[option.name])
+    return name
+
+
+def _flags(task: str, given: Mapping[str, Any]) -> list[Override]:
+    flags = [
+        (key, given[parameter], f"--{parameter.removesuffix('_model').replace('_', '-')}")
+        for parameter, key in RECIPE_KEYS.items()
+        if given.get(parameter) is not None
+    ]
+    for option in TASKS[task].options:
+        value = given.get(option.name)
+        if option.key and value is not None:
+            flags.append((option.key, option.values.get(value, value), option.flags[0].split("/")[0]))
+    return flags

@@ -1,0 +1,94 @@
+"""`hcnet bench`: models and the input pipeline, timed side by side."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from hcnet_cli.cli import options
+from hcnet_cli.console import UserError
+
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    ctx: typer.Context,
+    models: Annotated[
+        str, typer.Option(help="Comma list: reference (the literal form), sizes, any names of timm.")
+    ] = "hcnet_tiny,reference",
+    mode: Annotated[str, typer.Option(help="Comma list of infer and train.")] = "infer",
+    precision: Annotated[str, typer.Option(help="Comma list of fp32, bf16 and fp16.")] = "fp32",
+    compile_models: Annotated[bool, typer.Option("--compile", help="Each also compiled, beside eager.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    img_size: Annotated[int, typer.Option(min=8, help="Height and width of the images.")] = 224,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
+    device: options.Device = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender; figures are medians over them.")] = 7,
+    output: options.Output = None,
+) -> None:
+    """Time models side by side: images/s, latency, peak memory, share of what the machine can multiply.
+
+    Every model in every mode and precision is a contender; they take turns in one process, so that what else this
+    machine does slows all alike, and ratios hold. `hcnet bench data` times the input pipeline.
+    """
+    if ctx.invoked_subcommand is not None:
+        if given := [name for name in ctx.params if "COMMANDLINE" in str(ctx.get_parameter_source(name))]:
+            raise UserError(
+                f"--{given[0].replace('_', '-')} times models, and {ctx.invoked_subcommand} times something else.",
+                hint=f"See hcnet bench {ctx.invoked_subcommand} --help.",
+            )
+        return
+    from hcnet_cli.bench import models as timing
+    from hcnet_cli.files import write_output
+    from hcnet_cli.report import render
+
+    timing.check_output(output)
+    settings = timing.settings(batch_size, img_size, rounds, device, threads)
+    known = timing.facts(settings.device, sys.argv, settings.threads)
+    made = timing.measure(timing.contenders(models, mode, precision, compile_models), settings)
+    sys.stdout.write(render(timing.tables(made), "rich"))
+    if output is not None:
+        write_output(output, (timing.json_text if output.suffix == ".json" else timing.page)(made, known))
+    if made.stopped:
+        raise typer.Exit(130)
+    if all(contender.error for contender in made.contenders):
+        raise typer.Exit(1)
+
+
+@app.command("data")
+def bench_data(
+    data: Annotated[str | None, typer.Option(help="An image folder (default: synthetic JPEGs).")] = None,
+    recipe: Annotated[str, typer.Option(help="The pretrain recipe whose augmentation is timed.")] = "imagenet",
+    img_size: Annotated[int | None, typer.Option(min=8, help="Height and width (default: the recipe's).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load data; 0: this one.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each pipeline; figures are medians over them.")] = 5,
+    output: options.Output = None,
+) -> None:
+    """Time the training input pipeline alone, beside timm's on the same folder with the same augmentation."""
+    from hcnet_cli.bench import data as bench_data
+    from hcnet_cli.bench import models as bench
+    from hcnet_cli.device import pick_device
+    from hcnet_cli.files import write_output
+    from hcnet_cli.report import render
+
+    bench.check_output(output)
+    bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it
+    known = bench.facts(pick_device("cpu"), sys.argv, threads=1)
+    with bench_data.folder(data) as (root, name):
+        made = bench_data.measure(
+            bench_data.read_recipe(recipe, root, img_size),
+            root,
+            name,
+            batch_size=batch_size,
+            workers=workers,
+            rounds=rounds,
+        )
+    sys.stdout.write(render([bench_data.table(made)], "rich"))
+    if output is not None:
+        write_output(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
+    if made.stopped:
+        raise typer.Exit(130)

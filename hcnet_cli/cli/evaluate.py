@@ -1,0 +1,40 @@
+"""`hcnet evaluate`: further scores of a finished run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcnet_cli.cli import options
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A finished run: its folder, or its name under results/runs/.")],
+    on: Annotated[
+        str | None,
+        typer.Option("--on", help="Comma list of evaluations (default: those without a score, else the first)."),
+    ] = None,
+    data: options.DataPath = None,
+    overrides: options.Set = None,
+    out_dir: options.Out = Path("results"),
+    device: options.Device = "auto",
+    workers: options.Workers = None,
+) -> None:
+    """Score the weights of a finished run by another protocol, without training.
+
+    Evaluations are entries of the recipe's section `evaluation`: --on ms, or a new one such as
+    --set evaluation.tiles.mode=slide. Scores are added to the run's record, with their protocol; none is replaced.
+    """
+    from hcnet_cli import recipe as rcp
+
+    given = [("data.path", data, "--data"), ("train.workers", workers, "--workers")]
+    settings = [(key, value, source) for key, value, source in given if value is not None]
+    settings += [(key, value, f"--set {key}") for key, value in map(rcp.parse_override, overrides or [])]
+    from hcnet_cli.evaluate import evaluate as score
+    from hcnet_cli.evaluate import find_run
+
+    names = [name.strip() for name in on.split(",")] if on is not None else []
+    score(find_run(run, out_dir), settings, names, device, sys.argv)

@@ -1,0 +1,54 @@
+"""`hcnet check` and `hcnet explain`: what is in a data set, what is in a trained model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcnet_cli.cli import options
+from hcnet_cli.cli.base import resolve
+from hcnet_cli.console import UserError, out
+
+
+def check(
+    data: Annotated[str, typer.Argument(help="A data folder, or the name of an embedded set.")],
+    recipe: options.RecipeName = None,
+    overrides: options.Set = None,
+    output: Annotated[Path | None, typer.Option(help="A .json file with every file of every finding.")] = None,
+) -> None:
+    """Look at every image and annotation of a data set as training reads them, and say what is wrong, before training.
+
+    The layout tells the task. Exits with 1 if something spoils training or its figures: files that cannot be read,
+    sizes that are not those annotated, the same picture in training and validation or in two classes.
+    """
+    from hcnet_cli import check as checking
+    from hcnet_cli.files import check_output, write_output
+    from hcnet_cli.report import render
+
+    if output is not None:
+        if output.suffix != ".json":
+            raise UserError(f"{output} does not end in .json.")
+        check_output(output)
+    resolved = resolve(checking.task_of(data), {"data": data, "recipe": recipe, "overrides": overrides})
+    made = checking.check(resolved.recipe)
+    sys.stdout.write(render(checking.tables(made), "rich", checking.lines(made)))
+    if output is not None:
+        write_output(output, checking.json_text(made))
+    raise typer.Exit(made.wrong)
+
+
+def explain(
+    run: Annotated[Path, typer.Argument(help="A run folder, such as results/runs/NAME.")],
+    image: Annotated[Path | None, typer.Option(help="A picture to measure on, instead of validation images.")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the pictures, instead of RUN/explain.")
+    ] = None,
+) -> None:
+    """Draw what the heat layers of a run do: stencils, conduction rates, transfer functions, receptive fields."""
+    from hcnet_cli.explain import explain as draw
+
+    for path in draw(run, image, out_dir):
+        out.print(str(path), markup=False)

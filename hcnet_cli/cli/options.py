@@ -1,0 +1,68 @@
+"""The options that several commands share, each once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcnet_cli.sizes import SIZES
+
+Size = Annotated[str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.")]
+DataPath = Annotated[str | None, typer.Option("--data", help="A data folder, or the name of an embedded set.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped recipe (hcnet recipes ls) or a YAML file.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per optimizer step, over all processes.")]
+Accumulate = Annotated[
+    int | None,
+    typer.Option(
+        "--accumulate", help="Micro-batches per optimizer step. Results change only where batch norm is used."
+    ),
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", help="Peak learning rate. It is never scaled by the batch size.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        help="Weights to start from: a run folder, a weights file, none, or auto: the best pretrain run of the same "
+        "model (on embedded data none if there is none).",
+    ),
+]
+Name = Annotated[
+    str | None, typer.Option("--name", help="Name of the run folder, instead of one made from the recipe.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Results folder; runs go to OUT/runs/.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")]
+Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")]
+Workers = Annotated[int | None, typer.Option("--workers", help="Processes that load data.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Any recipe field (hcnet recipes explain): optim.weight_decay=0.1")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")]
+EvalOnly = Annotated[
+    bool,
+    typer.Option("--eval-only", help="Evaluate the run's best weights; those of --init where nothing was trained."),
+]
+Output = Annotated[Path | None, typer.Option("--output", help="Also write a .md or .json file.")]
+
+# Parameter of a training command -> the recipe field it sets.
+RECIPE_KEYS = {
+    "size": "model.size",
+    "epochs": "schedule.length",
+    "steps": "schedule.length",
+    "batch_size": "train.batch_size",
+    "accumulate": "train.accumulate",
+    "lr": "optim.lr",
+    "seed": "train.seed",
+    "init": "init",
+    "precision": "train.precision",
+    "compile_model": "train.compile",
+    "workers": "train.workers",
+}

@@ -1,0 +1,66 @@
+"""`hcnet report`: the tables of all runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcnet_cli.console import UserError, notice, out, warn
+
+
+def report(
+    fmt: Annotated[
+        str | None,
+        typer.Option("--format", help="rich, markdown, csv, json, latex or html; else what the output's ending names."),
+    ] = None,
+    table: Annotated[str, typer.Option(help="imagenet, coco, ade20k, ablation or all.")] = "all",
+    results: Annotated[list[Path] | None, typer.Option(help="Results folder; may be repeated.")] = None,
+    published: Annotated[list[Path] | None, typer.Option(help="CSV of further published numbers; may repeat.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Folder of tables to compare with the runs; 1 if they differ.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
+) -> None:
+    """Print the paper's tables from the runs, published numbers beside measured ones."""
+    from hcnet_cli.files import write_output
+    from hcnet_cli.report import format_for, report_check
+    from hcnet_cli.report import report as make
+    from hcnet_cli.study.table import tables
+
+    for folder in results or []:
+        if not folder.is_dir():
+            raise UserError(f"There is no results folder {folder}.")
+    where, more = results or [Path("results")], published or []
+    studies, unreadable = tables(where)
+    for line in unreadable:
+        warn(f"{line}.")
+    if check is not None:
+        if output is not None or fmt is not None:
+            raise UserError(
+                f"--check compares every table in {check}; --{'output' if output else 'format'} has no place."
+            )
+        for line in (differing := report_check(where, check, published=more, extra=studies)):
+            out.print(line, markup=False)
+        if not differing:
+            notice(f"All tables in {check} agree with the runs.")
+        raise typer.Exit(1 if differing else 0)
+    fmt = fmt or format_for(output)
+    if watch and (fmt != "html" or output is None):
+        raise UserError("--watch refreshes a page in a file.", hint="Add --format html --output report.html")
+    while True:
+        text = make(
+            where, table=table, fmt=fmt, published=more, extra=studies, output=output, refresh=10 if watch else None
+        )
+        if output is None:
+            sys.stdout.write(text)
+            return
+        write_output(output, text)
+        if not watch:
+            return
+        time.sleep(10)
+        studies, _ = tables(where)

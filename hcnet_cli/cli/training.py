@@ -1,0 +1,98 @@
+"""The training commands: one for each task, made from its spec."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hcnet_cli.cli import options
+from hcnet_cli.cli.base import resolve
+from hcnet_cli.console import UserError
+from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.spec import Spec
+
+Parameters = dict[str, tuple[Any, Any]]  # name -> annotation, default
+
+
+def training_command(spec: Spec) -> Callable[..., None]:
+    """The function that Typer makes the command of a task from: the shared options, and the task's own."""
+
+    def command(ctx: typer.Context, **_: Any) -> None:
+        train_task(spec.name, ctx.params)
+
+    parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in _parameters(spec).items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    command.__doc__ = spec.help
+    command.__name__ = spec.name.replace("-", "_")
+    return command
+
+
+def _parameters(spec: Spec) -> Parameters:
+    own: Parameters = {
+        option.name: (Annotated[option.type | None, typer.Option(*option.flags, help=option.help)], None)
+        for option in spec.options
+    }
+    length = {"epochs": options.Epochs, "steps": options.Steps}[spec.length_flag]
+    return {
+        "size": (options.Size, None),
+        "data": (options.DataPath, None),
+        "recipe": (options.RecipeName, None),
+        spec.length_flag: (length, None),
+        "batch_size": (options.BatchSize, None),
+        "accumulate": (options.Accumulate, None),
+        "lr": (options.LearningRate, None),
+        "seed": (options.Seed, None),
+        "init": (options.Init, None),
+        **own,
+        "name": (options.Name, None),
+        "out_dir": (options.Out, Path("results")),
+        "device": (options.Device, "auto"),
+        "precision": (options.Precision, None),
+        "compile_model": (options.Compile, None),
+        "workers": (options.Workers, None),
+        "overrides": (options.Set, None),
+        "dry_run": (options.DryRun, False),
+        "fresh": (options.Fresh, False),
+        "eval_only": (options.EvalOnly, False),
+    }
+
+
+def train_task(task: str, given: dict[str, Any]) -> None:
+    """Runs a training command with the parameters that were given."""
+    name = given["name"]
+    if name is not None and (Path(name).name != name or name in ("", ".", "..")):
+        raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
+    if given["eval_only"] and (given["dry_run"] or given["fresh"]):
+        other = "fresh" if given["fresh"] else "dry-run"
+        raise UserError(f"--eval-only trains nothing, so --{other} has no place.")
+    resolved = resolve(task, given)
+    from hcnet_cli.run import Options, train
+
+    chosen = Options(
+        results=given["out_dir"],
+        name=name or "",
+        device=given["device"],
+        fresh=given["fresh"],
+        dry_run=given["dry_run"],
+        eval_only=given["eval_only"],
+        argv=sys.argv,
+    )
+    _, _, stopped_by = train(resolved, chosen)
+    if stopped_by:
+        raise typer.Exit(128 + stopped_by)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of every task."""
+    for spec in TASKS.values():
+        app.command(spec.name)(training_command(spec))

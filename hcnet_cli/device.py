@@ -1,0 +1,41 @@
+"""The device and the number format of a run."""
+
+from __future__ import annotations
+
+import torch
+
+from hcnet_cli import dist
+from hcnet_cli.console import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """What "auto" means: CUDA (this process's own), else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f'There is no device "{name}".', hint="Known: auto, cpu, cuda, cuda:N, mps.") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("PyTorch sees no CUDA device here.", hint="Use --device cpu, or install a CUDA build.")
+        device = torch.device("cuda", device.index if device.index is not None else dist.local_rank())
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"There is no device {device}: PyTorch sees {torch.cuda.device_count()}.")
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("This machine has no MPS device.", hint="Use --device cpu.")
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f'The device "{name}" is not supported.', hint="Known: auto, cpu, cuda, cuda:N, mps.")
+    return device
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """What "auto" means: bf16 on a GPU that computes it, fp16 on an older one, fp32 elsewhere."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("fp16 training needs a GPU.", hint="Use --precision bf16 or fp32.")
+    return precision

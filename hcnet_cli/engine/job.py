@@ -1,0 +1,128 @@
+"""The types between the engine and everything else: a task, its batches, its evaluations, and the job of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # per element of an activation, by precision
+
+# One micro-batch of B samples. `sample` [B] int64: data set indices; `key` [B] int64: the samples' keys (rng.py). The
+# other entries are the task's own: tensors, or lists, tuples and dicts of them, which `to_device` moves.
+Batch: TypeAlias = dict[str, Any]
+# What a task's `predict` returns. Only the evaluator of the same task reads it.
+Predictions: TypeAlias = Any
+
+
+class Evaluator(Protocol):
+    """Collects the predictions for a whole data set and turns them into metrics."""
+
+    def update(self, predictions: Predictions, batch: Batch) -> None: ...
+
+    def compute(self) -> dict[str, float]:
+        """Metrics in per cent. Every process calls it; all get the same, whatever the number of processes."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the predictions worth keeping into `folder` (main process)."""
+        ...
+
+
+class Task(nn.Module):
+    """What is trained, around the model that checkpoints hold.
+
+    `forward(batch)` returns named, weighted losses; training minimises their sum.
+    """
+
+    model: nn.Module
+    primary: str  # the metric that decides which weights are best; higher is better
+    protocol: str = ""  # how it is made, where there are several ways
+
+    def predict(self, batch: Batch) -> Predictions:
+        """What the evaluator of the same task reads."""
+        raise NotImplementedError
+
+    def evaluator(self) -> Evaluator:
+        raise NotImplementedError
+
+
+class TrainBatches(Protocol):
+    """Training data: `accumulate` micro-batches for each optimizer step."""
+
+    unreadable: list[str]  # files that could not be read so far
+
+    def iterate(self, start_step: int) -> Iterator[Batch]: ...
+
+
+class EvalBatches(Sized, Iterable[Batch], Protocol):
+    """One process's share of an evaluation set: every sample is in exactly one batch of one process."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One way to score the model, by its name in the recipe.
+
+    Its task has its own `predict` and `evaluator` and shares the model; the first evaluation's is the trained task.
+    """
+
+    name: str
+    task: Task
+    batches: EvalBatches
+
+
+@dataclass
+class Job:
+    """Everything a run needs, as build.build_job makes it. Durations are in optimizer steps.
+
+    The first of `evaluations` is made during training and decides which weights are best.
+    """
+
+    task: Task
+    train: TrainBatches
+    evaluations: Sequence[Evaluation]
+    sample_path: Callable[[int], str]  # the file of a training sample
+    optimizer: torch.optim.Optimizer
+    lr_at: Callable[[int], float]
+    total_steps: int
+    batch_size: int  # of one optimizer step, over all processes and micro-batches
+    accumulate: int
+    eval_every: int
+    log_every: int
+    save_minutes: float
+    clip_grad: float | None
+    precision: str  # fp32, bf16 or fp16
+    device: torch.device
+    seed: int
+    ema: ModelEmaV3 | None = None
+    describe_weights: Mapping[str, str] = field(default_factory=dict)  # safetensors metadata of best.safetensors
+
+    @property
+    def weights(self) -> nn.Module:
+        """The model whose weights are evaluated and kept: the moving average if there is one."""
+        return self.ema.module if self.ema is not None else self.task.model
+
+
+def to_device(value: T, device: torch.device) -> T:
+    """A batch, or any nesting of dicts, lists and tuples, with its tensors moved; other values are kept."""
+    moved: Any = value
+    if isinstance(value, Tensor):
+        moved = value.to(device, non_blocking=True)
+    elif isinstance(value, dict):
+        moved = {key: to_device(item, device) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        moved = type(value)(to_device(item, device) for item in value)
+    return cast(T, moved)
+
+
+def autocast(job: Job) -> AbstractContextManager[object]:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision)
+    return torch.autocast(job.device.type, dtype) if dtype else nullcontext()

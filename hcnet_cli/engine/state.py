@@ -1,0 +1,48 @@
+"""The state of a run in a checkpoint: with it, training continues bit for bit as if it had not been interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hcnet_cli import checkpoint, optim
+from hcnet_cli.engine.job import Job
+
+
+@dataclass
+class State:
+    """How far a run has got. The checkpoint holds this as JSON, beside the tensors."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # of the best weights
+    seconds: float = 0.0  # training time, without evaluation
+    waited: float = 0.0  # the part of it spent waiting for data
+    unreadable: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    window: dict[str, Any] = field(default_factory=dict)  # loss sums since the last log line
+
+
+def save(job: Job, folder: Path, state: State) -> None:
+    """Writes the checkpoint of `state.step` (main process)."""
+    optimizer, optimizer_rest = optim.state_to_save(job.optimizer, job.task.model)
+    tensors = {"model": job.task.model.state_dict(), "optimizer": optimizer}
+    if job.ema is not None:
+        tensors["ema"] = job.ema.module.state_dict()
+    checkpoint.write(folder, tensors, {**asdict(state), "optimizer": optimizer_rest})
+
+
+def restore(job: Job, folder: Path) -> State:
+    """Loads the newest whole checkpoint in `folder` into the job; a new State if there is none."""
+    found = checkpoint.read(folder)
+    if found is None:
+        return State()
+    tensors, content = found
+    job.task.model.load_state_dict(tensors["model"])
+    # checkpoints from before other optimizers than AdamW existed have tensors only
+    optim.load_state(job.optimizer, job.task.model, tensors["optimizer"], content.pop("optimizer", {}))
+    if job.ema is not None:
+        job.ema.module.load_state_dict(tensors["ema"])
+    return State(**content)

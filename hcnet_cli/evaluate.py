@@ -1,0 +1,141 @@
+"""`hcnet evaluate`: scores the weights of a finished run by another protocol, without training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hcnet_cli import build, dist, engine, files, run, runs
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError, notice, out
+from hcnet_cli.device import pick_device
+from hcnet_cli.recipe import Recipe
+from hcnet_cli.runs import RunFolder, RunInfo
+
+ALLOWED = ("evaluation.", "data.path", "train.workers", "train.eval_batch_size")  # what may be set for an evaluation
+
+
+def evaluate(
+    folder: RunFolder, overrides: Sequence[tuple[str, Any, str]], names: Sequence[str], device: str, argv: Sequence[str]
+) -> RunInfo:
+    """Makes the evaluations `names` of the run's recipe (those that have no score yet, if none are named) and adds
+    them to its record. The first evaluation is made again and compared with the record; nothing of it is replaced.
+
+    UserError for a run that is not finished, for other data than the run's, and for an entry whose score is there and
+    was made in another way.
+    """
+    info, recipe = _read(folder, overrides)
+    first = next(iter(recipe.evaluation))
+    wanted = _wanted(info, recipe, names)
+    where = pick_device(device)
+    run.use_cores(where)
+    with dist.process_group(where), dist.on_main(folder.lock):
+        data = build.open_data(recipe)
+        if data.info.digest != info.data.digest:
+            raise UserError(
+                f"{data.info.path} holds other data than the run was trained and validated on ({info.data.name}).",
+                hint="Name the run's data with --data.",
+            )
+        task = build.build_task(recipe, data)
+        init = build.load_init(task, *build.read_init(str(folder.path)))
+        if missing := run.lacking(init, task):
+            raise UserError(f"{folder.best} is not of the model in {folder.recipe_file}: it lacks {missing}.")
+        job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
+        made = build.build_evaluations(recipe, task, data, when=("training", "end", "asked"))
+        for evaluation in [one for one in made if one.name in wanted]:
+            primary = evaluation.name == first
+            notes = run.protocols([evaluation], first=primary)
+            _check_protocol(info, notes, evaluation.name)
+            how = f": {evaluation.task.protocol}" if evaluation.task.protocol else ""
+            notice(f"Evaluating {evaluation.name} on {info.data.num_val} images of {info.data.name}{how}.")
+            metrics, evaluator = engine.evaluate(job, evaluation)
+            scores = run.suffixed(metrics, evaluation, first=primary)
+            if dist.is_main():
+                out.print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+            if primary:
+                _compare(info, scores)
+                continue
+            if dist.is_main():
+                run.keep(evaluator, folder.path / "final" / evaluation.name)
+            settings = recipe.evaluation[evaluation.name].model_dump(mode="json")
+            info.metrics |= scores
+            info.metric_notes |= notes
+            info.evaluations.append(
+                {"name": evaluation.name, "settings": settings, "argv": list(argv), "at": runs.now()}
+            )
+        if dist.is_main() and wanted != [first]:
+            files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+            folder.write(info)
+    return info
+
+
+def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple[RunInfo, Recipe]:
+    """Record and recipe of a finished run, the recipe with what the command line sets."""
+    info = folder.read()
+    if info is None:
+        raise UserError(f"{folder.path} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
+    if info.status != "finished":
+        raise UserError(
+            f"{folder.path} is not finished ({info.status} at step {info.steps_done} of {info.steps_total}).",
+            hint="The command that started it goes on with it.",
+        )
+    recipe = rcp.resolve(folder.recipe_file).recipe
+    first = next(iter(recipe.evaluation))
+    for key, _, source in overrides:
+        key, _ = rcp.translate(key, None, recipe.task)
+        if key.startswith(f"evaluation.{first}."):
+            raise UserError(
+                f"{source}: {first} is how the run's best weights were chosen, so it stays as it is.",
+                hint=f"Give the new score a name: --set evaluation.NAME.{key.split('.', 2)[2]}=...",
+            )
+        if not key.startswith(ALLOWED):
+            raise UserError(f"{source}: an evaluation changes nothing but its own section, evaluation.NAME.KEY.")
+    return info, rcp.resolve(folder.recipe_file, overrides).recipe
+
+
+def _wanted(info: RunInfo, recipe: Recipe, names: Sequence[str]) -> list[str]:
+    known = list(recipe.evaluation)
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f'--on: this run has no evaluation "{name}" (known: {", ".join(known)}).',
+                hint=f"A new one: --set evaluation.{name}.KEY=VALUE",
+            )
+    first, *further = known
+    primary = recipe.spec.primary.key
+    missing = [name for name in further if f"{primary}_{name}" not in info.metrics]
+    return list(names) or missing or [first]
+
+
+def _check_protocol(info: RunInfo, notes: dict[str, str], name: str) -> None:
+    for metric, protocol in notes.items():
+        before = info.metric_notes.get(metric)
+        if metric in info.metrics and before is not None and before != protocol:
+            raise UserError(
+                f"{metric} of this run was made as {before}, and would now be made as {protocol}.",
+                hint=f"Give the new score another name than {name}: --set evaluation.NAME.KEY=VALUE",
+            )
+
+
+def _compare(info: RunInfo, scores: dict[str, float]) -> None:
+    differing = {k: v for k, v in scores.items() if k in info.metrics and abs(info.metrics[k] - v) > 1e-6}
+    if not differing:
+        notice("Equal to the run's record.")
+        return
+    shown = ", ".join(f"{name} {value:.4f} (record: {info.metrics[name]:.4f})" for name, value in differing.items())
+    raise UserError(
+        f"The weights score otherwise than the run's record says: {shown}.",
+        hint="Weights or data were changed, or another machine or version of PyTorch rounds differently.",
+    )
+
+
+def find_run(run_name: str, results: Path) -> RunFolder:
+    """The folder of a run given by path, or by its name under RESULTS/runs."""
+    path = Path(run_name)
+    if not path.is_dir() and (results / "runs" / run_name).is_dir():
+        path = results / "runs" / run_name
+    if not path.is_dir():
+        raise UserError(f"There is no run {run_name}.", hint=f"Runs lie in {results / 'runs'}.")
+    return RunFolder(path)

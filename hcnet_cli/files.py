@@ -1,0 +1,101 @@
+"""Writing files so that a reader sees the old content or the new, never half; errors as one sentence. Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from hcnet_cli.console import DISK_FULL, UserError, notice
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError raised inside, while `path` is written, into a UserError that names the path and the cause."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            free = shutil.disk_usage(existing_parent(path)).free // 2**20
+            raise UserError(
+                f"The disk is full ({free} MiB free): {path} could not be written.",
+                hint="What was saved before is intact. Free some space and run the same command again.",
+            ) from None
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}.",
+            hint="Choose another place, with --out or --output.",
+        ) from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; what was written there replaces `path` at the end of the block.
+
+    The file is synced before the rename and the folder after it. If the block raises, `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` with `text`: whole or not at all. UserError if that is impossible.
+
+    A symbolic link is kept and its target is replaced. A pipe or a device receives the text directly.
+    """
+    with writing(path):
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            path.write_bytes(text.encode())
+            return
+        with replacing(path) as temporary:
+            temporary.write_bytes(text.encode())
+
+
+def check_output(path: Path) -> None:
+    """UserError if the file of an --output cannot be written. Called before any work is done for it."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder.")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def write_output(path: Path, text: str) -> None:
+    """`write_text` for the file of an --output: makes its folder and prints a notice."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    notice(f"Wrote {path}.")
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """OSError(ENOSPC) if the disk of `path` has less than `num_bytes` and a reserve of 1 MiB free."""
+    if shutil.disk_usage(existing_parent(path.parent)).free < num_bytes + 2**20:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
