@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from hcnet_cli.console import UserError, telling
+from hcnet_cli.console import UserError, status_line
 from hcnet_cli.data import embedded
 from hcnet_cli.names import EMBEDDED
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.results import Column, Row, Table
+from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.classification import image_folder
 from hcnet_cli.tasks.classification.spec import ImageFolder
 from hcnet_cli.tasks.detection import coco
@@ -265,7 +265,7 @@ def _look_at_all(report: Report, folder: scene_parsing.SceneFolder | None) -> No
 def _seen(items: Sequence[Item], folder: scene_parsing.SceneFolder | None) -> Iterator[tuple[Item, Seen]]:
     """Every image with what was seen, in order; decoding runs beside the interpreter, so threads are enough."""
     told = time.monotonic()
-    with ThreadPoolExecutor() as pool, telling() as tell:
+    with ThreadPoolExecutor() as pool, status_line() as tell:
         for start in range(0, len(items), AT_A_TIME):
             some = items[start : start + AT_A_TIME]
             yield from zip(some, pool.map(lambda item: look(item, folder), some), strict=True)
@@ -318,8 +318,8 @@ def _classes(report: Report) -> Table:
         names = names[: CLASSES // 2] + names[-CLASSES // 2 :]
         title += f": the {CLASSES // 2} rarest and the {CLASSES // 2} commonest"
     style = "percent" if report.unit.startswith("%") else "integer"
-    columns = [Column("model", "class"), *(Column(split, split, style) for split in splits)]  # type: ignore[arg-type]
-    rows = [Row("measured", {"model": name, **report.classes[name]}) for name in names]
+    columns = [Column("class", "class"), *(Column(split, split, style) for split in splits)]  # type: ignore[arg-type]
+    rows = [Row("measured", {"class": name, **report.classes[name]}) for name in names]
     return Table("check", title, columns, rows, report.remarks)
 
 

@@ -122,8 +122,8 @@ class Progress:
 
 
 @contextlib.contextmanager
-def telling() -> Iterator[Callable[[str], None]]:
-    """Shows what is being done: one line that changes on a terminal (without a thread of its own), else plain lines."""
+def status_line() -> Iterator[Callable[[str], None]]:
+    """Shows progress: one line that is replaced on a terminal (without a thread), else plain lines."""
     if not err.is_terminal:
         yield notice
         return

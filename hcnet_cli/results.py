@@ -1,118 +1,50 @@
-"""Runs and published numbers as one tidy frame, and the tables made of it. Measured and published rows never merge."""
+"""Runs and published numbers as rows, and the paper's tables. Measured and published rows never merge."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import math
+import os
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import pandas as pd
+from typing import Any
 
 from hcnet_cli import runs
-from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.published import METRICS, read_published, shipped_published
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.sizes import SIZES
+from hcnet_cli.statistics import mean_interval
+from hcnet_cli.table import MISSING, Column, Kind, Row, Table, Value, is_number, joined, mark_best
+from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.spec import Spec
 
-Kind = Literal["published", "measured", "unfinished"]
-FAMILIES = {"pretrain": "imagenet", "finetune-det": "coco", "finetune-seg": "ade20k"}  # task -> kind of table
-METRICS = {
-    "imagenet": ("top1", "top5"),
-    "coco": ("box_AP", "box_AP50", "box_AP75", "mask_AP", "mask_AP50", "mask_AP75"),
-    "ade20k": ("mIoU", "mIoU_ms", "mAcc", "aAcc"),
-}
-# The data set a published table is about, and the protocols it knows: shipped recipe -> protocol of the published rows.
-BENCHMARKS = {"imagenet": "imagenet-1k", "coco": "coco", "ade20k": "ade20k"}
-PROTOCOLS = {
-    "imagenet": {
-        "pretrain/imagenet": "ImageNet-1K val, from scratch",
-        "pretrain/imagenet-release": "ImageNet-1K val, from scratch",
-    },
-    "coco": {
-        "finetune-det/coco-1x": "Mask R-CNN 1x (multi-scale)",
-        "finetune-det/coco-1x-single-scale": "Mask R-CNN 1x (single scale)",
-        "finetune-det/coco-3x": "Mask R-CNN 3x",
-        "": "Mask R-CNN 1x",  # no recipe: the source does not say which
-        "PVT": "Mask R-CNN 1x (PVT recipe)",
-    },
-    "ade20k": {"finetune-seg/ade20k-160k": "UperNet 160k, 512x512"},
-}
-
-PUBLISHED_TEXT = ("table", "protocol", "model", "source")
-PUBLISHED_NUMBERS = {  # column of the file -> column of the frame
-    "img_size": "img_size",
-    "params_m": "params_m",
-    "macs_g": "macs_g",
-    **{name: name for name in (*METRICS["imagenet"], *METRICS["coco"])},
-    "mIoU_ss": "mIoU",
-    "mIoU_ms": "mIoU_ms",
-}
-COLUMNS = [  # of the frame; each metric is followed by half of its 95 % interval and its number of seeds
+KEYS = (  # of a row's values; each metric is followed by half of its 95 % interval
     *("kind", "table", "task", "data", "data_digest", "split", "protocol", "recipe", "changes", "init"),
     *("model", "size", "variant", "img_size", "params_m", "macs_g", "macs_input", "images_per_second"),
-    *(column for names in METRICS.values() for name in names for column in (name, f"{name}_ci")),
+    *(key for metric in METRICS.values() for key in (metric, f"{metric}_ci")),
     *("difference", "reference", "n", "seeds", "epochs", "steps_done", "steps_total", "batch_size", "precision"),
     *("metric_notes", "status", "source", "runs", "commit", "machine", "device", "speed_notes", "command"),
-    *("started", "finished", "error"),
-]
-
-
-# --- what a table is --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table. `style` says how its values are printed (report.tables.show); `best` marks the highest.
-
-    Secondary columns are left out where there is little room.
-    """
-
-    key: str
-    title: str
-    style: Literal["text", "integer", "number", "short", "percent", "difference", "p"] = "text"
-    best: bool = False
-    secondary: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """`values` by column key, with more than the table shows: CSV and JSON carry all of it. `<key>_ci` is half of the
-    95 % interval of `<key>`. `best` holds the keys in which no row of the same kind is higher.
-    """
-
-    kind: Kind
-    values: Mapping[str, Any]
-    runs: tuple[Path, ...] = ()
-    best: frozenset[str] = frozenset()
-    mark: str = ""  # "[1]", pointing to a note
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as data; report/ prints it. `forest`: (label, difference, low, high) of each arm, for a forest plot.
-
-    `whole`: the flag that shows all columns, for where there is room for some.
-    """
-
-    name: str  # "imagenet", "coco", "ade20k", "ablation" or "bench"
-    title: str
-    columns: Sequence[Column]
-    rows: Sequence[Row]
-    notes: Sequence[str] = ()
-    forest: Sequence[tuple[str, float, float, float]] = ()
-    whole: str = "--format markdown"
-
-    @property
-    def measured(self) -> bool:
-        return any(row.kind != "published" for row in self.rows)
-
-
-# --- runs ------------------------------------------------------------------------------------------------------------
+    *("started", "finished", "error", "schedule"),
+)
+DIFFERENCE = Column("difference", "vs. published", "difference", measured_only=True)
+RUN_COLUMNS = (  # after the task's own columns, where a run has the value
+    Column("epochs", "epochs", "short", secondary=True, measured_only=True),
+    Column("seeds", "seeds", secondary=True, measured_only=True),
+    Column("init", "started from", secondary=True, measured_only=True),
+    Column("recipe", "recipe", secondary=True, measured_only=True),
+)
+SOURCE = Column("source", "source", secondary=True)
+MACS_NOTE = (
+    "MACs: multiply-adds of convolutions, linear layers and matrix products{at}; norms, pooling and element-wise work "
+    "are not counted."
+)
+DIFFERENCE_NOTE = (
+    "vs. published: measured minus the published {model} under the same protocol. Which of the two official T "
+    "configurations the published number belongs to is not known."
+)
 
 
 @dataclass(frozen=True)
@@ -128,54 +60,73 @@ class Run:
     def finished(self) -> bool:
         return self.info.status == "finished" and self.info.steps_done >= self.info.steps_total
 
+    @property
+    def state(self) -> str:
+        """The status, where "finished" means that every step was done."""
+        return "cut short" if self.info.status == "finished" and not self.finished else self.info.status
+
 
 @dataclass(frozen=True)
 class Results:
-    """Everything a report is made of. `rows` has COLUMNS; its index is the key of `members`, the runs behind a row."""
+    """What a report is made of. The values of each row have all KEYS."""
 
-    rows: pd.DataFrame
-    members: Mapping[int, tuple[Run, ...]] = field(default_factory=dict)
+    rows: tuple[Row, ...]
     runs: tuple[Run, ...] = ()
     broken: tuple[tuple[Path, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def collect(results: Iterable[Path], published: Iterable[Path] = ()) -> Results:
-    """Reads all runs under `results`, the shipped published numbers, a `published.csv` in each results folder, and
-    the files `published`.
+    """Reads the runs under `results`, and the published numbers: the shipped ones, `published.csv` in each results
+    folder, and the files `published`.
 
-    Runs equal in everything but the seed are one row: the mean, with half of its 95 % t-interval for two seeds or
-    more. An unfinished run is a row of its own, never averaged. UserError for a published file that is not in order.
+    Runs that differ in the seed alone are one row: the mean, with half of its 95 % t-interval from two seeds on. An
+    unfinished run is a row of its own. UserError for a published file with a mistake.
     """
     folders = list(results)
     all_runs: list[Run] = []
     broken: list[tuple[Path, str]] = []
     for folder in folders:
         good, bad = runs.find_runs(folder)
-        all_runs += [Run(path, info) for path, info in good if info.task in FAMILIES]
-        broken += [*bad, *((p, f"{p}: unknown task {i.task}.") for p, i in good if i.task not in FAMILIES)]
-    kept, notes = _once(all_runs)
-    rows = read_published([shipped_published(), *(f / "published.csv" for f in folders), *published])
-    members: dict[int, tuple[Run, ...]] = {}
-    for group in _cells(kept):
+        all_runs += [Run(path, info) for path, info in good if info.task in TASKS]
+        broken += [*bad, *((p, f"{p}: unknown task {i.task}.") for p, i in good if i.task not in TASKS)]
+    kept, notes = deduplicate(all_runs)
+    published_values = read_published([shipped_published(), *(f / "published.csv" for f in folders), *published])
+    rows = [_row(values) for values in published_values]
+    for group in group_by_config(kept):
         counted, repeated = _one_per_seed(group)
         if repeated:
             notes.append(
                 f"{', '.join(run.name for run in repeated)}: the same seed as {counted[0].name}'s row has already; "
                 "not counted again."
             )
-        members[len(rows)] = tuple(counted)
-        rows.append(_measured_row(counted))
-    frame = pd.DataFrame(rows, columns=COLUMNS, dtype=object)
-    _add_differences(frame)
-    return Results(frame, members, tuple(kept), tuple(broken), tuple(notes))
+        values = _measured_values(counted)
+        if counted[0].finished:
+            values |= _difference(values, published_values)
+        rows.append(_row(values, counted))
+    return Results(tuple(rows), tuple(kept), tuple(broken), tuple(notes))
 
 
-def _once(found: Iterable[Run]) -> tuple[list[Run], list[str]]:
-    """Each run once, by name and fingerprint: of several records the finished one, the furthest, the latest."""
-    by_key: dict[tuple[str, str], list[Run]] = {}
+def _row(values: Mapping[str, Value], members: Sequence[Run] = ()) -> Row:
+    kind: Kind = "published" if not members else "measured" if members[0].finished else "unfinished"
+    whole = {**dict.fromkeys(KEYS), **values, "kind": kind, "schedule": _schedule(values)}
+    return Row(kind, whole, tuple(run.folder for run in members))
+
+
+def _schedule(values: Mapping[str, Value]) -> str:
+    """The length that a protocol names, such as 1x or 160k, else the number of steps."""
+    named = re.search(r"(?<= )\d+[xk]\b", str(values["protocol"]))
+    return named[0] if named else f"{values.get('steps_total') or 0:,} steps"
+
+
+# --- which runs are one row -------------------------------------------------------------------------------------------
+
+
+def deduplicate(found: Iterable[Run]) -> tuple[list[Run], list[str]]:
+    """Each run once, by name and fingerprint. Of several records the finished, the furthest, the latest is kept."""
+    by_key: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in found:
-        by_key.setdefault((run.name, run.info.fingerprint), []).append(run)
+        by_key[run.name, run.info.fingerprint].append(run)
     kept, notes = [], []
     for same in by_key.values():
         best = max(same, key=lambda r: (r.finished, r.info.steps_done, r.info.finished, r.info.started))
@@ -185,66 +136,51 @@ def _once(found: Iterable[Run]) -> tuple[list[Run], list[str]]:
     return sorted(kept, key=lambda run: (run.name, run.info.fingerprint)), notes
 
 
-def _cells(kept: Iterable[Run]) -> list[list[Run]]:
-    """Groups of finished runs that differ in the seed alone; each unfinished run by itself."""
-    finished: dict[tuple[Any, ...], list[Run]] = {}
-    alone: list[list[Run]] = []
+def group_by_config(kept: Iterable[Run]) -> list[list[Run]]:
+    """Groups of finished runs that differ in the seed alone; then each unfinished run by itself."""
+    finished: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    unfinished: list[list[Run]] = []
     for run in kept:
         if run.finished:
-            finished.setdefault(cell_key(run.info), []).append(run)
+            finished[config_key(run.info)].append(run)
         else:
-            alone.append([run])
-    sizes = list(SIZES)
+            unfinished.append([run])
+    tasks, sizes = list(TASKS), list(SIZES)
 
     def order(group: list[Run]) -> tuple[Any, ...]:
         i = group[0].info
         size = sizes.index(i.size) if i.size in sizes else len(sizes)
-        return (
-            list(FAMILIES).index(i.task),
-            i.data.name,
-            i.data.digest,
-            i.protocol,
-            size,
-            i.variant,
-            departures(i),
-            group[0].name,
-        )
+        data = (tasks.index(i.task), i.data.name, i.data.digest)
+        return (*data, i.protocol, size, i.model, i.variant, changes_text(i), group[0].name)
 
-    return [*sorted(finished.values(), key=order), *sorted(alone, key=order)]
+    return [*sorted(finished.values(), key=order), *sorted(unfinished, key=order)]
 
 
-def cell_key(info: RunInfo) -> tuple[Any, ...]:
-    """What two runs must share to be averaged: everything that shapes the result, but the seed."""
+def config_key(info: RunInfo) -> tuple[Any, ...]:
+    """What two runs must share to be averaged: everything that shapes the result, except the seed."""
     data = info.data
     return (
-        *(
-            info.task,
-            data.name,
-            data.digest,
-            data.split,
-            data.num_val,
-            info.protocol,
-            repr(sorted(info.changes.items())),
-        ),
-        *(info.size, info.variant, info.steps_total, info.batch_size, info.precision, info.img_size, init_label(info)),
-        (info.evaluated_only, *sorted(info.metric_notes.items())),
+        *(info.task, data.name, data.digest, data.split, data.num_val, info.protocol),
+        *(repr(sorted(info.changes.items())), info.model, info.size, info.variant, info.img_size, init_label(info)),
+        *(info.steps_total, info.batch_size, info.precision, info.evaluated_only, *sorted(info.metric_notes.items())),
     )
 
 
 def _one_per_seed(group: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """A repeated seed is no new evidence: the latest run of each seed, and those left over."""
+    """The latest run of each seed, and the others: a repeated seed is no independent sample."""
     by_seed: dict[int, Run] = {}
-    for run in group:
-        held = by_seed.get(run.info.seed)
-        if held is None or (run.info.finished, run.name) > (held.info.finished, held.name):
-            by_seed[run.info.seed] = run
+    for run in sorted(group, key=lambda run: (run.info.finished, run.name)):
+        by_seed[run.info.seed] = run
     counted = [by_seed[seed] for seed in sorted(by_seed)]
     return counted, [run for run in group if run not in counted]
 
 
+# --- what a run says about itself -------------------------------------------------------------------------------------
+
+
 def model_name(info: RunInfo) -> str:
     """The name in tables; a changed shape is part of it: "HcNet-T, kernel_size=3"."""
-    name = SIZES[info.size].title if info.size in SIZES else f"HcNet-{info.size}"
+    name = info.model or (SIZES[info.size].title if info.size in SIZES else f"HcNet-{info.size}")
     return f"{name}, {info.variant}" if info.variant else name
 
 
@@ -258,35 +194,41 @@ def init_label(info: RunInfo) -> str:
     return re.sub(r"-s\d+-[0-9a-f]{8}$", "", name)
 
 
-def departures(info: RunInfo) -> str:
-    """In what a run differs from the protocol it names, for people; "" when in nothing."""
-    parts = [f"{key}={_plain(value)}" for key, value in info.changes.items()]
+def changes_text(info: RunInfo) -> str:
+    """How a run differs from the protocol that it names, for people; "" where it follows the protocol."""
+    parts = [f"{key}={plain(value)}" for key, value in info.changes.items()]
     start = init_label(info)
+    source = TASKS.get(TASKS[info.task].starts_from)  # the task whose weights the protocol starts from
     if info.evaluated_only:
         parts.append(f"evaluated only, weights of {start}" if start else "evaluated only, random weights")
-    elif info.task == "pretrain" and start:
-        parts.append(f"started from {start}")
-    elif info.task != "pretrain" and not start:
+    elif source is None:
+        parts += [f"started from {start}"] if start else []
+    elif not start:
         parts.append("not pretrained")
-    elif re.match("pretrain-(?!imagenet-1k-)", start) and info.data.name in BENCHMARKS.values():
-        parts.append(f"started from {start}")
+    elif info.data.name in {spec.benchmark for spec in TASKS.values()}:
+        other_data = start.startswith(f"{source.name}-") and not start.startswith(f"{source.name}-{source.benchmark}-")
+        parts += [f"started from {start}"] if other_data else []
     return ", ".join(parts)
 
 
+def plain(value: object) -> str:
+    return f"[{', '.join(map(plain, value))}]" if isinstance(value, list | tuple) else str(value)
+
+
 def published_protocol(info: RunInfo) -> str:
-    """The protocol of the published rows this run may stand beside; "" when there is none."""
-    table = FAMILIES[info.task]
-    if info.data.name != BENCHMARKS[table] or not info.data.split.startswith("val"):
+    """The protocol of the published rows that the run is comparable with; "" if there is none."""
+    spec = TASKS[info.task]
+    if not info.protocol or info.data.name != spec.benchmark or not info.data.split.startswith("val"):
         return ""
-    return PROTOCOLS[table].get(info.protocol, "") if info.protocol else ""
+    return spec.protocols.get(info.protocol, "")
 
 
-def command(info: RunInfo) -> str:
-    """The command as a person would type it, wherever the program lay."""
-    if not info.argv:
+def command(argv: Sequence[str]) -> str:
+    """A command as a person would type it, wherever the program was installed."""
+    if not argv:
         return ""
-    program = Path(info.argv[0]).name
-    return shlex.join([*(["python", "-m", "hcnet_cli"] if program == "__main__.py" else [program]), *info.argv[1:]])
+    program = Path(argv[0]).name
+    return shlex.join([*(["python", "-m", "hcnet_cli"] if program == "__main__.py" else [program]), *argv[1:]])
 
 
 def epochs(info: RunInfo) -> float | None:
@@ -295,29 +237,42 @@ def epochs(info: RunInfo) -> float | None:
     return round(info.steps_total / per_epoch, 1) if per_epoch and info.steps_total else None
 
 
-def _measured_row(group: Sequence[Run]) -> dict[str, Any]:
+def metric_notes(info: RunInfo) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in sorted(info.metric_notes.items()))
+
+
+def in_units(count: int | None, unit: float) -> float | None:
+    return None if count is None else count / unit
+
+
+def timed_alike(infos: Iterable[RunInfo]) -> bool:
+    """Whether all speeds were measured on one machine with the same settings; else their mean has no meaning."""
+    return len({(i.machine, i.device, i.speed_notes) for i in infos if i.images_per_second is not None}) == 1
+
+
+def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
     infos = [run.info for run in group]
     info = infos[0]
-    table = FAMILIES[info.task]
-    row: dict[str, Any] = {
-        "kind": "measured" if group[0].finished else "unfinished",
-        "table": table,
+    spec = TASKS[info.task]
+    speeds = [i.images_per_second for i in infos if i.images_per_second is not None]
+    values: dict[str, Value] = {
+        "table": spec.table,
         "task": info.task,
         "data": info.data.name,
         "data_digest": info.data.digest,
         "split": info.data.split,
         "protocol": published_protocol(info) or f"{info.protocol} on {info.data.name}",
         "recipe": info.protocol,
-        "changes": departures(info),
+        "changes": changes_text(info),
         "init": init_label(info),
         "model": model_name(info),
         "size": info.size,
         "variant": info.variant,
         "img_size": info.img_size,
-        "params_m": None if info.params is None else info.params / 1e6,
-        "macs_g": None if info.macs is None else info.macs / 1e9,
+        "params_m": in_units(info.params, 1e6),
+        "macs_g": in_units(info.macs, 1e9),
         "macs_input": info.macs_input,
-        "images_per_second": _speed(infos),
+        "images_per_second": sum(speeds) / len(speeds) if timed_alike(infos) else None,
         "n": len(group),
         "seeds": ", ".join(str(i.seed) for i in infos),
         "epochs": epochs(info),
@@ -325,191 +280,131 @@ def _measured_row(group: Sequence[Run]) -> dict[str, Any]:
         "steps_total": info.steps_total,
         "batch_size": info.batch_size,
         "precision": info.precision,
-        "metric_notes": "; ".join(f"{name}: {text}" for name, text in sorted(info.metric_notes.items())),
-        "status": info.status if group[0].finished or info.status != "finished" else "cut short",
+        "metric_notes": metric_notes(info),
+        "status": group[0].state,
         "source": "measured",
         "runs": ", ".join(run.name for run in group),
-        "commit": _joined(i.git_commit[:12] + ("+changes" if i.git_dirty else "") for i in infos),
-        "machine": _joined(i.machine for i in infos),
-        "device": _joined(i.device for i in infos),
-        "speed_notes": _joined(i.speed_notes for i in infos),
-        "command": command(info),
+        "commit": joined([i.git_commit[:12] + ("+changes" if i.git_dirty else "") for i in infos]),
+        "machine": joined([i.machine for i in infos]),
+        "device": joined([i.device for i in infos]),
+        "speed_notes": joined([i.speed_notes for i in infos]),
+        "command": command(info.argv),
         "started": min(i.started for i in infos),
         "finished": max(i.finished for i in infos),
         "error": info.error,
     }
-    for name in METRICS[table]:
-        values = [i.metrics[name] for i in infos if name in i.metrics]
-        if len(values) == len(infos):  # a metric some seeds lack is not averaged over the rest
-            row[name], row[f"{name}_ci"] = mean_interval(values)
-    return row
+    for key in (metric.key for metric in spec.metrics):
+        if all(key in i.metrics for i in infos):  # a metric that some seeds lack is not averaged over the others
+            values[key], values[f"{key}_ci"] = mean_interval([i.metrics[key] for i in infos])
+    return values
 
 
-def _speed(infos: Sequence[RunInfo]) -> float | None:
-    """The mean over runs measured alike; None when machines or settings differ, as their mean would mean nothing."""
-    speeds = [i.images_per_second for i in infos if i.images_per_second is not None]
-    alike = len({(i.machine, i.device, i.speed_notes) for i in infos if i.images_per_second is not None}) == 1
-    return sum(speeds) / len(speeds) if alike else None
+def _difference(values: Mapping[str, Value], published: Iterable[Mapping[str, Value]]) -> dict[str, Value]:
+    """Measured minus the published row of the same model, for runs that follow the protocol."""
+    size = SIZES.get(str(values["size"]))
+    if not size or not size.published or values["variant"] or values["changes"]:
+        return {}
+    spec = TASKS[str(values["task"])]
+    shared = ("table", "protocol", *(["img_size"] if spec.compare_by_image_size else []))
+    for row in published:
+        if row["model"] == size.published and all(row.get(key) == values[key] for key in shared):
+            ours, theirs = values.get(spec.primary.key), row.get(spec.primary.key)
+            if is_number(ours) and is_number(theirs):
+                return {"difference": ours - theirs, "reference": size.published}
+            return {}
+    return {}
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of its 95 % t-interval (None for one value)."""
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return mean, None
-    from scipy.special import stdtrit  # a fifth of the report's start-up time
-
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, float(stdtrit(n - 1, 0.975)) * deviation / math.sqrt(n)
+# --- the paper's tables -----------------------------------------------------------------------------------------------
 
 
-def _add_differences(frame: pd.DataFrame) -> None:
-    """Measured minus the published row the recipe names; only for finished runs that keep to the protocol."""
-    for index, row in frame[frame["kind"] == "measured"].iterrows():
-        size = SIZES.get(str(row["size"]))
-        model = size.published if size else ""
-        if not model or row["variant"] or row["changes"]:
-            continue
-        same = (frame["kind"] == "published") & (frame["table"] == row["table"])
-        same &= (frame["protocol"] == row["protocol"]) & (frame["model"] == model)
-        if row["table"] == "imagenet":
-            same &= frame["img_size"] == row["img_size"]
-        primary = METRICS[str(row["table"])][0]
-        for _, published in frame[same].head(1).iterrows():
-            if is_number(row[primary]) and is_number(published[primary]):
-                frame.at[index, "difference"] = row[primary] - published[primary]
-                frame.at[index, "reference"] = model
+def tables(results: Results, which: str = "all") -> list[Table]:
+    """The tables of one task, by `Spec.table`, or of all tasks.
 
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _joined(texts: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(text for text in texts if text))
-
-
-def _plain(value: Any) -> str:
-    return f"[{', '.join(map(_plain, value))}]" if isinstance(value, list | tuple) else str(value)
-
-
-# --- published numbers ------------------------------------------------------------------------------------------------
-
-
-def shipped_published() -> Path:
-    """The published numbers this project ships: inside the wheel, or in a source checkout."""
-    here = Path(__file__).parent
-    return next(p for p in (here / "published.csv", here.parent / "results" / "published.csv") if p.is_file())
-
-
-def read_published(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rows of the frame from published.csv files; files after the first that do not exist are the caller's to check.
-
-    The same row in two files counts once; rows of one model and protocol with unlike numbers are a UserError.
+    A benchmark has a table for each published protocol, with the measured rows that follow it on that data set. Any
+    other data set or recipe has a table of its own.
     """
-    rows: dict[tuple[str, ...], tuple[dict[str, Any], str]] = {}
-    seen: set[Path] = set()
-    for file in files:
-        if not file.is_file() or file.resolve() in seen:
+    made = []
+    for spec in TASKS.values():
+        if which not in ("all", spec.table):
             continue
-        seen.add(file.resolve())
-        here: set[tuple[str, ...]] = set()
-        for line, row in _read_csv(file):
-            key = (row["table"], row["protocol"], row["model"], str(row.get("img_size", "")))
-            place = f"{file} line {line}"
-            if key in here:
-                raise UserError(f'{place}: "{row["model"]}" stands twice for {row["protocol"]} ({rows[key][1]}).')
-            here.add(key)
-            if key in rows and _numbers(rows[key][0]) != _numbers(row):
-                raise UserError(
-                    f'{place}: "{row["model"]}" ({row["protocol"]}) has other numbers than {rows[key][1]}.',
-                    hint='Remove one, or give a row from another source a name of its own, such as "Swin-T (re-run)".',
-                )
-            rows.setdefault(key, (row, place))
-    return [row for row, _ in rows.values()]
+        by_protocol: dict[str, list[Row]] = {protocol: [] for protocol in spec.protocols.values()}
+        by_data: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        for row in results.rows:
+            if row.values["table"] == spec.table:
+                protocol = str(row.values["protocol"])
+                if protocol in by_protocol:
+                    by_protocol[protocol].append(row)
+                else:
+                    by_data[str(row.values["data"]), str(row.values["data_digest"])].append(row)
+        common = os.path.commonprefix(list(by_protocol)) if len(by_protocol) > 1 else ""  # noqa: RUF071
+        for protocol, rows in by_protocol.items():
+            if rows:
+                title = f"{spec.benchmark_title}{protocol}"
+                short = f"{re.sub(' val.*', '', title)} {protocol.removeprefix(common)}" if common else ""
+                made.append(_table(spec, title, rows, protocol, short))
+        for (name, digest), rows in sorted(by_data.items(), key=lambda item: item[0]):
+            several = sum(name == other for other, _ in by_data) > 1
+            place = f"{name} ({digest[:8]})" if several else name
+            recipes = ", other recipes" if name == spec.benchmark else ""
+            made.append(_table(spec, f"{place} {rows[0].values['split']}: {spec.subject}{recipes}", rows, ""))
+    return made
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row.get(name) for name in PUBLISHED_NUMBERS.values()}
-
-
-def _read_csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.reader(handle)
-            header = next(reader, [])
-            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as CSV: {error}.") from None
-    known = [*PUBLISHED_TEXT, *PUBLISHED_NUMBERS]
-    for name in header:
-        if name not in known:
-            raise UserError(
-                f'{file}: unknown column "{name}".{did_you_mean(name, known)}', hint=f"Columns: {', '.join(known)}."
-            )
-    missing = [name for name in PUBLISHED_TEXT if name not in header]
-    if missing or len(set(header)) < len(header):
-        what = f"the column {missing[0]} is missing" if missing else "a column stands twice"
-        raise UserError(f"{file}: {what}.", hint=f"Columns: {', '.join(known)}.")
+def _table(spec: Spec, title: str, found: Sequence[Row], protocol: str, short: str = "") -> Table:
+    marks: dict[str, str] = {}  # note -> mark
     rows = []
-    for line, cells in lines:
-        if len(cells) != len(header):
-            raise UserError(f"{file} line {line} has {len(cells)} cells, the header {len(header)}.")
-        rows.append((line, _published_row(dict(zip(header, cells, strict=True)), f"{file} line {line}")))
-    return rows
+    for row in sorted(found, key=lambda row: ("published", "measured", "unfinished").index(row.kind)):
+        if row.values["changes"]:
+            text = f"Departs from {row.values['recipe']}: {row.values['changes']}."
+            row = dataclasses.replace(row, mark=marks.setdefault(text, f"[{len(marks) + 1}]"))
+        rows.append(row)
+    columns = list(spec.columns)
+    if any(is_number(row.values["difference"]) for row in rows):
+        columns.append(DIFFERENCE)
+    for column in RUN_COLUMNS:
+        in_schedule = column.key == "epochs" and spec.schedule_column
+        if not in_schedule and any(row.values[column.key] not in (None, "") for row in rows):
+            columns.append(column)
+    columns.append(SOURCE)
+    table = Table(spec.table, title, columns, mark_best(rows, columns), short=short)
+    notes = [f"{mark} {text}" for text, mark in marks.items()] + _notes(spec, protocol, table)
+    return dataclasses.replace(table, notes=notes)
 
 
-def _published_row(cells: Mapping[str, str], place: str) -> dict[str, Any]:
-    row: dict[str, Any] = {name: cells[name].strip() for name in PUBLISHED_TEXT}
-    for name in PUBLISHED_TEXT:
-        if not row[name]:
-            raise UserError(f'{place}: "{name}" is empty.')
-    known = PROTOCOLS.get(row["table"])
-    if known is None:
-        raise UserError(f'{place}: unknown table "{row["table"]}" (known: {", ".join(PROTOCOLS)}).')
-    if row["protocol"] not in known.values():
-        raise UserError(
-            f'{place}: unknown protocol "{row["protocol"]}".{did_you_mean(row["protocol"], known.values())}',
-            hint=f"Known for {row['table']}: {'; '.join(dict.fromkeys(known.values()))}.",
-        )
-    for name, column in PUBLISHED_NUMBERS.items():
-        text = cells.get(name, "").strip()
-        if text:
-            row[column] = _number(text, column, name, place)
-    metrics = [name for name in METRICS[row["table"]] if name in row]
-    if not metrics:
-        raise UserError(f"{place}: no result in it ({', '.join(METRICS[row['table']])} are all empty).")
-    return {"kind": "published", "data": BENCHMARKS[row["table"]], **row, "status": "published"}
+def _notes(spec: Spec, protocol: str, table: Table) -> list[str]:
+    measured = [row.values for row in table.rows if row.kind != "published"]
+    published = len(measured) < len(table.rows)
 
+    def each(key: str) -> list[str]:
+        return list(dict.fromkeys(str(values[key]) for values in measured if values[key]))
 
-def _number(text: str, column: str, name: str, place: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise UserError(f'{place}: "{name}" is "{text}", not a number.') from None
-    highest = math.inf if column in ("img_size", "params_m", "macs_g") else 100.0
-    if not 0 <= value <= highest or math.isinf(value):
-        limit = "between 0 and 100 (per cent)" if highest == 100 else "a positive number"
-        raise UserError(f'{place}: "{name}" is {text}, not {limit}.')
-    return int(value) if value.is_integer() and column == "img_size" else value
-
-
-# --- marks -----------------------------------------------------------------------------------------------------------
-
-
-def mark_best(rows: Sequence[Row], columns: Sequence[Column]) -> list[Row]:
-    """The rows with `best` filled in: measured and published each by themselves, where there are two to choose from."""
-    marks: list[set[str]] = [set() for _ in rows]
-    for column in (c for c in columns if c.best):
-        for kind in ("measured", "published"):
-            values = {
-                i: row.values[column.key]
-                for i, row in enumerate(rows)
-                if row.kind == kind and is_number(row.values.get(column.key))
-            }
-            if len(values) > 1:
-                for i, value in values.items():
-                    if value == max(values.values()):
-                        marks[i].add(column.key)
-    return [dataclasses.replace(row, best=frozenset(m)) for row, m in zip(rows, marks, strict=True)]
+    notes = [spec.protocol_notes[protocol]] if protocol in spec.protocol_notes else []
+    notes += [f"Evaluation: {text}." for text in each("metric_notes")]
+    inputs = ", ".join(each("macs_input"))
+    at = spec.macs_note if protocol else f", at {inputs}" if inputs else ""
+    notes.append(MACS_NOTE.format(at=at) + (" Published values as their sources print them." if published else ""))
+    if spec.times_inference and any(is_number(values["images_per_second"]) for values in measured):
+        where = each("speed_notes") or each("device")
+        notes.append(f"images/s: {'; '.join(where) or 'inference'}.")
+    if any(is_number(value) for values in measured for key, value in values.items() if key.endswith("_ci")):
+        notes.append("±: half of the 95 % t-interval over the seeds. A single seed is shown without any claim.")
+    if models := each("reference"):
+        notes.append(DIFFERENCE_NOTE.format(model=" and ".join(models)))
+    own_sizes = [name for name, size in SIZES.items() if not size.published]
+    if measured and published and any(values["size"] in own_sizes for values in measured):
+        notes.append("HcNet-S, -B and -pico are this project's sizes: the authors published no configuration for them.")
+    if any(row.kind == "unfinished" for row in table.rows):
+        notes.append("Unfinished runs show the best evaluation so far and are never averaged.")
+    if any("," in str(values["commit"] or "") for values in measured):
+        notes.append("Some means are over runs of different code versions (see the runs' commits).")
+    best = [
+        f"{style}: the best {kind}."
+        for style, kind in (("Bold", "measured"), ("Underlined", "published"))
+        if any(row.best and row.kind == kind for row in table.rows)
+    ]
+    notes += [" ".join(best)] if best else []
+    if any(table.show(row, column) == MISSING for row in table.rows for column in spec.columns):
+        not_stated = "; in a published row: not stated in the source at hand" if published else ""
+        notes.append(f"{MISSING}: not measured{not_stated}.")
+    return notes

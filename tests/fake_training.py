@@ -15,6 +15,7 @@ from pathlib import Path
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.runs import DataInfo, RunFolder, RunInfo
+from hcnet_cli.tasks import TASKS
 
 
 def main() -> int:
@@ -70,7 +71,7 @@ def main() -> int:
         folder.write(info.model_copy(update={"status": "interrupted"}))
         return 130
     value = wanted.get("top1", {}).get(label, 90.0 + seed)
-    info.metrics = {{"pretrain": "top1", "finetune-det": "box_AP", "finetune-seg": "mIoU"}[task]: value}
+    info.metrics = {TASKS[task].primary.key: value}
     folder.write(info.model_copy(update={"status": "finished", "finished": runs.now()}))
     return 0
 

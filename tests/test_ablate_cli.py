@@ -16,6 +16,7 @@ import pytest
 from conftest import SMALL_MODEL, Done
 
 from hcnet_cli import runs
+from hcnet_cli.study import machine
 from hcnet_cli.study import runner as study
 
 Hcnet = Callable[..., Done]
@@ -30,7 +31,7 @@ SMALL = (
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Cells are played by fake_training.py; call it to say how they behave."""
     monkeypatch.setattr(study, "PROGRAM", FAKE_PROGRAM)
-    monkeypatch.setattr(study, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(study, "POLL_EVERY", 0.02)
     monkeypatch.chdir(tmp_path)
 
     def behave(**wanted: Any) -> None:
@@ -165,7 +166,7 @@ def test_a_refusal_of_another_arm_is_that_arms_failure(hcnet: Hcnet, fake: Calla
 
 def test_jobs_divide_cores_and_gpus(hcnet: Hcnet, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(study, "cores", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     fake(seconds=0.5)
     assert hcnet("ablate", "--disable", "gate", "--jobs", "2", "--seeds", "0,1").code == 0
@@ -198,7 +199,7 @@ def test_fine_tuning_waits_for_its_own_pretraining_and_starts_from_it(hcnet: Hcn
     text = hcnet("report", "--format", "markdown", "--table", "ablation").out
     for column in ("top-1", "box AP", "mIoU"):
         assert column in text
-    assert "Its pretraining failed" in text
+    assert "The pretrain run that it starts from failed" in text
 
 
 def test_runs_of_another_code_version_are_told_and_fresh_makes_them_anew(
@@ -277,7 +278,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(
     code, err = interrupted(tmp_path, number)
     assert code == 128 + number, err
     assert "Traceback" not in err
-    assert "The same command goes on from there" in err
+    assert "The same command continues from there" in err
     assert sorted(states(tmp_path / "results").values()) == ["interrupted"] * 2 + ["waiting"] * 4
     for folder in (tmp_path / "results" / "runs").iterdir():
         assert runs.read_record(folder / "run.json").status == "interrupted"
@@ -289,7 +290,7 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(
 def test_a_second_command_at_the_same_study_is_refused(hcnet: Hcnet, fake: Callable[..., None]) -> None:
     assert hcnet("ablate", "--disable", "gate", "--seeds", "0").code == 0
     (folder,) = (path for path in Path("results/studies").iterdir() if path.is_dir())
-    with study._alone(folder):
+    with study.exclusive(folder):
         done = hcnet("ablate", "--disable", "gate", "--seeds", "0")
     assert done.code == 2
     assert "Another process is working at this study" in done.err
@@ -316,8 +317,8 @@ def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
     from hcnet_cli.study import design
 
     short, asked = design.disable_study(["gate"])
-    plan = design.plan(short, asked, [design.Base(rcp.recipe_file("pretrain/digits"), ())])
-    at_work = study._Study(plan, study.Settings())
+    plan = design.expand(short, asked, [design.Base(rcp.recipe_file("pretrain/digits"), ())])
+    at_work = study.StudyProcess(plan, study.Settings())
     for cell, state in zip(at_work.record.cells, ("finished", "failed", "running", "waiting"), strict=False):
         cell.state = state  # type: ignore[assignment]
     grid = at_work.grid()
@@ -346,7 +347,7 @@ def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
         (("--disable", "gate", "--jobs", "0"), "Invalid value"),
         (("--disable", "gate", "--size", "xl"), "unknown size"),
         (("--disable", "gate", "--set", "optim.lrr=1"), 'Did you mean "optim.lr"?'),
-        (("--disable", "gate", "--set", "train.seed=1"), "--set train.seed has no place in an ablation"),
+        (("--disable", "gate", "--set", "train.seed=1"), "--set train.seed cannot be set in an ablation"),
         (("--disable", "gate", "--set", "model.disable=[refinement]"), "the arm no-gate sets model.disable too"),
         (("--disable", "gate", "--recipe", "coco-1x"), "no recipe"),
         (("--disable", "gate", "--task", "pretrain", "--task", "finetune-det", "--epochs", "2"), "study of one task"),

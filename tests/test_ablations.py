@@ -1,4 +1,4 @@
-"""Ablations without training: studies become the right recipes, statistics are right, unlike cells never count."""
+"""Studies without training: they become the right recipes, and unlike cells never count."""
 
 from __future__ import annotations
 
@@ -10,150 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 from synthetic_runs import make_run
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError
-from hcnet_cli.models.hcnet import _check_disable
 from hcnet_cli.report import FORMATS, render
-from hcnet_cli.sizes import COMPONENTS
+from hcnet_cli.sizes import COMPONENTS, INCLUDES
 from hcnet_cli.study import design
-from hcnet_cli.study.design import Base, Cell, Study, StudyRecord, compare, holm
+from hcnet_cli.study import table as study_table
+from hcnet_cli.study.design import Base, Design, Study
+from hcnet_cli.study.record import Cell, StudyRecord, find_run
+from hcnet_cli.table import Table
 
 DIGITS = rcp.recipes_dir() / "pretrain" / "digits.yaml"
-
-# --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def by_seed(*values: float) -> dict[int, float]:
-    return dict(enumerate(values))
-
-
-def test_a_comparison_worked_out_by_hand() -> None:
-    """Differences 1, 2, 3: mean 2, deviation 1, t = 2 sqrt(3) with 2 degrees of freedom, t(0.975) = 4.30265."""
-    c = compare(by_seed(91, 93, 92), by_seed(90, 91, 89))
-    assert c is not None
-    assert c.n == 3
-    assert c.difference == pytest.approx(2)
-    assert (c.low, c.high) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
-    assert c.p == pytest.approx(0.0741799, abs=1e-6)
-    assert c.effect == pytest.approx(2 * math.sqrt(1 / math.pi), abs=1e-9)  # J(2) = Gamma(1) / Gamma(1/2)
-    assert c.p_wilcoxon is None
-
-
-def test_a_comparison_is_scipys() -> None:
-    a, b = [97.2, 96.4, 98.1, 97.5, 96.9], [97.9, 96.2, 98.8, 98.6, 97.0]
-    c = compare(by_seed(*a), by_seed(*b))
-    assert c is not None
-    test = stats.ttest_rel(a, b)
-    low, high = test.confidence_interval(0.95)
-    assert (c.p, c.low, c.high) == pytest.approx((test.pvalue, low, high))
-
-
-def test_pairs_are_of_one_seed_whatever_the_order() -> None:
-    """Seeds differ by far more than arms: only pairing by seed finds the difference, any other pairing loses it."""
-    full = {3: 80.0, 0: 50.0, 4: 90.0, 1: 60.0, 2: 70.0}
-    arm = {0: 50.9, 1: 61.1, 2: 71.0, 3: 80.8, 4: 91.2}
-    c = compare(arm, full)
-    assert c is not None
-    assert c.p is not None
-    assert c.p < 0.001
-    assert c.difference == pytest.approx(1.0)
-    in_file_order = stats.ttest_rel(list(arm.values()), list(full.values())).pvalue
-    unpaired = stats.ttest_ind(list(arm.values()), list(full.values())).pvalue
-    assert in_file_order > 0.5
-    assert unpaired > 0.5
-    for order in itertools.permutations(range(5)):
-        wrong = compare({seed: arm[order[seed]] for seed in range(5)}, full)
-        assert wrong is not None
-        if order != (0, 1, 2, 3, 4):
-            assert wrong.p is None or wrong.p > 0.05
-
-
-def test_only_seeds_that_both_have_are_compared() -> None:
-    c = compare({0: 1.0, 2: 5.0, 7: 100.0}, {0: 0.0, 2: 3.0, 5: -100.0})
-    assert c is not None
-    assert (c.n, c.difference) == (2, 1.5)
-    assert compare({0: 1.0}, {1: 1.0}) is None
-
-
-def test_one_seed_is_a_number_without_a_claim() -> None:
-    assert compare(by_seed(97.0), by_seed(98.0)) == design.Comparison(1, -1.0)
-
-
-@pytest.mark.parametrize("shift", [0.0, -0.2785515])
-def test_equal_differences_give_no_false_certainty(shift: float) -> None:
-    """Every seed differs alike, but for rounding: t would be infinite (or 0 / 0), so nothing is claimed."""
-    full = by_seed(97.21448467966574, 96.65738161559888, 98.05013927576601)
-    c = compare({seed: value + shift for seed, value in full.items()}, full)
-    assert c is not None
-    assert c.difference == pytest.approx(shift)
-    assert (c.low, c.high, c.p, c.p_wilcoxon, c.effect) == (None,) * 5
-
-
-def signed_rank_p(differences: list[float]) -> float:
-    """Two-sided p by counting out every pattern of signs."""
-    d = [round(x, 9) for x in differences if x]
-    sizes = sorted(abs(x) for x in d)
-    rank = {size: (2 * sizes.index(size) + 1 + sizes.count(size)) / 2 for size in sizes}
-
-    def statistic(signs: tuple[int, ...]) -> float:
-        return sum(sign * rank[abs(x)] for sign, x in zip(signs, d, strict=True))
-
-    seen = statistic(tuple(1 if x > 0 else -1 for x in d))
-    every = [statistic(signs) for signs in itertools.product((-1, 1), repeat=len(d))]
-    more = sum(value >= seen - 1e-9 for value in every) / len(every)
-    less = sum(value <= seen + 1e-9 for value in every) / len(every)
-    return min(1.0, 2 * min(more, less))
-
-
-@pytest.mark.parametrize(
-    "differences",
-    [
-        [1.0, 2.0, 3.0, 4.0, 5.0, 6.5],
-        [-1.0, 2.0, 3.0, -4.0, 5.0, 6.0, 7.0],
-        [0.28, 0.28, 0.56, -0.28, 0.84, 0.0, 0.28, 1.12],  # ties and a zero, as on digits
-    ],
-)
-def test_wilcoxon_is_counted_out(differences: list[float]) -> None:
-    c = compare({s: 90 + d for s, d in enumerate(differences)}, dict.fromkeys(range(len(differences)), 90.0))
-    assert c is not None
-    assert c.p_wilcoxon == pytest.approx(signed_rank_p(differences))
-    if 0.0 not in differences:
-        assert c.p_wilcoxon == pytest.approx(stats.wilcoxon(differences, method="exact").pvalue)
-
-
-def test_wilcoxon_needs_six_differences_and_manages_many() -> None:
-    five = compare(by_seed(1, 2, 3, 4, 5, 0), dict.fromkeys(range(6), 0.0))  # the sixth is none
-    assert five is not None
-    assert five.p_wilcoxon is None
-    many = {s: math.sin(s) + 0.3 for s in range(20)}
-    c = compare(many, dict.fromkeys(many, 0.0))
-    assert c is not None
-    assert c.p_wilcoxon == pytest.approx(stats.wilcoxon(list(many.values())).pvalue)
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.02, None, 0.02]) == [0.04, None, 0.04]
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-@given(st.lists(st.floats(0, 1), max_size=6))
-def test_holm_rejects_what_the_step_down_procedure_rejects(ps: list[float]) -> None:
-    """From the smallest p: rejected while p <= 0.05 / (arms left)."""
-    rejected = set()
-    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        if ps[i] * (len(ps) - rank) > 0.05:
-            break
-        rejected.add(i)
-    assert {i for i, p in enumerate(holm(ps)) if p is not None and p <= 0.05} == rejected
-
 
 # --- studies become recipes -------------------------------------------------------------------------------------------
 
@@ -162,8 +33,13 @@ def base(*overrides: tuple[str, Any], file: Path = DIGITS, init: str = "none") -
     return Base(file, tuple((key, value, f"--set {key}") for key, value in overrides), init)
 
 
-def planned(study: Study, *bases: Base) -> design.Plan:
-    return design.plan("mine", study, bases or (base(),))
+def changed(recipe: rcp.Recipe, other: rcp.Recipe) -> set[str]:
+    """Dotted keys of the fields that differ, of all fields."""
+    return set(rcp.changed_keys(rcp.flatten(recipe.model_dump()), rcp.flatten(other.model_dump())))
+
+
+def planned(study: Study, *bases: Base) -> Design:
+    return design.expand("mine", study, bases or (base(),))
 
 
 @pytest.mark.parametrize("name", [name for name in design.shipped_studies() if name != "pretraining"])
@@ -173,11 +49,11 @@ def test_shipped_arms_differ_in_what_they_say_and_in_nothing_else(name: str) -> 
     first, *others = plan.arms
     assert short == name
     assert plan.arms[first] == {}
-    reference = plan.recipes[first, "pretrain"]
-    assert reference == rcp.resolve(DIGITS).recipe  # the ordinary run: other studies share it
+    baseline = plan.recipes[first, "pretrain"]
+    assert baseline == rcp.resolve(DIGITS).recipe  # the ordinary run: other studies share it
     for arm in others:
         recipe = plan.recipes[arm, "pretrain"]
-        assert rcp.differences(recipe, reference).keys() == plan.arms[arm].keys()
+        assert changed(recipe, baseline) == plan.arms[arm].keys()
 
 
 def test_components_and_stencil_are_what_their_names_say() -> None:
@@ -194,16 +70,16 @@ def test_pretraining_is_an_axis_of_weights_and_of_nothing_else(tmp_path: Path) -
     study = design.read_study("pretraining")[1]
     scenes = Base(rcp.recipe_file("finetune-det/digit-scenes"), ())
     with pytest.raises(UserError, match="no finished pretrain run of size pico"):
-        design.plan("mine", study, [scenes], (), tmp_path)
+        design.expand("mine", study, [scenes], (), tmp_path)
     folders = {seed: make_run(tmp_path, seed=seed, score=90.0 + seed) for seed in (0, 1)}
     for folder in folders.values():
         (folder / "best.safetensors").touch()
-    plan = design.plan("mine", study, [scenes], (), tmp_path)
+    plan = design.expand("mine", study, [scenes], (), tmp_path)
     scratch, pretrained = (plan.recipes[arm, "finetune-det"] for arm in plan.arms)
     assert (scratch.init, pretrained.init) == ("none", str(folders[1]))
-    assert rcp.differences(scratch, pretrained).keys() == {"init"}
-    with pytest.raises(UserError, match="stands under runs too"):
-        design.plan("mine", study, [Base(scenes.file, (), "weights.safetensors")], (), tmp_path)
+    assert changed(scratch, pretrained) == {"init"}
+    with pytest.raises(UserError, match="is set under runs too"):
+        design.expand("mine", study, [Base(scenes.file, (), "weights.safetensors")], (), tmp_path)
 
 
 def test_disable_makes_an_arm_of_each_and_one_of_several() -> None:
@@ -219,18 +95,13 @@ def test_disable_makes_an_arm_of_each_and_one_of_several() -> None:
 
 
 @pytest.mark.parametrize("names", [c for n in range(1, 6) for c in itertools.combinations(COMPONENTS, n)])
-def test_combinations_are_refused_just_where_the_model_refuses_them(names: tuple[str, ...]) -> None:
-    """The rule stands here once more, without torch; the model's own is the judge."""
-    try:
-        _check_disable(names)
-        meaningful = True
-    except ValueError:
-        meaningful = False
-    if meaningful:
-        design.disable_study(["+".join(names)])
-    else:
-        with pytest.raises(UserError, match=r"without (conduction|anisotropy) there is no"):
+def test_combinations_without_a_meaning_are_refused_with_their_origin(names: tuple[str, ...]) -> None:
+    """A component cannot be disabled together with one that includes it."""
+    if any(included in names for name in names for included in INCLUDES.get(name, ())):
+        with pytest.raises(UserError, match=r"--disable .*: without (conduction|anisotropy) there is no"):
             design.disable_study(["+".join(names)])
+    else:
+        design.disable_study(["+".join(names)])
 
 
 def test_the_example_of_the_docs_is_a_study(tmp_path: Path) -> None:
@@ -241,16 +112,16 @@ def test_the_example_of_the_docs_is_a_study(tmp_path: Path) -> None:
         Base(rcp.recipe_file(run.recipe), tuple((k, v, "the study") for k, v in run.changes.items()), run.init)
         for _, run in design.study_runs(study, [], "")
     ]
-    plan = design.plan("mine", study, bases)
+    plan = design.expand("mine", study, bases)
     assert plan.tasks == ("pretrain", "finetune-det", "finetune-seg")
-    assert plan.from_pretrain == {"finetune-det", "finetune-seg"}
+    assert plan.sources == {"finetune-det": "pretrain", "finetune-seg": "pretrain"}
 
 
 def test_a_name_of_a_study_covers_all_that_shapes_it_but_the_seeds() -> None:
     study = design.disable_study(["gate"])[1]
     name = planned(study).name
     assert name.startswith("mine-pretrain-digits-pico-")
-    assert design.plan("mine", study, [base()], (4, 5)).name == name
+    assert design.expand("mine", study, [base()], (4, 5)).name == name
     assert planned(study, base(("schedule.length", 3))).name != name
     assert planned(study, base(("data.path", "/elsewhere/digits"))).name != name
     assert planned(study, base(("train.workers", 2))).name == name
@@ -329,17 +200,17 @@ def test_a_cell_finds_the_run_of_its_recipe_whoever_asked_for_it(tmp_path: Path)
         other = rcp.resolve(DIGITS, [("train.seed", 1, ""), (key, value, "")]).recipe
         with_recipe(make_run(tmp_path, seed=1, name=f"z{number}"), other)
     with_recipe(make_run(tmp_path, seed=1, name="zz", evaluated_only=True), resolved.recipe)
-    assert design.find(cell, runs.find_runs(tmp_path)) == mine
+    assert find_run(cell, runs.find_runs(tmp_path)) == mine
     for folder in (mine, tmp_path / "runs" / "unfinished"):  # a broken record is found by its recipe
         (folder / "run.json").write_text("{")
-    assert design.find(cell, runs.find_runs(tmp_path)) in (mine, tmp_path / "runs" / "unfinished")
+    assert find_run(cell, runs.find_runs(tmp_path)) in (mine, tmp_path / "runs" / "unfinished")
 
 
 def test_a_cell_of_a_named_precision_takes_no_other(tmp_path: Path) -> None:
     plan = planned(design.disable_study(["gate"])[1], base(("train.precision", "bf16")))
     ran = rcp.resolve(DIGITS, [("train.precision", "fp32", "")]).recipe
     with_recipe(make_run(tmp_path), ran)
-    assert design.find(plan.recipe("full", "pretrain", 0), runs.find_runs(tmp_path)) is None
+    assert find_run(plan.recipe("full", "pretrain", 0), runs.find_runs(tmp_path)) is None
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -365,9 +236,9 @@ def study_of(
     )
 
 
-def made(results: Path, record: StudyRecord) -> tuple[design.Table, dict[str, Mapping[str, Any]], str]:
-    table = design.table(record, design.by_name(results))
-    return table, {str(row.values["model"]): row.values for row in table.rows}, "\n".join(table.notes)
+def made(results: Path, record: StudyRecord) -> tuple[Table, dict[str, Mapping[str, Any]], str]:
+    table = study_table.table(record, study_table.runs_by_name(results))
+    return table, {str(row.values["variant"]): row.values for row in table.rows}, "\n".join(table.notes)
 
 
 def test_the_table_holds_means_intervals_differences_and_corrected_p(tmp_path: Path) -> None:
@@ -541,7 +412,7 @@ def test_every_format_prints_it_and_a_study_file_that_is_broken_is_named(tmp_pat
     record = study_of(tmp_path)
     (tmp_path / "studies" / "s.json").write_text(record.model_dump_json())
     (tmp_path / "studies" / "t.json").write_text("{")
-    tables, broken = design.tables([tmp_path])
+    tables, broken = study_table.tables([tmp_path])
     assert len(tables) == 1
     assert len(broken) == 1
     assert "t.json" in broken[0]

@@ -90,7 +90,7 @@ def test_of_many_classes_the_rarest_and_the_commonest_are_shown(tmp_path: Path) 
     classes = {f"class{n:02d}": {"train": float(n), "val": 1.0} for n in range(50)}
     items = [check.Item("a", "train"), check.Item("b", "val")]
     made = check.tables(check.Report("many", tmp_path, "image folder", "images", items, classes))[1]
-    shown = [row.values["model"] for row in made.rows]
+    shown = [row.values["class"] for row in made.rows]
     assert shown == [f"class{n:02d}" for n in (*range(10), *range(40, 50))]
 
 

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from synthetic_runs import make_run, picture
 
-from hcnet_cli.report import page, report, svg
-from hcnet_cli.results import Column, Row, Table
+from hcnet_cli.report import figures, page, report
+from hcnet_cli.table import Column, Row, Table
 
 EVIL = "</script><img src=x onerror=window.hacked=1><b>"
 needs_chromium = pytest.mark.skipif(chromium.find() is None, reason="no chromium or chrome here")
@@ -217,15 +217,15 @@ def test_the_two_dark_palettes_are_one():
 
 def boxes(figure: str) -> list[tuple[float, float, float, float]]:
     found = re.findall(r'<text class="label[^"]*" x="([\d.]+)" y="([\d.]+)">([^<]+)</text>', figure)
-    return [(float(x), float(y) - svg.FONT, float(x) + len(t) * svg.LETTER, float(y) + 3) for x, y, t in found]
+    return [(float(x), float(y) - figures.FONT, float(x) + len(t) * figures.LETTER, float(y) + 3) for x, y, t in found]
 
 
 @pytest.mark.parametrize("width", [580, 350])
 def test_scatter_labels_do_not_collide(width):
     """Twenty models in one corner: what is labelled is legible, inside the picture, and measured models come first."""
-    points = [svg.Point(4 + i / 10, 80 + i % 4, "published", f"Family{i}", "x") for i in range(20)]
-    points += [svg.Point(4.5, 81.5, "measured", "HcNet-pico, no-refinement", "x", half=0.4)]
-    figure = svg.scatter(points, "MACs (G)", "top-1", width, 400)
+    points = [figures.Point(4 + i / 10, 80 + i % 4, "published", f"Family{i}", "x") for i in range(20)]
+    points += [figures.Point(4.5, 81.5, "measured", "HcNet-pico, no-refinement", "x", half=0.4)]
+    figure = figures.scatter(points, "MACs (G)", "top-1", width, 400)
     labels = boxes(figure)
     assert len(labels) >= 4
     assert "HcNet-pico, no-refinement</text>" in figure
@@ -236,8 +236,8 @@ def test_scatter_labels_do_not_collide(width):
 
 def test_scatter_positions_are_logarithmic():
     """Equal ratios in x are equal distances, and higher is up."""
-    points = [svg.Point(x, y, "measured", str(x), "") for x, y in [(1, 70), (10, 75), (100, 80)]]
-    figure = svg.scatter(points, "x", "y", 600, 400)
+    points = [figures.Point(x, y, "measured", str(x), "") for x, y in [(1, 70), (10, 75), (100, 80)]]
+    figure = figures.scatter(points, "x", "y", 600, 400)
     xs, ys = zip(
         *[map(float, m) for m in re.findall(r'<circle class="dot[^>]*cx="([\d.]+)" cy="([\d.]+)"', figure)], strict=True
     )
@@ -247,14 +247,14 @@ def test_scatter_positions_are_logarithmic():
 
 def test_scatter_takes_one_point_and_equal_points():
     for points in ([(1.0, 5.0)], [(2.0, 80.0), (2.0, 80.0)]):
-        figure = svg.scatter([svg.Point(x, y, "measured", "m", "") for x, y in points], "x", "y", 350, 330)
+        figure = figures.scatter([figures.Point(x, y, "measured", "m", "") for x, y in points], "x", "y", 350, 330)
         assert "nan" not in figure
         assert figure.count("<circle") == len(points)
 
 
 def test_forest_tells_sure_from_unsure(ablation):
     """An interval without zero is in full colour; without an interval there is a mark and no whisker."""
-    figure = svg.forest(ablation.forest, "difference", 760)
+    figure = figures.forest(ablation.forest, "difference", 760)
     assert figure.count('class="whisker measured"') == 1
     assert figure.count('class="whisker unsure"') == 1
     assert figure.count("<rect") == 3

@@ -17,8 +17,7 @@ from synthetic_runs import make_run
 
 from hcnet_cli.console import UserError
 from hcnet_cli.report import FORMATS, format_for, render, report, report_check
-from hcnet_cli.report.tables import number
-from hcnet_cli.results import Column, Row, Table, mark_best
+from hcnet_cli.table import Column, Row, Table, mark_best, number
 
 TEXT_FORMATS = [fmt for fmt in FORMATS if fmt != "html"]
 

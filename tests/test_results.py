@@ -1,27 +1,35 @@
-"""The frame behind every table: what is averaged with what, what stands beside what, and published numbers in order."""
+"""The rows behind every table: what is averaged, what is compared with what, and published files with mistakes."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from scipy import stats
 from synthetic_runs import make_run
 
-from hcnet_cli import results as res
 from hcnet_cli.console import UserError
-from hcnet_cli.results import collect, mean_interval
+from hcnet_cli.published import read_published, shipped_published
+from hcnet_cli.results import Results, collect, tables
+from hcnet_cli.table import Value
+from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.spec import Column, Metric
 
 IMAGENET_INIT = {"source": "results/runs/pretrain-imagenet-1k-t-s0-0123abcd"}
 
 
-def measured(*folders: Path, kind: str = "measured"):
-    rows = collect(folders).rows
-    return rows[rows["kind"] == kind]
+def rows_of(found: Results, kind: str = "measured") -> list[Mapping[str, Value]]:
+    return [row.values for row in found.rows if row.kind == row.values["kind"] == kind]
+
+
+def measured(*folders: Path, kind: str = "measured") -> list[Mapping[str, Value]]:
+    return rows_of(collect(folders), kind)
 
 
 def test_seeds_are_one_row_with_mean_and_t_interval(tmp_path):
@@ -29,7 +37,7 @@ def test_seeds_are_one_row_with_mean_and_t_interval(tmp_path):
     values = [98.1, 98.9, 97.7, 98.6]
     for seed, value in enumerate(values):
         make_run(tmp_path, seed=seed, score=value)
-    (row,) = measured(tmp_path).to_dict("records")
+    (row,) = measured(tmp_path)
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
     assert row["top1"] == pytest.approx(sum(values) / 4)
     assert row["top1_ci"] == pytest.approx((high - low) / 2)
@@ -38,10 +46,9 @@ def test_seeds_are_one_row_with_mean_and_t_interval(tmp_path):
 
 def test_one_seed_has_no_interval(tmp_path):
     make_run(tmp_path, score=98.2)
-    (row,) = measured(tmp_path).to_dict("records")
+    (row,) = measured(tmp_path)
     assert row["top1"] == 98.2
     assert row["top1_ci"] is None
-    assert mean_interval([3.0]) == (3.0, None)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,7 @@ def test_unlike_runs_are_not_averaged(tmp_path, change):
     """Each thing that shapes a result, when it differs, makes a row of its own."""
     make_run(tmp_path, seed=0, score=90)
     make_run(tmp_path, seed=1, score=92, **change)
-    assert list(measured(tmp_path)["n"]) == [1, 1]
+    assert [row["n"] for row in measured(tmp_path)] == [1, 1]
 
 
 def test_data_of_other_content_is_not_averaged(tmp_path):
@@ -74,7 +81,7 @@ def test_data_of_other_content_is_not_averaged(tmp_path):
     record = json.loads((other / "run.json").read_text())
     record["data"]["digest"] = "something else"
     (other / "run.json").write_text(json.dumps(record))
-    assert list(measured(tmp_path)["n"]) == [1, 1]
+    assert [row["n"] for row in measured(tmp_path)] == [1, 1]
 
 
 def test_fine_tuning_seeds_from_pretraining_seeds_are_one_row(tmp_path):
@@ -83,8 +90,8 @@ def test_fine_tuning_seeds_from_pretraining_seeds_are_one_row(tmp_path):
         make_run(tmp_path, "digit-scenes", seed=seed)
         make_run(tmp_path, "digit-scenes", seed=seed, init={}, name=f"none-{seed}", fingerprint=f"none{seed}")
     rows = measured(tmp_path)
-    assert list(rows["n"]) == [2, 2]
-    assert sorted(rows["changes"]) == ["", "not pretrained"]
+    assert [row["n"] for row in rows] == [2, 2]
+    assert sorted(row["changes"] for row in rows) == ["", "not pretrained"]
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed", "finished"])
@@ -92,9 +99,9 @@ def test_unfinished_runs_are_labelled_and_never_averaged(tmp_path, status):
     """Also a record that says finished with steps missing."""
     make_run(tmp_path, seed=0, score=98)
     make_run(tmp_path, seed=1, score=10, done=0.5, status=status)
-    (row,) = measured(tmp_path).to_dict("records")
+    (row,) = measured(tmp_path)
     assert (row["top1"], row["n"]) == (98, 1)
-    (row,) = measured(tmp_path, kind="unfinished").to_dict("records")
+    (row,) = measured(tmp_path, kind="unfinished")
     assert row["status"] == ("cut short" if status == "finished" else status)
 
 
@@ -106,7 +113,7 @@ def test_the_same_run_in_two_folders_counts_once(tmp_path):
     found = collect([a, b, a])
     assert len(found.runs) == 2
     assert not found.notes
-    assert list(found.rows[found.rows["kind"] == "measured"]["n"]) == [2]
+    assert [row["n"] for row in rows_of(found)] == [2]
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -124,30 +131,40 @@ def test_a_repeated_seed_is_no_second_sample(tmp_path):
     make_run(tmp_path, seed=0, name="first")
     make_run(tmp_path, seed=0, name="again", fingerprint="ffffffff")
     found = collect([tmp_path])
-    assert list(found.rows[found.rows["kind"] == "measured"]["n"]) == [1]
+    assert [row["n"] for row in rows_of(found)] == [1]
     assert "the same seed" in found.notes[0]
 
 
 def test_a_mean_needs_the_metric_of_every_seed(tmp_path):
     make_run(tmp_path, "digit-stuff", seed=0)
     make_run(tmp_path, "digit-stuff", seed=1, metrics={"mIoU": 70.0})
-    (row,) = measured(tmp_path).to_dict("records")
+    (row,) = measured(tmp_path)
     assert row["mIoU"] > 0
-    assert res.pd.isna(row["mIoU_ms"])
+    assert row["mIoU_ms"] is None
 
 
 def test_speeds_of_two_machines_are_not_averaged(tmp_path):
     make_run(tmp_path, seed=0, images_per_second=100.0)
     make_run(tmp_path, seed=1, images_per_second=300.0, machine="another")
-    (row,) = measured(tmp_path).to_dict("records")
-    assert res.pd.isna(row["images_per_second"])
+    (row,) = measured(tmp_path)
+    assert row["images_per_second"] is None
+
+
+def test_another_backbone_is_a_row_of_its_own_under_its_name(tmp_path):
+    """Runs of two models are never averaged, and another model is never compared with a published HcNet."""
+    make_run(tmp_path, "imagenet-1k", "t", seed=0)
+    other = make_run(tmp_path, "imagenet-1k", "t", seed=1, model="convnext_tiny", name="other") / "run.json"
+    other.write_text(json.dumps({**json.loads(other.read_text()), "size": ""}))
+    rows = measured(tmp_path)
+    assert [(row["model"], row["n"]) for row in rows] == [("HcNet-T", 1), ("convnext_tiny", 1)]
+    assert [row["reference"] for row in rows] == ["HcNet-T", None]
 
 
 def test_weights_evaluated_without_training_say_so(tmp_path):
     """`--eval-only` on a checkpoint is a finished row of its own, labelled with where the weights came from."""
     fields = {"evaluated_only": True, "steps_total": 0, "steps_done": 0, "init": {"source": "hcnet_t.pth"}}
     make_run(tmp_path, "imagenet-1k", "t", score=82.9, **fields)
-    (row,) = measured(tmp_path).to_dict("records")
+    (row,) = measured(tmp_path)
     assert row["changes"] == "evaluated only, weights of hcnet_t.pth"
 
 
@@ -161,7 +178,7 @@ def test_weights_evaluated_without_training_say_so(tmp_path):
 )
 def test_commands_can_be_typed_again(tmp_path, argv, text):
     make_run(tmp_path, argv=argv)
-    assert measured(tmp_path)["command"].iloc[0] == text
+    assert measured(tmp_path)[0]["command"] == text
 
 
 # --- beside published rows ------------------------------------------------------------------------------------------
@@ -184,14 +201,14 @@ def test_commands_can_be_typed_again(tmp_path, argv, text):
 )
 def test_measured_stands_beside_published_of_the_same_data_and_protocol_only(tmp_path, data, protocol, beside):
     make_run(tmp_path, data, "t", protocol=protocol)
-    (row,) = measured(tmp_path).to_dict("records")
-    published = set(measured(tmp_path, kind="published")["protocol"])
+    (row,) = measured(tmp_path)
+    published = {row["protocol"] for row in measured(tmp_path, kind="published")}
     assert (row["protocol"] if row["protocol"] in published else None) == beside
 
 
 def test_the_difference_is_to_the_row_the_recipe_names(tmp_path):
     make_run(tmp_path, "imagenet-1k", "t", score=82.71)
-    (row,) = measured(tmp_path).to_dict("records")
+    (row,) = measured(tmp_path)
     assert row["difference"] == pytest.approx(82.71 - 83.0)
     assert row["reference"] == "HcNet-T"
 
@@ -213,14 +230,28 @@ def test_the_difference_is_to_the_row_the_recipe_names(tmp_path):
 def test_no_difference_for_unlike_runs(tmp_path, fields):
     """Another size, shape, recipe, start, input, data set, or an unfinished run: not compared as if equal."""
     make_run(tmp_path, **({"data": "imagenet-1k", "size": "t"} | fields))
-    rows = collect([tmp_path]).rows
-    assert rows["difference"].isna().all()
+    assert all(row.values["difference"] is None for row in collect([tmp_path]).rows)
 
 
 def test_a_benchmark_from_other_pretraining_is_labelled(tmp_path):
     make_run(tmp_path, "coco", "t", init={"source": "results/runs/pretrain-digits-t-s0-0123abcd"})
     make_run(tmp_path, "coco", "t", seed=1, init=IMAGENET_INIT)
-    assert sorted(measured(tmp_path)["changes"]) == ["", "started from pretrain-digits-t"]
+    assert sorted(row["changes"] for row in measured(tmp_path)) == ["", "started from pretrain-digits-t"]
+
+
+def test_a_new_task_needs_no_other_edit(tmp_path, monkeypatch):
+    """A task that is only declared has runs, a table under its own name, and columns of its own."""
+    spec = dataclasses.replace(
+        TASKS["finetune-seg"], name="finetune-depth", table="depth", subject="depth estimation", starts_from="pretrain",
+        benchmark="nyu", protocols={}, metrics=(Metric("delta1", "δ1"),),
+        columns=(Column("model", "backbone"), Column("delta1", "δ1", "percent", best=True)),
+    )  # fmt: skip
+    monkeypatch.setitem(TASKS, spec.name, spec)
+    make_run(tmp_path, "digit-stuff", task=spec.name, metrics={"delta1": 90.5})
+    (table,) = tables(collect([tmp_path]), "depth")
+    assert table.title == "digit-stuff val: depth estimation"
+    assert [column.title for column in table.columns[:2]] == ["backbone", "δ1"]
+    assert table.show(table.rows[0], table.columns[1]) == "90.50"
 
 
 # --- published.csv --------------------------------------------------------------------------------------------------
@@ -231,7 +262,7 @@ GOOD = 'imagenet,"ImageNet-1K val, from scratch",HcNet-S,224,50,83.9,the paper\n
 
 def test_the_shipped_numbers_are_in_order():
     """Every shipped row has a source and a result; the abstract's HcNet-T is the only HcNet row."""
-    rows = res.read_published([res.shipped_published()])
+    rows = read_published([shipped_published()])
     assert len(rows) == 80
     assert [(r["model"], r["top1"], r["params_m"], r["macs_g"]) for r in rows if "HcNet" in r["model"]] == [
         ("HcNet-T", 83.0, 28, 4.1)
@@ -243,8 +274,8 @@ def test_a_users_rows_are_added(tmp_path):
     (tmp_path / "published.csv").write_text(HEADER + GOOD)
     more = tmp_path / "more.csv"
     more.write_text(HEADER + GOOD + GOOD.replace("HcNet-S", "HcNet-B"))
-    rows = collect([tmp_path], [more]).rows
-    assert list(rows[rows["source"] == "the paper"]["model"]) == ["HcNet-S", "HcNet-B"]
+    rows = rows_of(collect([tmp_path], [more]), "published")
+    assert [row["model"] for row in rows if row["source"] == "the paper"] == ["HcNet-S", "HcNet-B"]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +283,7 @@ def test_a_users_rows_are_added(tmp_path):
     [
         (HEADER.replace("top1", "top_1") + GOOD, 'unknown column "top_1". Did you mean "top1"?'),
         (HEADER.replace(",source", "") + GOOD.replace(",the paper", ""), "the column source is missing"),
-        (HEADER.replace("img_size", "top1") + GOOD, "a column stands twice"),
+        (HEADER.replace("img_size", "top1") + GOOD, "the column top1 appears twice"),
         (HEADER + GOOD.replace("83.9", "83,9"), "has 8 cells, the header 7"),
         (HEADER + GOOD.replace("83.9", "eighty"), 'line 2: "top1" is "eighty", not a number'),
         (HEADER + GOOD.replace("83.9", "8390"), "not between 0 and 100 (per cent)"),
@@ -262,7 +293,7 @@ def test_a_users_rows_are_added(tmp_path):
         (HEADER + GOOD.replace("the paper", " "), '"source" is empty'),
         (HEADER + GOOD.replace("imagenet,", "image-net,"), 'unknown table "image-net" (known: imagenet, coco, ade20k)'),
         (HEADER + GOOD.replace("-1K", "-1k"), 'Did you mean "ImageNet-1K val, from scratch"?'),
-        (HEADER + GOOD + GOOD, 'line 3: "HcNet-S" stands twice'),
+        (HEADER + GOOD + GOOD, 'line 3: "HcNet-S" appears twice'),
         (HEADER + GOOD.replace("HcNet-S", "HcNet-T"), "has other numbers than"),
         ("", "the column table is missing"),
         ("\xff\xfe", "cannot be read as CSV"),

@@ -26,10 +26,10 @@ from torch import Tensor
 from hcnet_cli import build, rng
 from hcnet_cli import recipe as rcp
 from hcnet_cli.bench import models as bench
-from hcnet_cli.console import UserError, notice, telling
+from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.results import Column, Row, Table
+from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.classification import image_folder
 from hcnet_cli.tasks.classification.spec import ImageFolder
 
@@ -210,7 +210,7 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
         turns = bench.take_turns({p.name: _turn(p, made, numbers) for p in pipelines}, rounds)
         before, begun = bench.cpu_of_others(), time.perf_counter()
         try:
-            with telling() as tell:
+            with status_line() as tell:
                 for number in range(1, rounds + 1):
                     tell(f"round {number} of {rounds}")
                     for name, found in next(turns).items():

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 import hcnet_cli
 from hcnet_cli import files, optim, profile, report, rng, runs
-from hcnet_cli.console import UserError, did_you_mean, telling, warn
+from hcnet_cli.console import UserError, did_you_mean, status_line, warn
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.models import HcNet, remap_official_state_dict
 from hcnet_cli.models.literal import ReferenceHcNet
-from hcnet_cli.results import Column, Row, Table
 from hcnet_cli.sizes import SIZES
+from hcnet_cli.table import Column, Row, Table
 
 REFERENCE = "reference"
 NAMES = {size.timm_name for size in SIZES.values()}
@@ -339,7 +339,7 @@ def measure(asked: list[Contender], settings: Settings) -> Measurement:
     made = Measurement(settings, asked)
     literal_of = next((c.model for c in asked if c.model in NAMES), SIZES["t"].timm_name)
     used: list[tuple[float, float]] = []  # by others, in how many seconds
-    with telling() as tell:
+    with status_line() as tell:
         try:
             for mode in made.modes:
                 _measure_mode(made, mode, literal_of, tell, used)

@@ -17,7 +17,7 @@ from hcnet_cli.tasks import TASKS
 if TYPE_CHECKING:
     from hcnet_cli.recipe import Recipe
     from hcnet_cli.study.design import Base, StudyRun
-    from hcnet_cli.study.runner import Cost
+    from hcnet_cli.study.preview import Cost
 
 
 def ablate(
@@ -55,7 +55,8 @@ def ablate(
     pretrain is among the tasks, else from random weights.
     """
     from hcnet_cli.report import render
-    from hcnet_cli.study import design, runner
+    from hcnet_cli.study import design, preview, runner
+    from hcnet_cli.study.table import runs_by_name, table
 
     if bool(disable) == bool(study_name):
         raise UserError(
@@ -73,15 +74,15 @@ def ablate(
                 hint="Name recipes, and what all arms change in them, under runs: in a study file.",
             )
     bases = [_study_base(kind, one, ctx.params) for kind, one in wanted]
-    plan = design.plan(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
+    expanded = design.expand(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
     settings = runner.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
     if dry_run:
-        runner.preview(plan, settings, lambda one: _cost(one, device))
+        preview.preview(expanded, settings, lambda one: _cost(one, device))
         return
-    record, code = runner.run(plan, settings)
+    record, code = runner.run(expanded, settings)
     if code <= 1:
-        table = design.table(record, design.by_name(out_dir))
-        sys.stdout.write(render([table], "rich"))
+        made = table(record, runs_by_name(out_dir))
+        sys.stdout.write(render([made], "rich"))
     raise typer.Exit(code)
 
 
@@ -104,7 +105,7 @@ def _cost(recipe: Recipe, device: str) -> Cost:
     """What one run of a recipe takes; the time from a short trial."""
     from hcnet_cli import build, plan, profile
     from hcnet_cli.device import pick_device
-    from hcnet_cli.study.runner import Cost
+    from hcnet_cli.study.preview import Cost
 
     data = build.open_data(recipe)
     task = build.build_task(recipe, data)

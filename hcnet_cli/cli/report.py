@@ -30,13 +30,13 @@ def report(
     from hcnet_cli.files import write_output
     from hcnet_cli.report import format_for, report_check
     from hcnet_cli.report import report as make
-    from hcnet_cli.study import design
+    from hcnet_cli.study.table import tables
 
     for folder in results or []:
         if not folder.is_dir():
             raise UserError(f"There is no results folder {folder}.")
     where, more = results or [Path("results")], published or []
-    studies, unreadable = design.tables(where)
+    studies, unreadable = tables(where)
     for line in unreadable:
         warn(f"{line}.")
     if check is not None:
@@ -63,4 +63,4 @@ def report(
         if not watch:
             return
         time.sleep(10)
-        studies, _ = design.tables(where)
+        studies, _ = tables(where)

@@ -1,21 +1,23 @@
-"""`hcnet report`: runs and published numbers as tables, figures and one page. Nothing here needs torch."""
+"""`hcnet report`: runs and published numbers as tables, figures and one page."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from hcnet_cli import console
 from hcnet_cli.console import UserError, did_you_mean
-from hcnet_cli.report import tables as tbl
 from hcnet_cli.report import text
-from hcnet_cli.results import Results, Table, collect
+from hcnet_cli.results import Results, collect, tables
+from hcnet_cli.sizes import SIZES
+from hcnet_cli.table import Table
+from hcnet_cli.tasks import FIRST_TASK, TASKS
 
-TABLES = ("imagenet", "coco", "ade20k", "ablation")
+TABLES = (*(spec.table for spec in TASKS.values()), "ablation")
 FORMATS = {"rich": "txt", "markdown": "md", "csv": "csv", "json": "json", "latex": "tex", "html": "html"}
 ENDINGS = {ending: fmt for fmt, ending in FORMATS.items()}
-FIRST_RUN = "No runs yet. The first takes two minutes: hcnet pretrain --size pico"
+FIRST_RUN = f"No runs yet. The first takes two minutes: hcnet {FIRST_TASK} --size {next(iter(SIZES))}"
 
 
 def report(
@@ -31,20 +33,26 @@ def report(
 ) -> str:
     """The report as text in one of FORMATS. UserError for an unknown table or format, or a bad published file.
 
-    results: folders with `runs/` in them. published: more files of published numbers, which must exist. extra: tables
-    made elsewhere (ablations). output: the file the text is for, so that links to runs are relative to its folder.
-    width: of the terminal (rich only). refresh: seconds after which a browser loads the page again (html only).
+    Args:
+        results: Folders with `runs/` in them.
+        table: One of TABLES, or "all".
+        fmt: One of FORMATS.
+        published: Further files of published numbers, which must exist.
+        extra: Tables of another origin, such as those of studies.
+        output: The file that the text is for; links to runs are relative to its folder.
+        width: Of the terminal ("rich" only).
+        refresh: Seconds after which a browser loads the page again ("html" only).
     """
-    _known("table", table, (*TABLES, "all"))
-    _known("format", fmt, FORMATS)
+    _check_known("table", table, (*TABLES, "all"))
+    _check_known("format", fmt, FORMATS)
     for file in published:
         if not file.is_file():
             raise UserError(f"There is no file {file} with published numbers.")
     found = collect(results, published)
-    made = [*tbl.tables(found, table), *(t for t in extra if table in ("all", t.name))]
+    made = [*tables(found, table), *(t for t in extra if table in ("all", t.name))]
     notes = messages(found, made)
     if fmt == "html":
-        from hcnet_cli.report import page  # the other formats need neither jinja2 nor Pillow
+        from hcnet_cli.report import page  # loads jinja2 and Pillow
 
         return page.html(made, notes, found, refresh)
     if fmt == "rich" and table == "all" and found.runs:
@@ -58,7 +66,7 @@ def report(
 def render(
     made: Sequence[Table], fmt: str, notes: Sequence[str] = (), *, base: Path | None = None, width: int | None = None
 ) -> str:
-    """Tables, and the lines to say after them, as text. Links to runs are relative to the folder `base`."""
+    """Tables, and `notes` after them, as text. Links to runs are relative to the folder `base`."""
     if fmt == "rich":
         return text.rich_text(made, notes, width or console.out.width, console.out.is_terminal)
     if fmt == "markdown":
@@ -73,7 +81,7 @@ def render(
 
 
 def messages(found: Results, made: Sequence[Table]) -> list[str]:
-    """What is to be said besides the tables: how to begin, repeated runs, folders that hold no readable run."""
+    """Notes on the whole report: how to begin, repeated runs, folders without a readable run."""
     lines = [] if found.runs else [FIRST_RUN]
     if not made:
         lines.append("There is nothing for this table yet.")
@@ -82,9 +90,9 @@ def messages(found: Results, made: Sequence[Table]) -> list[str]:
 
 def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[Path] = (),
                  extra: Sequence[Table] = ()) -> list[str]:  # fmt: skip
-    """How the committed files in `folder` (<table>.<ending>, such as all.md) differ from what the runs give now.
+    """A line for each file in `folder` (<table>.<ending>, such as all.md) that differs from what the runs give now.
 
-    One line for each file that does; empty when all agree. UserError when there is nothing to compare.
+    UserError where there is nothing to compare.
     """
     pattern = re.compile(rf"({'|'.join((*TABLES, 'all'))})\.({'|'.join(ENDINGS)})")
     files = [(p, m) for p in sorted(folder.glob("*.*")) if (m := pattern.fullmatch(p.name))]
@@ -111,10 +119,10 @@ def format_for(output: Path | None) -> str:
     if output is None:
         return "rich"
     ending = output.suffix.lower()
-    _known("ending of a report", ending, [f".{known}" for known in ENDINGS])
+    _check_known("ending of a report", ending, [f".{known}" for known in ENDINGS])
     return ENDINGS[ending[1:]]
 
 
-def _known(what: str, value: str, known: Sequence[str] | dict[str, str]) -> None:
+def _check_known(what: str, value: str, known: Collection[str]) -> None:
     if value not in known:
         raise UserError(f'Unknown {what} "{value}".{did_you_mean(value, known)}', hint=f"Known: {', '.join(known)}.")

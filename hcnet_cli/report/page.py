@@ -17,30 +17,19 @@ from markupsafe import Markup
 from PIL import Image
 
 from hcnet_cli import runs
-from hcnet_cli.report import svg
-from hcnet_cli.report.tables import MISSING, number, show
-from hcnet_cli.results import (
-    FAMILIES,
-    METRICS,
-    Column,
-    Results,
-    Row,
-    Run,
-    Table,
-    command,
-    departures,
-    is_number,
-    model_name,
-)
+from hcnet_cli.report import figures
+from hcnet_cli.results import Results, Run, changes_text, command, model_name
+from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
+from hcnet_cli.tasks import TASKS
 
 CURVE_POINTS = 120  # of each curve; more is finer than a screen shows
 PICTURES_PER_ROW = 4
 PICTURE_WIDTH = 900
-PICTURE_BYTES = 200_000  # a file above this is made smaller
-ALL_PICTURES_BYTES = 8_000_000  # of the page; what comes later is counted, not shown
+PICTURE_BYTES = 200_000  # a larger file is shrunk
+ALL_PICTURES_BYTES = 8_000_000  # of the page; further pictures are counted, not shown
 PICTURE_FOLDERS = {"final/pictures": "predictions", "explain": "inside the heat layers"}
-ON_PHONES_HIDDEN = ("img_size", "images_per_second", "difference")  # besides the secondary columns
-TOLD_ELSEWHERE = ("seeds", "recipe")  # columns: the links to the runs are the seeds, the runs tell their recipe
+HIDDEN_ON_PHONES = ("img_size", "images_per_second", "difference")  # columns, with the secondary ones
+COLUMNS_LEFT_OUT = ("seeds", "recipe")  # links to the runs show the seeds, and each run's section its recipe
 
 
 def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: float | None = None) -> str:
@@ -73,7 +62,7 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
 
 
 def _script(data: Any) -> Markup:
-    """JSON that may stand inside a script element, whatever the names in it."""
+    """JSON that is safe inside a script element, whatever names it holds."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c"))
 
@@ -82,37 +71,38 @@ def _script(data: Any) -> Markup:
 
 
 def _section(table: Table, anchor: str, anchors: Mapping[Path, str]) -> dict[str, Any]:
-    shown = [c for c in table.columns if c.key not in TOLD_ELSEWHERE]
+    shown = [c for c in table.columns if c.key not in COLUMNS_LEFT_OUT]
     columns = [
         {
             "title": c.title,
             "text": c.style == "text",
-            "wide": c.secondary or c.key in ON_PHONES_HIDDEN,
+            "wide": c.secondary or c.key in HIDDEN_ON_PHONES,
             "source": c.key == "source",
         }
         for c in shown
     ]
-    rows = [{"kind": row.kind, "cells": [_cell(row, column, anchors) for column in shown]} for row in table.rows]
-    sources = [(show(row, shown[0]), str(row.values.get("source"))) for row in table.rows if row.kind == "published"]
+    rows = [{"kind": row.kind, "cells": [_cell(table, row, column, anchors) for column in shown]} for row in table.rows]
+    sources = [(table.label(row), str(row.values.get("source"))) for row in table.rows if row.kind == "published"]
     return {
         "id": anchor,
         "title": table.title,
-        "short": _short(table.title),
+        "short": _short(table),
         "sources": sources,
         "measured": table.measured,
         "columns": columns,
         "rows": rows,
         "notes": table.notes,
-        "figures": _figures(table),
-        "forest": _forest(table),
+        "figures": _scatter_plots(table),
+        "forest": _forest_plots(table),
         "hides": any(c["wide"] for c in columns),
     }
 
 
-def _cell(row: Row, column: Column, anchors: Mapping[Path, str]) -> dict[str, Any]:
+def _cell(table: Table, row: Row, column: Column, anchors: Mapping[Path, str]) -> dict[str, Any]:
     """Text, sort value, and for a source the links to its runs."""
-    value = row.values.get(column.key)
-    text, _, half = show(row, column).partition(" ± ") if is_number(value) else (show(row, column), "", "")
+    value, text, half = row.values.get(column.key), table.show(row, column), ""
+    if is_number(value):
+        text, _, half = text.partition(" ± ")
     cell: dict[str, Any] = {"text": text, "half": half, "best": row.kind if column.key in row.best else ""}
     cell["sort"] = f"{value:.10g}" if is_number(value) else "" if text == MISSING else text
     if column.key == "source" and not row.runs:
@@ -125,89 +115,97 @@ def _cell(row: Row, column: Column, anchors: Mapping[Path, str]) -> dict[str, An
     return cell
 
 
-def _short(title: str) -> str:
-    """Such as "COCO val2017, Mask R-CNN 1x (multi-scale)" -> "COCO 1x (multi-scale)", and for most the data set."""
-    return re.sub(" val.*", "", title.replace(" val2017, Mask R-CNN", ""))
+def _short(table: Table) -> str:
+    """A title for links: its own, else the part of the whole title before the split."""
+    return table.short or re.sub(" val.*", "", table.title)
+
+
+def _score(row: Row, column: Column) -> float:
+    """The value of a row; NaN where there is none."""
+    value = row.values.get(column.key)
+    return value if is_number(value) else math.nan
 
 
 def _card(table: Table) -> dict[str, str] | None:
     """The best finished result of a table, in one line."""
     primary = next((c for c in table.columns if c.best), None)
-    rows = [row for row in table.rows if row.kind == "measured" and primary and is_number(row.values.get(primary.key))]
-    if primary is None or not rows or table.forest:
+    if primary is None or table.forest:
         return None
-    best = max(rows, key=lambda row: float(row.values[primary.key]))
-    text, _, half = show(best, primary).partition(" ± ")
-    seeds = int(best.values.get("n") or 1)
+    rows = [row for row in table.rows if row.kind == "measured" and math.isfinite(_score(row, primary))]
+    if not rows:
+        return None
+    best = max(rows, key=lambda row: _score(row, primary))
+    text, _, half = table.show(best, primary).partition(" ± ")
+    seeds = int(str(best.values.get("n") or 1))
     return {
-        "title": _short(table.title),
+        "title": _short(table),
         "value": text,
         "half": half,
         "metric": primary.title,
-        "model": show(best, table.columns[0]),
+        "model": table.label(best),
         "seeds": f"{seeds} seeds" if seeds > 1 else "one seed",
     }
 
 
-def _figures(table: Table) -> list[dict[str, Any]]:
+def _scatter_plots(table: Table) -> list[dict[str, Any]]:
     """Accuracy against MACs and against parameters, each drawn for wide and for narrow screens."""
     primary = next((c for c in table.columns if c.best), None)
     if primary is None or table.forest:
         return []
-    figures = []
-    for x_key, x_title in (("macs_g", "MACs (G)"), ("params_m", "#params (M)")):
-        points = [
-            point for row in table.rows if row.kind != "unfinished" and (point := _point(row, x_key, primary, table))
-        ]
+    plots = []
+    for x, x_title in (("macs_g", "MACs (G)"), ("params_m", "#params (M)")):
+        points = [point for row in table.rows if (point := _point(table, row, x, primary))]
         if len({p.x for p in points}) < 2 or (len(points) < 4 and any(p.kind == "published" for p in points)):
             continue
         y_title = f"{primary.title} (%)" if primary.style == "percent" else primary.title
-        draw = [svg.scatter(points, f"{x_title}, log scale", y_title, *size) for size in ((580, 400), (350, 330))]
-        figures.append({"title": f"{primary.title} against {x_title}", "svgs": [Markup(d) for d in draw]})
-    return figures
+        svgs = [figures.scatter(points, f"{x_title}, log scale", y_title, *size) for size in ((580, 400), (350, 330))]
+        plots.append({"title": f"{primary.title} against {x_title}", "svgs": [Markup(svg) for svg in svgs]})
+    return plots
 
 
-def _point(row: Row, x_key: str, y: Column, table: Table) -> svg.Point | None:
-    x_value, y_value = row.values.get(x_key), row.values.get(y.key)
-    if x_value is None or y_value is None or not (is_number(x_value) and is_number(y_value) and x_value > 0):
+def _point(table: Table, row: Row, x: str, y: Column) -> figures.Point | None:
+    x_value, y_value, half = row.values.get(x), row.values.get(y.key), row.values.get(f"{y.key}_ci")
+    if row.kind == "unfinished" or not is_number(x_value) or not is_number(y_value) or x_value <= 0:
         return None
-    model = show(row, table.columns[0])
-    series = model
-    if row.kind == "published":  # sizes of one family are one line, each input size its own
-        images = Counter(r.values.get("img_size") for r in table.rows)
-        usual = images.most_common(1)[0][0]
-        image = row.values.get("img_size")
-        family = str(row.values["model"]).split("-")[0]
-        alone = sum(str(r.values["model"]).startswith(f"{family}-") and r.kind == "published" for r in table.rows) == 1
-        series = model if alone else family
-        if image != usual and not alone:
-            series = f"{model} at {image}"
-    half = row.values.get(f"{y.key}_ci")
-    title = f"{model}: {y.title} {show(row, y)}, {x_value:.4g} {'G MACs' if x_key == 'macs_g' else 'M parameters'}"
-    return svg.Point(float(x_value), float(y_value), row.kind, series, f"{title} ({row.kind})", half)
+    model = table.label(row)
+    title = f"{model}: {y.title} {table.show(row, y)}, {x_value:.4g} {'G MACs' if x == 'macs_g' else 'M parameters'}"
+    series = _series(table, row) if row.kind == "published" else model
+    return figures.Point(x_value, y_value, row.kind, series, f"{title} ({row.kind})", half if is_number(half) else None)
 
 
-def _forest(table: Table) -> list[Markup]:
+def _series(table: Table, row: Row) -> str:
+    """The line that a published model belongs to: the sizes of one family, each image size apart."""
+    model = table.label(row)
+    family = model.split("-")[0]
+    models = [table.label(r) for r in table.rows if r.kind == "published"]
+    if sum(other.startswith(f"{family}-") for other in models) == 1:
+        return model
+    image = row.values.get("img_size")
+    usual = Counter(r.values.get("img_size") for r in table.rows).most_common(1)[0][0]
+    return family if image == usual else f"{model} at {image}"
+
+
+def _forest_plots(table: Table) -> list[Markup]:
     if not table.forest:
         return []
     title = "difference to the full model"
-    return [Markup(svg.forest(table.forest, title, width)) for width in (760, 350)]
+    return [Markup(figures.forest(table.forest, title, width)) for width in (760, 350)]
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
 def _label(run: Run) -> str:
-    departs = departures(run.info)
-    return f"{model_name(run.info)}, seed {run.info.seed}{f' ({departs})' if departs else ''}"
+    changes = changes_text(run.info)
+    return f"{model_name(run.info)}, seed {run.info.seed}{f' ({changes})' if changes else ''}"
 
 
 def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[str, Any]]:
-    """Loss, primary metric and learning rate of each run over its steps, thinned."""
+    """Loss, primary metric and learning rate of each run over its steps, at most CURVE_POINTS each."""
     curves = []
     for run in all_runs:
         log = runs.read_log(run.folder / "metrics.jsonl")
-        metric = METRICS[FAMILIES[run.info.task]][0]
+        metric = TASKS[run.info.task].primary.key
         series = {name: _thin(log, key) for name, key in (("loss", "loss"), ("metric", metric), ("lr", "lr"))}
         if any(series.values()):
             group = f"{run.info.data.name}: {metric}"
@@ -218,7 +216,7 @@ def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[s
 
 
 def _thin(log: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
-    """[step, value] of every entry, or of CURVE_POINTS evenly spread ones with the last among them."""
+    """[step, value] of every entry, or of CURVE_POINTS evenly spaced ones with the last among them."""
     points = [
         [int(e["step"]), float(f"{e[key]:.5g}")] for e in log if is_number(e.get("step")) and is_number(e.get(key))
     ]
@@ -229,7 +227,7 @@ def _thin(log: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
 
 
 def _run(run: Run, anchor: str) -> dict[str, Any]:
-    """Everything run.json knows, for people."""
+    """What run.json records, for people."""
     i = run.info
     steps = f"{i.steps_done:,} of {i.steps_total:,}"
     speed = f"{number(i.images_per_second, 'short')} images/s ({i.speed_notes})" if i.images_per_second else ""
@@ -246,9 +244,9 @@ def _run(run: Run, anchor: str) -> dict[str, Any]:
         "results": ", ".join(f"{name} {value:.2f}" for name, value in i.metrics.items()),
         "evaluation": "; ".join(f"{name}: {text}" for name, text in i.metric_notes.items()),
         "best at step": f"{i.best_step:,}" if i.best_step else "",
-        "command": command(i),
+        "command": command(i.argv),
         "recipe": i.protocol,
-        "departs in": departures(i),
+        "departs in": changes_text(i),
         "started from": str(i.init.get("source") or "random weights"),
         "steps": f"{steps}, {i.batch_size} images each",
         "data": f"{i.data.name}: {i.data.num_train:,} to train, {i.data.num_val:,} {i.data.split}, {i.data.digest}",
@@ -270,7 +268,7 @@ def _run(run: Run, anchor: str) -> dict[str, Any]:
         "name": run.name,
         "label": _label(run),
         "data": i.data.name,
-        "status": "finished" if run.finished else i.status if i.status != "finished" else "cut short",
+        "status": run.state,
         "share": math.floor(100 * i.steps_done / max(1, i.steps_total)),
         "facts": {what: text for what, text in facts.items() if text},
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
@@ -278,7 +276,7 @@ def _run(run: Run, anchor: str) -> dict[str, Any]:
 
 
 def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
-    """Pictures of the first run of each measured row, as data URIs, until the page holds enough; and how many not."""
+    """Pictures of the first run of each measured row, up to ALL_PICTURES_BYTES; and how many were left out."""
     groups: list[dict[str, Any]] = []
     room, left_out = ALL_PICTURES_BYTES, 0
     for table in made:
@@ -293,13 +291,13 @@ def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
                         room -= len(uri)
                 left_out += len(files) - len(images)
                 if images:
-                    title = f"{show(row, table.columns[0])} on {row.values.get('data')}: {what}"
+                    title = f"{table.label(row)} on {row.values.get('data')}: {what}"
                     groups.append({"title": title, "images": images, "run": row.runs[0].name})
     return groups, left_out
 
 
 def _data_uri(file: Path) -> tuple[str, tuple[int, int] | None]:
-    """The picture inside a URI, made smaller if it is large; "" for a file that is no picture."""
+    """A picture as data URI, shrunk if it is large, and its size; "" for a file that is not a picture."""
     if file.suffix == ".svg":
         return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}", None
     content, kind = file.read_bytes(), "png"

@@ -1,4 +1,4 @@
-"""Tables as text: rich for the terminal, Markdown, LaTeX, CSV, JSON. Same tables in, same bytes out."""
+"""Tables as text: rich for the terminal, Markdown, LaTeX, CSV, JSON. Equal tables give equal bytes."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from hcnet_cli.report.tables import MISSING, show
-from hcnet_cli.results import Column, Row, Table, is_number
+from hcnet_cli.table import MISSING, Column, Row, Table, Value, is_number
 
 LISTED_RUNS = 12  # under a table on the terminal
+NOT_IN_LATEX = ("source", "recipe", "init", "seeds", "schedule")  # the caption and the notes hold them
 
 
 def run_lines(table: Table) -> list[tuple[str, Row]]:
-    """The rows that come from runs, each with a label for a list under the table."""
+    """(label, row) of the rows that come from runs, for the list under the table."""
     return [
-        (f"{show(row, table.columns[0])}, {'seeds' if len(row.runs) > 1 else 'seed'} {row.values.get('seeds')}", row)
+        (f"{table.label(row)}, {'seeds' if len(row.runs) > 1 else 'seed'} {row.values.get('seeds')}", row)
         for row in table.rows
         if row.runs
     ]
 
 
-def provenance(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where a measured row comes from, as (what, text), without what is not known."""
-    steps = f"{values.get('steps_done'):,} of {values.get('steps_total'):,}" if values.get("steps_total") else ""
+def provenance(values: Mapping[str, Value]) -> list[tuple[str, str]]:
+    """Where a measured row comes from, as (what, text), without what is unknown."""
+    done, total = values.get("steps_done"), values.get("steps_total")
+    steps = f"{done:,} of {total:,}" if is_number(done) and is_number(total) and total else ""
     facts = [
         ("command", values.get("command")),
         ("recipe", values.get("recipe")),
@@ -56,7 +56,7 @@ def provenance(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: bool) -> str:
-    """For a terminal of `width` columns; secondary columns give way first, and a line says which."""
+    """For a terminal of `width` columns; secondary columns that do not fit are left out and named."""
     file = io.StringIO()
     console = Console(
         file=file, width=width, force_terminal=color, color_system="auto" if color else None, highlight=False
@@ -68,12 +68,14 @@ def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: 
         )
         for column in columns:
             title = column.title.replace(" ", "\n")
-            grid.add_column(title, justify="left" if column.style == "text" else "right", no_wrap=column.key != "model")
+            grid.add_column(
+                title, justify="left" if column.style == "text" else "right", no_wrap=not table.is_label(column)
+            )
         for above, row in zip([None, *table.rows], table.rows, strict=False):
             if above is not None and above.kind != row.kind:
                 grid.add_section()
             style = "dim" if row.kind == "unfinished" else ""
-            grid.add_row(*(_rich_cell(row, column) for column in columns), style=style)
+            grid.add_row(*(_rich_cell(table, row, column) for column in columns), style=style)
         console.print(grid)
         lines = list(table.notes)
         left_out = [c.title for c in table.columns if c not in columns]
@@ -96,24 +98,24 @@ def _more(row: Row) -> str:
     return f" and {len(row.runs) - 1} more" if len(row.runs) > 1 else ""
 
 
-def _rich_cell(row: Row, column: Column) -> Text:
+def _rich_cell(table: Table, row: Row, column: Column) -> Text:
     style = ("underline" if row.kind == "published" else "bold") if column.key in row.best else ""
-    return Text(cell_source(row) if column.key == "source" else show(row, column), style=style)
+    return Text(_cell(table, row, column), style=style)
 
 
-def cell_source(row: Row) -> str:
-    if not row.runs:
-        return str(row.values.get("source") or MISSING)
-    return row.runs[0].name + _more(row)
+def _cell(table: Table, row: Row, column: Column) -> str:
+    if column.key == "source":
+        return row.runs[0].name + _more(row) if row.runs else str(row.values.get("source") or MISSING)
+    return table.show(row, column)
 
 
 def fitting(table: Table, width: int) -> list[Column]:
-    """The columns that fit, secondary ones leaving from the last; the model's names may wrap between words."""
+    """The columns that fit: secondary ones are dropped from the last on. Labels may wrap between words."""
     columns = list(table.columns)
     need = {}
     for column in columns:
-        texts = [cell_source(row) if column.key == "source" else show(row, column) for row in table.rows]
-        if column.key == "model":
+        texts = [_cell(table, row, column) for row in table.rows]
+        if table.is_label(column):
             texts = [word for text in texts for word in text.split()]
         need[column.key] = max(map(len, [*column.title.split(), *texts])) + 2  # padding and rule
     for column in reversed(table.columns):
@@ -136,9 +138,9 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], base: Path | None) -
         for kind in kinds:
             if len(kinds) > 1 or kind == "unfinished":
                 lines.append([f"*{kind}*", *("" for _ in table.columns[1:])])
-            lines += [[_md_cell(row, c, base) for c in table.columns] for row in table.rows if row.kind == kind]
+            lines += [[_md_cell(table, row, c, base) for c in table.columns] for row in table.rows if row.kind == kind]
         widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
-        widths[-1] = 0  # the last column, long sources, need not be aligned
+        widths[-1] = 0  # the last column holds long sources
         text = [f"## {_md(table.title)}", ""]
         for line in lines:
             cells = [
@@ -160,7 +162,7 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], base: Path | None) -
     return "\n\n".join(parts) + "\n"
 
 
-def _md_cell(row: Row, column: Column, base: Path | None) -> str:
+def _md_cell(table: Table, row: Row, column: Column, base: Path | None) -> str:
     if column.key == "source" and row.runs:
         seeds = str(row.values.get("seeds", "")).split(", ")
         names = [f"run {seed}" if i == 0 else seed for i, seed in enumerate(seeds)]
@@ -170,7 +172,7 @@ def _md_cell(row: Row, column: Column, base: Path | None) -> str:
             f"[{_md(name)}]({relative(run, base).replace(' ', '%20')})"
             for name, run in zip(names, row.runs, strict=True)
         )
-    text = _md(show(row, column))
+    text = _md(table.show(row, column))
     if column.key in row.best:
         return f"<u>{text}</u>" if row.kind == "published" else f"**{text}**"
     return text
@@ -199,9 +201,6 @@ TEX = {
 }
 
 
-NOT_IN_LATEX = ("source", "recipe", "init", "seeds", "schedule")  # told by the caption and under the table
-
-
 def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
     r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are numbered under each table."""
     parts = ["% Made by hcnet report. Needs \\usepackage{booktabs}."]
@@ -222,7 +221,7 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
             if row.kind != above:
                 lines.append(r"\midrule")
             above = row.kind
-            cells = [_tex_cell(row, c) for c in columns]
+            cells = [_tex_cell(table, row, c) for c in columns]
             source = (
                 str(row.values.get("source") or "") if row.kind == "published" else ", ".join(r.name for r in row.runs)
             )
@@ -237,15 +236,15 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _tex_cell(row: Row, column: Column) -> str:
-    text, plus, half = map(_tex, show(row, column).partition(" ± "))
+def _tex_cell(table: Table, row: Row, column: Column) -> str:
+    text, plus, half = map(_tex, table.show(row, column).partition(" ± "))
     if column.key in row.best:
         text = rf"\underline{{{text}}}" if row.kind == "published" else rf"\textbf{{{text}}}"
     return rf"{text}\,{{\scriptsize$\pm${half}}}" if plus else text
 
 
 def _tex(text: str) -> str:
-    """Escaped; what pdfLaTeX's fonts may not have becomes a question mark."""
+    """Escaped for LaTeX; characters that pdfLaTeX's fonts may lack become a question mark."""
     return "".join(TEX.get(char, char if char.isprintable() and ord(char) < 0x180 else "?") for char in text)
 
 
@@ -253,7 +252,7 @@ def _tex(text: str) -> str:
 
 
 def csv_text(tables: Sequence[Table]) -> str:
-    """Every row with every value, not only what the tables show; `title` tells the table."""
+    """Every row with all its values, also those without a column; `title` names the table."""
     keys = list(dict.fromkeys(key for table in tables for row in table.rows for key in row.values))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -279,7 +278,7 @@ def json_text(tables: Sequence[Table], notes: Iterable[str]) -> str:
     return json.dumps({"tables": content, "notes": list(notes)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
-    if value is None or value != value:
-        return None
-    return round(value, 6) if is_number(value) and isinstance(value, float) else value
+def _plain(value: Value) -> Value:
+    if isinstance(value, float):
+        return round(value, 6) if is_number(value) else None
+    return value

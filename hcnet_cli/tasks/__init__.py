@@ -13,3 +13,4 @@ TASKS: dict[str, Spec] = {
         SEGMENTATION,
     )
 }
+FIRST_TASK = next(name for name, spec in TASKS.items() if not spec.starts_from)  # trains from random weights

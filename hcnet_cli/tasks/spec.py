@@ -20,7 +20,8 @@ Style = Literal["text", "integer", "number", "short", "percent", "difference", "
 class Column:
     """One column of a table. `style` says how its values are printed; `best` marks the highest.
 
-    Secondary columns are left out where there is little room.
+    Secondary columns are left out where there is little room. `measured_only`: published rows never have the value, so
+    their cells stay empty instead of showing it as missing.
     """
 
     key: str
@@ -28,6 +29,7 @@ class Column:
     style: Style = "text"
     best: bool = False
     secondary: bool = False
+    measured_only: bool = False
 
 
 @dataclass(frozen=True)

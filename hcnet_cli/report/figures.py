@@ -1,4 +1,4 @@
-"""Figures as hand-made SVG: coloured by the page, in light and dark; equal data gives equal bytes."""
+"""Figures as SVG. The page's style sheet colours them; equal data gives equal bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 from itertools import pairwise
 
 FONT = 12
-LETTER = 0.64 * FONT  # mean width of a letter, generously: labels are placed without a browser at hand
+LETTER = 0.64 * FONT  # mean width of a letter, rounded up: no browser measures the labels
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -26,7 +26,7 @@ class Point:
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, height: int) -> str:
-    """Points over a logarithmic x axis, with labels that do not collide (one that finds no room is left out)."""
+    """Points over a logarithmic x axis, with labels that do not overlap; a label without room is left out."""
     left, top, right, bottom = 44.0, 26.0, width - 14.0, height - 40.0
     low_x, high_x, ticks_x = _log_range([p.x for p in points])
     low_y, high_y, ticks_y = _nice_range([p.y + s * (p.half or 0) for p in points for s in (-1, 1)])
@@ -93,10 +93,10 @@ def _place(
     labels: Sequence[Box],
     frame: Box,
 ) -> tuple[Box, tuple[float, float]] | None:
-    """The cheapest free box for a label near one of its points, and that point; None when nothing is free."""
+    """The cheapest free box for a label near one of its points, and that point; None where no box is free."""
     wide, high = len(name) * LETTER, FONT + 3
     best: tuple[float, Box, tuple[float, float]] | None = None
-    for rank, (x, y) in enumerate(reversed(spots)):  # the largest model first
+    for rank, (x, y) in enumerate(reversed(spots)):  # the largest model comes first
         for gap in (7, 13, 22, 34):
             for dx, dy in ((1, 0), (0, -1), (1, -1), (1, 1), (0, 1), (-1, 0), (-1, -1), (-1, 1)):
                 centre_x = x + dx * (gap + wide / 2)
@@ -120,7 +120,7 @@ def _overlap(a: Box, b: Box, room: float = 8) -> bool:
 
 
 def _crosses(box: Box, a: tuple[float, float], b: tuple[float, float]) -> bool:
-    """Whether the segment a-b passes through the box (its part inside each pair of sides, cut together)."""
+    """Whether the segment a-b passes through the box: the part between left and right, cut by top and bottom."""
     enter, leave = 0.0, 1.0
     for axis in (0, 1):
         low, high, start, way = box[axis], box[axis + 2], a[axis], b[axis] - a[axis]
@@ -141,8 +141,8 @@ def _leader(box: Box, anchor: tuple[float, float], kind: str) -> str:
 
 
 def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str, width: int) -> str:
-    """Differences with their intervals, one line each: (label, difference, low, high). An interval that does not hold
-    zero is drawn in full colour; low and high that are not finite draw the difference alone.
+    """Differences with their intervals, a line for each (label, difference, low, high). An interval without zero in it
+    is drawn in full colour; without finite low and high only the difference is drawn.
     """
     row, top = 30, 14
     name_width = min(0.4 * width, max(len(arm[0]) for arm in arms) * LETTER + 14)
@@ -179,7 +179,7 @@ def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str, width:
 
 
 def _nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Lowest and highest value with some room, and ticks between them (1, 2 or 5 times a power of ten apart)."""
+    """Lowest and highest value with a margin, and ticks between them (1, 2 or 5 times a power of ten apart)."""
     low, high = min(values), max(values)
     span = (high - low) or max(abs(high) * 0.02, 0.1)
     low, high = low - 0.06 * span, high + 0.06 * span
@@ -194,7 +194,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _log_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """The same for a logarithmic axis: ticks at 1, 2, 5 times powers of ten, evenly spaced ones over a short range."""
+    """The same for a logarithmic axis: ticks at 1, 2, 5 times powers of ten; evenly spaced over a short range."""
     low, high = min(values), max(values)
     room = max((math.log(high) - math.log(low)) * 0.07, 0.1)
     low, high = low * math.exp(-room), high * math.exp(room)

@@ -1,0 +1,100 @@
+"""The record of a study, and the search for the run that answers a cell. The numbers stay in the runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError
+from hcnet_cli.recipe import Recipe
+from hcnet_cli.results import Run
+from hcnet_cli.runs import RunInfo
+from hcnet_cli.tasks import TASKS
+
+SCHEMA = 1
+Found = tuple[Sequence[tuple[Path, RunInfo]], Sequence[tuple[Path, str]]]  # what runs.find_runs returns
+
+
+class Cell(BaseModel):
+    """One run of a study: an arm, a task, a seed. `run` is the name of its folder under runs/."""
+
+    arm: str
+    task: str
+    seed: int
+    state: Literal["waiting", "running", "finished", "failed", "interrupted"] = "waiting"
+    run: str = ""
+    log: str = ""  # relative to the results folder
+    jobs: int = 1  # runs that shared the machine, this one included
+    error: str = ""
+
+
+class StudyRecord(BaseModel):
+    """studies/<name>.json: what was asked for, and the run of each cell."""
+
+    schema_version: int = SCHEMA
+    name: str
+    title: str
+    argv: list[str] = []
+    arms: dict[str, dict[str, Any]]  # the fields that each sets; the first is the baseline
+    tasks: list[str]
+    seeds: list[int]
+    cells: list[Cell]
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.arms))
+
+
+def read_studies(results: Path) -> tuple[list[StudyRecord], list[str]]:
+    """The studies of a results folder, and a line for each one that cannot be read."""
+    records, broken = [], []
+    for file in sorted((results / "studies").glob("*.json")):
+        try:
+            record = StudyRecord.model_validate_json(file.read_text(encoding="utf-8"))
+            if record.schema_version != SCHEMA:
+                raise ValueError("unknown version")
+            if unknown := [task for task in record.tasks if task not in TASKS]:
+                raise ValueError(f"unknown task {unknown[0]}")
+            records.append(record)
+        except (OSError, ValueError) as error:
+            broken.append(f"{file} cannot be read: {str(error).splitlines()[0]}")
+    return records, broken
+
+
+def run_key(recipe: Recipe) -> str:
+    """Equal for two recipes that are the same run. Precision is compared separately, see find_run."""
+    kept = {key: value for key, value in rcp.identity(recipe).items() if key != "train.precision"}
+    kept["data.path"] = str(Path(recipe.data.path or "").resolve())
+    kept["init"] = recipe.init if recipe.init == "none" else str(Path(recipe.init).resolve())
+    return json.dumps(kept, sort_keys=True)
+
+
+def find_run(recipe: Recipe, found: Found) -> Path | None:
+    """The folder of the run with this recipe, whatever command started it: the finished one, else the latest.
+
+    A folder with a broken record is found only if there is no other. Precision "auto" matches any precision.
+    """
+    key = run_key(recipe)
+
+    def same(folder: Path) -> bool:
+        try:
+            other = rcp.resolve(folder / "recipe.yaml").recipe
+        except UserError:
+            return False
+        return recipe.train.precision in (other.train.precision, "auto") and run_key(other) == key
+
+    quick = (recipe.task, rcp.variant(recipe), recipe.train.seed)  # before recipes are read
+    good, broken = found
+    candidates = [
+        (Run(folder, info).finished, info.started, folder)
+        for folder, info in good
+        if quick == (info.task, info.variant, info.seed) and not info.evaluated_only and same(folder)
+    ]
+    if candidates:
+        return max(candidates)[-1]
+    return next((folder for folder, _ in broken if same(folder)), None)

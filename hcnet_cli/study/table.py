@@ -1,0 +1,339 @@
+"""The table of a study: which runs count, the comparison of every arm with the baseline, and its words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli import runs
+from hcnet_cli.console import duration
+from hcnet_cli.results import Run, command, epochs, in_units, metric_notes, model_name, plain, timed_alike
+from hcnet_cli.runs import RunInfo
+from hcnet_cli.statistics import SIGNIFICANT, WILCOXON_FROM, Comparison, compare, holm, mean_interval
+from hcnet_cli.study.record import StudyRecord, read_studies
+from hcnet_cli.table import Column, Row, Style, Table, Value, is_number, joined
+from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.spec import Metric
+
+Counted = dict[str, dict[int, Run]]  # arm -> seed -> run
+Found = Mapping[str, Run | str]  # folder name -> run, or why its record cannot be read
+COST_COLUMNS = (
+    Column("params_m", "#params (M)", "number", secondary=True),
+    Column("macs_g", "MACs (G)", "number", secondary=True),
+    Column("images_per_second", "images/s", "short", secondary=True),
+)
+
+
+def tables(results: Iterable[Path]) -> tuple[list[Table], list[str]]:
+    """The table of every study under the results folders, and a line for each study that cannot be read."""
+    made: dict[str, Table] = {}
+    broken: list[str] = []
+    for folder in results:
+        records, unreadable = read_studies(folder)
+        broken += unreadable
+        found = runs_by_name(folder) if records else {}
+        for record in records:
+            made.setdefault(record.name, table(record, found))
+    return list(made.values()), broken
+
+
+def runs_by_name(results: Path) -> Found:
+    good, broken = runs.find_runs(results)
+    return {**{path.name: Run(path, info) for path, info in good}, **{path.name: reason for path, reason in broken}}
+
+
+# --- which runs count -------------------------------------------------------------------------------------------------
+
+
+def shared_aspects(info: RunInfo) -> dict[str, str]:
+    """What runs must share to be compared, by name, in words."""
+    data = info.data
+    return {
+        "data": f"{data.name} {data.digest[:12]} {data.split}",
+        "budget": f"{info.steps_total} steps of {info.batch_size}",
+        "precision": info.precision,
+        "evaluation": metric_notes(info) or "plain",
+        "code version": (info.git_commit[:12] or "unknown") + (" with changes" if info.git_dirty else ""),
+    }
+
+
+def count(record: StudyRecord, task: str, found: Found) -> tuple[Counted, list[str]]:
+    """The finished cells of a task that are alike, and a line with the reason for each cell that is left out.
+
+    Where runs differ in a shared aspect, the majority counts (of two equal halves, the baseline's). A seed counts in an
+    arm only if the baseline has it too.
+    """
+    cells = [cell for cell in record.cells if cell.task == task]
+    metric = TASKS[task].primary.key
+    reasons: dict[tuple[str, int], str] = {}
+    finished: dict[tuple[str, int], Run] = {}
+    for cell in cells:
+        run, key = found.get(cell.run), (cell.arm, cell.seed)
+        if isinstance(run, str):
+            reasons[key] = f"its record cannot be read ({run})"
+        elif run is None:
+            reasons[key] = "its run is gone" if cell.run else "started" if cell.state == "running" else "not run"
+        elif not run.finished:
+            state = "running" if run.info.status == "running" else "unfinished"
+            reasons[key] = f"{state} at {run.info.steps_done} of {run.info.steps_total} steps"
+        elif not is_number(run.info.metrics.get(metric)):
+            reasons[key] = f"its record has no {metric}"
+        elif run.info.seed != cell.seed:
+            reasons[key] = f"its run has seed {run.info.seed}"
+        else:
+            finished[key] = run
+        if key in reasons and cell.state == "failed":
+            log = f" (log: {cell.log})" if cell.log else ""
+            reasons[key] += f"; failed: {cell.error.rstrip('.') or 'no message'}{log}"
+    reasons |= _unlike(record.baseline, finished)
+    alike = {key: run for key, run in finished.items() if key not in reasons}
+    counted: Counted = {arm: {} for arm in record.arms}
+    for (arm, seed), run in sorted(alike.items(), key=lambda item: item[0][1]):
+        if (record.baseline, seed) in alike:
+            counted[arm][seed] = run
+        else:
+            reasons[arm, seed] = f"{record.baseline} has no run of this seed to compare it with"
+    several = f" ({task})" if len(record.tasks) > 1 else ""
+    lines = [
+        f"Not counted: {cell.arm}, seed {cell.seed}{several}: {reason}{f' [{cell.run}]' if cell.run else ''}."
+        for cell in cells
+        if (reason := reasons.get((cell.arm, cell.seed)))
+    ]
+    return counted, lines
+
+
+def _unlike(baseline: str, finished: Mapping[tuple[str, int], Run]) -> dict[tuple[str, int], str]:
+    """The runs that differ from the majority in a shared aspect, with the first such aspect."""
+    reasons: dict[tuple[str, int], str] = {}
+    by_run = {key: shared_aspects(run.info) for key, run in finished.items()}
+    for aspect in next(iter(by_run.values()), {}):
+        values = {key: aspects[aspect] for key, aspects in by_run.items()}
+        votes = Counter(values.values())
+        of_baseline = Counter(value for (arm, _), value in values.items() if arm == baseline)
+        usual = max(votes, key=lambda value: (votes[value], of_baseline[value], value))
+        for key, value in values.items():
+            if value != usual:
+                reasons.setdefault(key, f"unlike the others in {aspect}: {value} instead of {usual}")
+    return reasons
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table(record: StudyRecord, found: Found) -> Table:
+    """Variant, cost, and for each task the metric with its interval, the paired difference and its corrected p."""
+    values: dict[str, dict[str, Value]] = {arm: {"variant": arm} for arm in record.arms}
+    members: dict[str, list[Run]] = {arm: [] for arm in record.arms}
+    infos: list[RunInfo] = []
+    forest: list[tuple[str, float, float, float]] = []
+    verdicts: list[str] = []
+    left_out: list[str] = []
+    for task in record.tasks:
+        metric = TASKS[task].primary
+        counted, lines = count(record, task, found)
+        left_out += lines
+        if task == record.tasks[0]:
+            _fill_costs(counted, values)
+        comparisons = _fill_metric(metric.key, counted, values)
+        for arm, by_seed in counted.items():
+            members[arm] += by_seed.values()
+            infos += [run.info for run in by_seed.values()]
+        for arm, c in comparisons.items():
+            if c.low is not None and c.high is not None:
+                label = f"{arm}, {metric.title}" if len(record.tasks) > 1 else arm
+                forest.append((label, c.difference, c.low, c.high))
+        significant = {arm for arm in comparisons if is_number(p := values[arm][f"{metric.key}_p"]) and p < SIGNIFICANT}
+        verdicts += _verdicts(record.baseline, metric.title, comparisons, significant)
+    for arm, row in values.items():
+        row |= _provenance(record, members[arm])
+    rows = [
+        Row("measured" if members[arm] else "unfinished", values[arm], tuple(run.folder for run in members[arm]))
+        for arm in record.arms
+    ]
+    rows.sort(key=lambda row: row.kind == "unfinished")
+    notes = [*verdicts, *left_out, *_method_notes(record, values), *_run_notes(record, infos, values)]
+    return Table("ablation", _title(record, infos), _columns(record.tasks, values), rows, notes, forest)
+
+
+def _columns(tasks: Sequence[str], values: Mapping[str, Mapping[str, Value]]) -> list[Column]:
+    """One task: cost, metric, difference. Several: the metrics side by side first, and then their details."""
+    metrics = [TASKS[task].primary for task in tasks]
+    several = len(tasks) > 1
+
+    def each(suffix: str, title: str, style: Style, secondary: bool = several) -> list[Column]:
+        def heading(metric: Metric) -> str:
+            return f"{title} {metric.title}" if several else title
+
+        return [Column(f"{m.key}{suffix}", heading(m), style, secondary=secondary) for m in metrics]
+
+    label, source = Column("variant", "variant"), Column("source", "source", secondary=True)
+    scores = [Column(m.key, m.title, "percent") for m in metrics]
+    number, interval = each("_n", "n", "integer"), each("_interval", "95% interval", "text")
+    difference, p = each("_difference", "diff." if several else "difference", "difference"), each("_p", "p (Holm)", "p")
+    effect = each("_effect", "effect size", "number", secondary=True)
+    ranks = each("_p_wilcoxon", "p (Wilcoxon)", "p", secondary=True)
+    ranks = [column for column in ranks if any(is_number(row.get(column.key)) for row in values.values())]
+    if several:
+        return [label, *scores, *difference, *p, *COST_COLUMNS, *number, *interval, *effect, *ranks, source]
+    return [label, *COST_COLUMNS, *scores, *number, *difference, *interval, *p, *effect, *ranks, source]
+
+
+def _title(record: StudyRecord, infos: Sequence[RunInfo]) -> str:
+    if not infos:
+        return f"Ablation: {record.title}"
+    data = dict.fromkeys(f"{i.data.name} {i.data.split}" for i in infos)
+    models = dict.fromkeys(model_name(i.model_copy(update={"variant": ""})) for i in infos)
+    return f"Ablation: {record.title}, {', '.join(models)} on {', '.join(data)}"
+
+
+def _fill_costs(counted: Counted, values: Mapping[str, dict[str, Value]]) -> None:
+    """Parameters, MACs and the median images/s of each arm; speeds only where all were measured alike."""
+    alike = timed_alike(run.info for by_seed in counted.values() for run in by_seed.values())
+    for arm, by_seed in counted.items():
+        infos = [run.info for run in by_seed.values()]
+        if infos:
+            speeds = [i.images_per_second for i in infos if i.images_per_second is not None]
+            values[arm] |= {
+                "params_m": in_units(infos[0].params, 1e6),
+                "macs_g": in_units(infos[0].macs, 1e9),
+                "macs_input": infos[0].macs_input,
+                "images_per_second": median(speeds) if alike and speeds else None,
+                "speed_notes": infos[0].speed_notes if alike else "",
+            }
+
+
+def _fill_metric(metric: str, counted: Counted, values: Mapping[str, dict[str, Value]]) -> dict[str, Comparison]:
+    """Enters the figures of one metric. Returns the comparison of each arm with the baseline, where there is one."""
+    scores = {arm: {s: run.info.metrics[metric] for s, run in by_seed.items()} for arm, by_seed in counted.items()}
+    baseline, *others = counted
+    compared = {arm: c for arm in others if (c := compare(scores[arm], scores[baseline])) is not None}
+    corrected = dict(zip(compared, holm([c.p for c in compared.values()]), strict=True))
+    for arm, by_seed in scores.items():
+        row = values[arm]
+        if by_seed:
+            row[metric], row[f"{metric}_ci"] = mean_interval(list(by_seed.values()))
+        row[f"{metric}_n"] = len(by_seed)
+        row[f"{metric}_by_seed"] = ", ".join(f"{seed}: {value:.4f}" for seed, value in by_seed.items())
+        if c := compared.get(arm):
+            row |= {
+                f"{metric}_difference": c.difference,
+                f"{metric}_low": c.low,
+                f"{metric}_high": c.high,
+                f"{metric}_interval": "" if c.low is None else f"[{c.low:+.2f}, {c.high:+.2f}]".replace("-", "−"),
+                f"{metric}_p": corrected[arm],
+                f"{metric}_p_uncorrected": c.p,
+                f"{metric}_p_wilcoxon": c.p_wilcoxon,
+                f"{metric}_effect": c.effect,
+            }
+    return compared
+
+
+def _provenance(record: StudyRecord, members: Sequence[Run]) -> dict[str, Value]:
+    """Where the figures of an arm come from, by the keys of results.KEYS."""
+    infos = [run.info for run in members]
+    return {
+        "seeds": joined([str(i.seed) for i in infos]),
+        "study": record.name,
+        "source": "measured",
+        "runs": ", ".join(run.name for run in members),
+        "command": command(record.argv),
+        "data": joined([i.data.name for i in infos]),
+        "data_digest": joined([i.data.digest for i in infos]),
+        "commit": joined([shared_aspects(i)["code version"] for i in infos]),
+        "machine": joined([i.machine for i in infos]),
+        "device": joined([i.device for i in infos]),
+        "precision": joined([i.precision for i in infos]),
+        "finished": max((i.finished for i in infos), default=""),
+    }
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _verdicts(
+    baseline: str, title: str, comparisons: Mapping[str, Comparison], significant: Iterable[str]
+) -> list[str]:
+    """What the numbers show and what they do not."""
+    single = [arm for arm, c in comparisons.items() if c.n == 1]
+    constant = [arm for arm, c in comparisons.items() if c.n > 1 and c.p is None]
+    different = [arm for arm in comparisons if arm in significant]
+    unclear = [arm for arm, c in comparisons.items() if c.p is not None and arm not in significant]
+    lines = []
+    if different:
+        lines.append(f"{title}: differs from {baseline} (corrected p < {SIGNIFICANT}): {', '.join(different)}.")
+    if unclear:
+        lines.append(
+            f"{title}: no difference from {baseline} is shown for {', '.join(unclear)}; differences inside the "
+            "intervals remain possible."
+        )
+    if constant:
+        lines.append(
+            f"{title}: every seed gives the same difference for {', '.join(constant)}: there is no spread to judge it "
+            "by, so no interval and no p."
+        )
+    if single:
+        lines.append(
+            f"{title}: one seed for {', '.join(single)}: these are numbers, not findings. Nothing can be said about "
+            "a difference without repeated runs (--seeds 0,1,2)."
+        )
+    return lines
+
+
+def _method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
+    """The statistics, where there is more than one seed."""
+
+    def numbers(ending: str) -> list[float]:
+        return [v for row in values.values() for key, v in row.items() if key.endswith(ending) and is_number(v)]
+
+    if not numbers("_ci"):
+        return []
+    others = len(record.arms) - 1
+    corrected = f"Holm-corrected over {others} arms" if others > 1 else "of one arm: nothing to correct"
+    notes = [
+        f"Differences are arm minus {record.baseline}, paired by seed. ±: half of the 95 % t-interval over n seeds. p: "
+        f"paired t-test, two-sided, {corrected}. Effect size: Hedges' "
+        "g_z (mean difference over the standard deviation of the differences, corrected for small n)."
+    ]
+    if max(numbers("_n"), default=0) < WILCOXON_FROM:
+        notes.append(f"No Wilcoxon test: with fewer than {WILCOXON_FROM} seeds no outcome of it has p < {SIGNIFICANT}.")
+    elif numbers("_wilcoxon"):
+        notes.append("p (Wilcoxon): signed ranks, two-sided, without correction; seeds without a difference left out.")
+    return notes
+
+
+def _run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str, Mapping[str, Value]]) -> list[str]:
+    """Budget, arms, conventions, machine and command."""
+    if not infos:
+        return []
+    budgets = dict.fromkeys(
+        f"{i.task} {i.steps_total} steps of {i.batch_size} images"
+        + (f" ({passes:g} epochs)" if (passes := epochs(i)) else "")
+        for i in infos
+    )
+    notes = [f"Every run: {'; '.join(budgets)}; the best of its evaluations on the validation data."]
+    notes.append(f"{'; '.join(f'{arm}: {_changes(changed)}' for arm, changed in record.arms.items() if changed)}.")
+    inputs = joined([i.macs_input for i in infos if i.task == record.tasks[0]])
+    notes.append(
+        "MACs: multiply-adds of convolutions, linear layers and matrix products"
+        f"{f', at {inputs}' if inputs else ''}; norms, pooling and element-wise work are not counted."
+    )
+    if speeds := joined([str(row.get("speed_notes") or "") for row in values.values()], "; "):
+        jobs = max(cell.jobs for cell in record.cells)
+        shared = f", while up to {jobs} runs shared the machine" if jobs > 1 else ""
+        notes.append(f"images/s: median of the runs; {speeds}{shared}.")
+    if any(i.git_dirty for i in infos):
+        notes.append("The code had uncommitted changes; it is taken to have been the same for runs of one commit.")
+    machines = joined([i.machine for i in infos])
+    notes.append(
+        f"{len(infos)} runs, {duration(sum(i.train_seconds for i in infos))} of training in all"
+        f"{f' on {machines}' if machines else ''}: {command(record.argv) or record.name}"
+    )
+    return notes
+
+
+def _changes(changed: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={plain(value)}" for key, value in rcp.flatten(changed).items())
