@@ -238,17 +238,19 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
     task = data.get("task")
     for old in _renamed(task).keys() & flatten(data).keys():
         *sections, last = old.split(".")
-        node = _node(data, sections)
-        key, value = translate(old, node.pop(last), task)
+        inner = _node(data, sections)
+        assert inner is not None
+        key, value = translate(old, inner.pop(last), task)
         *sections, last = key.split(".")
-        _node(data, sections)[last] = value
+        if (node := _node(data, sections)) is not None:
+            node[last] = value
     base = check(data, str(file))
     known = flatten(base.model_dump())
     unsaid = known.keys() - flatten(data).keys()
     sources: dict[str, str] = {}
     for key, value, source in overrides:
         key, value = translate(key, value, task)
-        if key not in known and not key.startswith(tuple(f"{name}." for name in DICTIONARIES)):
+        if key not in known and not f"{key}.".startswith(tuple(f"{name}." for name in DICTIONARIES)):
             section = [k for k in known if k.startswith(f"{key}.")]
             tip = f" It is a section: set one of {', '.join(section)}." if section else did_you_mean(key, known)
             raise UserError(
@@ -256,7 +258,9 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
                 hint="`hcnet recipes show NAME` prints a recipe, `hcnet recipes explain KEY` tells what a key means.",
             )
         *sections, last = key.split(".")
-        _node(data, sections)[last] = value
+        if (node := _node(data, sections)) is None:
+            raise UserError(f'{source}: "{key}" cannot be set: {sections[-1]} is not a section.')
+        node[last] = value
         sources[key] = source
     recipe = check(data, str(file), sources)
     sources = dict.fromkeys(unsaid, "default") | sources
@@ -267,12 +271,12 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
     return Resolved(recipe, sources)
 
 
-def _node(data: dict[str, Any], sections: Iterable[str]) -> dict[str, Any]:
-    """The mapping that a dotted key lies in, made where it is missing."""
+def _node(data: dict[str, Any], sections: Iterable[str]) -> dict[str, Any] | None:
+    """The mapping that a dotted key lies in, made where it is missing; None where a value stands in its place."""
     for name in sections:
         inner = data.setdefault(name, {})
         if not isinstance(inner, dict):
-            inner = data[name] = {}
+            return None
         data = inner
     return data
 

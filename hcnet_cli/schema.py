@@ -5,6 +5,7 @@ Every field carries its description and says whether it can change a number; `do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -137,8 +138,19 @@ class Optim(Part):
         if isinstance(data, Mapping) and data.get("name", "adamw") == "adamw":
             given = data.get("args", {})
             if isinstance(given, Mapping):
-                return {**data, "args": {"betas": [0.9, 0.999], "eps": 1.0e-8, **given}}
+                args = {"betas": [0.9, 0.999], "eps": 1.0e-8, **given}
+                args["betas"] = _floats("betas", args["betas"], 2)
+                (args["eps"],) = _floats("eps", [args["eps"]], 1)
+                return {**data, "args": args}
         return data
+
+
+def _floats(key: str, values: Any, count: int) -> list[float]:
+    """`values` as floats: 1 and 1.0 are the same number and must give the same fingerprint."""
+    plain = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+    if not plain or len(values) != count or not all(map(math.isfinite, values)):
+        raise ValueError(f'"optim.args.{key}" must be {"a number" if count == 1 else f"{count} numbers"}')
+    return [float(value) for value in values]
 
 
 class Schedule(Part):
