@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model
 
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.plain_yaml import parse_yaml
 from hcnet_cli.schema import DataPart, EvaluationPart, Model, Optim, Part, Schedule, Train
 from hcnet_cli.sizes import COMPONENTS, SIZES
 from hcnet_cli.tasks import TASKS
@@ -117,44 +118,6 @@ def not_in_fingerprint(recipe: Recipe) -> frozenset[str]:
 
 # What a run may vary without departing from its protocol.
 ALLOWED_TO_VARY = frozenset({"model.size", "model.disable", "train.seed", "train.precision"})
-
-
-# --- YAML -------------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-3` is a number, only true and false are booleans, a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'the key "{key}" stands twice', node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """Plain data from YAML text; `origin` names the source in the UserError for text that is not YAML."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise UserError(f"{origin}{where} is not valid YAML: {getattr(error, 'problem', error)}.") from None
 
 
 def dump_yaml(recipe: Recipe) -> str:

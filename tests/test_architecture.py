@@ -1,87 +1,139 @@
-"""Protects the shape of the program: imports point strictly down, and the light layers stay light."""
+"""Protects the shape of the program: imports point strictly down, light layers stay light, tasks are named once."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hcnet_cli.tasks import TASKS
+
 PACKAGE = Path(__file__).parent.parent / "hcnet_cli"
-# From the top; a module may import what stands on lines below its own. Modules of one line do not know each other.
+# From the top; a place may import what stands on lines below its own. Places of one line do not know each other.
+# A place is a module, or a folder, whose files may import each other in one direction.
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["bench_data"],
-    ["train", "explain", "bench", "check"],
+    ["bench"],
+    ["evaluate", "explain", "check"],
+    ["run"],
+    ["plan"],
     ["build"],
-    ["engine", "tasks"],
-    ["models", "data", "metrics", "optim", "profile", "checkpoint", "weights"],
+    ["task modules"],  # tasks/*/task.py
+    ["task parts"],  # tasks/*/: data formats, heads, metrics
+    ["engine"],
+    ["models", "kernels", "data", "optim", "profile", "checkpoint", "weights", "device", "pictures"],
     ["dist", "rng"],
-    ["report", "study"],
-    ["ablations"],
-    ["results"],
-    ["runs"],
+    ["report"],
+    ["study"],
+    ["results", "recipe_reference"],
+    ["published", "statistics"],
+    ["table", "runs"],
     ["recipe"],
-    ["console"],
-    ["names"],
+    ["declarations"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
+    ["schema", "files", "plain_yaml"],
+    ["console", "sizes"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TORCH_FREE = ["cli", "study", "report", "study", "results", "ablations", "runs", "recipe", "console", "names"]
-RECIPE_STOPS_AT = "build"
+TORCH_FREE = [
+    *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table"),
+    *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
+]
+LINES = 450  # of a room at most
 
 
 def modules() -> list[Path]:
     return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 
-def place(path: Path) -> str:
-    """hcnet_cli/models/hcnet.py -> "models"."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def dotted(path: Path) -> str:
+    """hcnet_cli/models/hcnet.py -> "models.hcnet"; hcnet_cli/models/__init__.py -> "models"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+NAMES = {dotted(path) for path in modules()}
+
+
+def place(module: str) -> str:
+    """The place of a module in LAYERS."""
+    parts = module.split(".")
+    if parts[0] != "tasks":
+        return parts[0]
+    if len(parts) == 1 or parts[-1] == "spec":
+        return "declarations"
+    return "task modules" if parts[-1] == "task" else "task parts"
 
 
 def imported(path: Path) -> set[tuple[str, int]]:
-    """(dotted module, line) of every import in a file, those inside functions included."""
-    package = ".".join(("hcnet_cli", *path.relative_to(PACKAGE).parts[:-1]))
+    """(module of this package, line) of every import in a file, those inside functions included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            found |= {(alias.name, node.lineno) for alias in node.names}
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
-            module = ".".join(filter(None, (base, node.module)))
-            found |= {(f"{module}.{alias.name}", node.lineno) for alias in node.names}
+            assert not node.level, f"{path}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.startswith("hcnet_cli."):
+                module = name.removeprefix("hcnet_cli.")
+                while module not in NAMES and "." in module:  # a name in a module
+                    module = module.rpartition(".")[0]
+                if module in NAMES:
+                    found.add((module, node.lineno))
     return found
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {place(path) for path in modules()} <= set(LEVEL)
+def test_every_module_has_a_place() -> None:
+    assert {place(name) for name in NAMES} <= set(LEVEL)
 
 
 def test_imports_point_strictly_down() -> None:
     violations = []
     for path in modules():
+        here = dotted(path)
         for name, line in sorted(imported(path)):
-            parts = name.split(".")
-            if parts[0] != "hcnet_cli" or len(parts) < 2 or parts[1] not in LEVEL:
-                continue
-            here, there = place(path), parts[1]
-            same_folder = here == there and (PACKAGE / here).is_dir()
-            if same_folder and path.name == "__init__.py":
-                continue  # a folder's front door gathers its files
-            if same_folder and here == "report":
-                continue  # one renderer in several files
-            if LEVEL[there] <= LEVEL[here]:
+            together = place(name) == place(here)
+            if together and place(here).startswith("task "):
+                together = name.split(".")[1] == here.split(".")[1]  # of one task
+            if not together and LEVEL[place(name)] <= LEVEL[place(here)]:
                 violations.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
     assert not violations, "\n".join(violations)
 
 
+def test_no_two_files_import_each_other() -> None:
+    graph = {dotted(path): {name for name, _ in imported(path)} - {dotted(path)} for path in modules()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
 def test_the_recipe_stops_at_build() -> None:
-    below = [path for path in modules() if LEVEL[place(path)] in range(LEVEL[RECIPE_STOPS_AT] + 1, LEVEL["report"])]
-    knowing = [p.name for p in below if any(name.startswith("hcnet_cli.recipe") for name, _ in imported(p))]
-    assert not knowing
+    """What lies between build and the torch-free part takes plain arguments and sections, never a whole recipe."""
+    between = range(LEVEL["build"] + 1, LEVEL["report"])
+    below = [path for path in modules() if LEVEL[place(dotted(path))] in between]
+    assert not [path.name for path in below if any(name == "recipe" for name, _ in imported(path))]
+
+
+def test_the_name_of_a_task_stands_in_its_folder_alone() -> None:
+    """Adding a task is a folder and a line. Help texts and hints may show an example command."""
+    names = "|".join(re.escape(name) for name in [*TASKS, *(spec.table for spec in TASKS.values())])
+    found = []
+    for path in modules():
+        if "tasks" in path.relative_to(PACKAGE).parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(names, node.value):
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.value!r}")
+    assert not found, "\n".join(found)
+
+
+def test_rooms_stay_small() -> None:
+    large = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in modules()}
+    assert not {name: lines for name, lines in large.items() if lines > LINES}
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
@@ -91,13 +143,13 @@ def test_light_modules_do_not_load_torch(module: str) -> None:
 
 
 def test_help_loads_next_to_nothing() -> None:
-    """--help must answer at once: neither torch nor pandas is loaded for it."""
+    """--help must answer at once: nothing that computes is loaded for it."""
     code = (
         "import sys; sys.argv = ['hcnet', 'pretrain', '--help']\n"
         "from hcnet_cli.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'timm', 'pandas', 'numpy', 'scipy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'timm', 'numpy', 'scipy'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hcnet_cli import recipe as rcp
 from hcnet_cli.build import steps_of_schedule
 from hcnet_cli.console import UserError
+from hcnet_cli.plain_yaml import parse_yaml
 
 DIGITS = rcp.recipes_dir() / "pretrain" / "digits.yaml"
 
@@ -71,7 +72,7 @@ def test_a_bad_override_is_one_sentence_that_names_the_flag(key: str, value: obj
     ("text", "words"),
     [
         ("task: [", "line 1"),
-        ("a: 1\na: 2", "stands twice"),
+        ("a: 1\na: 2", "appears twice"),
         ("- 1", "not a mapping"),
         ("task: pretrain\nprotocol: x\noptimizer: {}", 'unknown key "optimizer". Did you mean "optim"?'),
         ("task: pretrain\nprotocol: x", "is missing"),
@@ -89,13 +90,13 @@ def test_yaml_means_what_people_write() -> None:
     """PyYAML alone reads 1e-3 as text, `no` as False and 12:30 as a number of minutes."""
     text = "{a: 1e-3, b: 1.e3, c: .5, d: -2E+5, e: no, f: on, g: 12:30, h: 10, i: true, j: null, k: 1_0}"
     expected = {"a": 1e-3, "b": 1e3, "c": 0.5, "d": -2e5, "e": "no", "f": "on", "h": 10, "i": True, "j": None}
-    assert {key: value for key, value in rcp.parse_yaml(text, "test").items() if key not in "gk"} == expected
+    assert {key: value for key, value in parse_yaml(text, "test").items() if key not in "gk"} == expected
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_survives_the_round_trip(value: float) -> None:
     """A recipe written by dump_yaml and read back is bit for bit the same."""
-    assert rcp.parse_yaml(yaml.dump({"x": value}), "test") == {"x": value}
+    assert parse_yaml(yaml.dump({"x": value}), "test") == {"x": value}
     assert rcp.parse_override(f"optim.lr={value!r}") == ("optim.lr", value)
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.plain_yaml import parse_yaml
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.schema import Part
 from hcnet_cli.sizes import COMPONENTS, ordered_components
@@ -92,7 +93,7 @@ def read_study(name: str) -> tuple[str, Study]:
     """(short name, study) of a shipped study or a YAML file. UserError for the first mistake."""
     file = study_file(name)
     try:
-        data = rcp.parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        data = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The study {file} cannot be read: {error}.") from None
     if not isinstance(data, dict):
