@@ -1,0 +1,119 @@
+"""Protects `hcnet evaluate`: a finished run gains scores by other protocols, and loses none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_MODEL, Done, only_run
+
+from hcnet_cli import runs
+from hcnet_cli.console import UserError
+from hcnet_cli.recipe import parse_override, recipe_file, resolve
+
+Hcnet = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def classifier(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import subprocess
+    import sys
+
+    results = tmp_path_factory.mktemp("evaluate")
+    line = [sys.executable, "-m", "hcnet_cli", "pretrain", "--recipe", "digits", *SMALL_MODEL, "--batch-size", "8"]
+    line += ["--epochs", "1", "--set", "data.img_size=16", "--workers", "0"]
+    subprocess.run([*line, "--data", str(folder_of_images), "--out", str(results)], check=True, capture_output=True)
+    return only_run(results)
+
+
+@pytest.fixture
+def run(classifier: Path, tmp_path: Path) -> Path:
+    """A copy of the run, so that a test may change it."""
+    return Path(shutil.copytree(classifier, tmp_path / "run"))
+
+
+def test_a_new_protocol_is_added_to_the_record(run: Path, hcnet: Hcnet) -> None:
+    before = runs.read_record(run / "run.json")
+    done = hcnet("evaluate", run, "--set", "evaluation.large.img_size=24", "--set", "evaluation.large.crop_pct=1.0")
+    assert done.code == 0, done.err
+    after = runs.read_record(run / "run.json")
+    assert after.metrics.keys() == {"top1", "top5", "top1_large", "top5_large"}
+    assert {name: after.metrics[name] for name in before.metrics} == before.metrics
+    assert after.metric_notes["top1_large"] == "24 x 24, crop 1"
+    assert after.evaluations[0]["name"] == "large"
+    assert after.evaluations[0]["settings"]["img_size"] == 24
+    assert after.fingerprint == before.fingerprint
+    assert (run / "final" / "large" / "confusion.json").is_file()
+    # the recipe holds the new entry, so it can be made again, and is as it was
+    again = hcnet("evaluate", run, "--on", "large")
+    assert again.code == 0
+    assert again.out == done.out
+
+
+def test_without_further_evaluations_the_record_is_checked(run: Path, hcnet: Hcnet) -> None:
+    done = hcnet("evaluate", run)
+    assert done.code == 0
+    assert "Equal to the run's record." in done.err
+    record = json.loads((run / "run.json").read_text())
+    record["metrics"]["top1"] += 10
+    (run / "run.json").write_text(json.dumps(record))
+    done = hcnet("evaluate", run)
+    assert done.code == 2
+    assert "score otherwise than the run's record says" in done.err
+
+
+def test_an_evaluation_that_sees_the_same_pixels_gives_the_same_score(run: Path, hcnet: Hcnet) -> None:
+    """img_size and crop_pct of the data, given explicitly, are another entry with equal scores."""
+    done = hcnet("evaluate", run, "--set", "evaluation.same.img_size=16", "--set", "evaluation.same.crop_pct=1.0")
+    assert done.code == 0, done.err
+    metrics = runs.read_record(run / "run.json").metrics
+    assert metrics["top1_same"] == metrics["top1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--set", "evaluation.val.crop_pct=0.5"), "stays as it is"),
+        (("--set", "optim.lr=0.1"), "changes nothing but its own section"),
+        (("--on", "nothing"), 'no evaluation "nothing"'),
+        (("--set", "evaluation.x.mode=slide"), "unknown key"),
+        (("--data", "digits"), "holds other data"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], words: str, run: Path, hcnet: Hcnet) -> None:
+    record = (run / "run.json").read_bytes()
+    done = hcnet("evaluate", run, *arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert (run / "run.json").read_bytes() == record
+
+
+def test_another_protocol_under_the_same_name_is_refused(run: Path, hcnet: Hcnet) -> None:
+    assert hcnet("evaluate", run, "--set", "evaluation.large.img_size=24").code == 0
+    record = (run / "run.json").read_bytes()
+    done = hcnet("evaluate", run, "--on", "large", "--set", "evaluation.large.img_size=20")
+    assert done.code == 2
+    assert "was made as 24 x 24" in done.err
+    assert (run / "run.json").read_bytes() == record
+
+
+def test_half_a_run_and_no_run(run: Path, hcnet: Hcnet, tmp_path: Path) -> None:
+    assert "There is no run" in hcnet("evaluate", "nowhere").err
+    (tmp_path / "empty").mkdir()
+    assert "no run.json" in hcnet("evaluate", tmp_path / "empty").err
+    record = json.loads((run / "run.json").read_text()) | {"status": "interrupted"}
+    (run / "run.json").write_text(json.dumps(record))
+    done = hcnet("evaluate", run)
+    assert done.code == 2
+    assert "is not finished" in done.err
+
+
+def test_the_first_evaluation_is_the_one_of_training() -> None:
+    for text in ("evaluation.ss.when=end", "evaluation.ms.when=training", "evaluation.a-b.mode=slide"):
+        key, value = parse_override(text)
+        with pytest.raises(UserError, match="evaluation"):
+            resolve(recipe_file("digit-stuff", "finetune-seg"), [(key, value, "--set")])
