@@ -268,6 +268,8 @@ def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -
         (("--epoch", "3"), "No such option"),
         (("--epochs", "many"), "Invalid value"),
         (("--set", "optim.learning_rate=1"), "Did you mean"),
+        (("--set", "optim.name=lamp"), 'optim.name: unknown optimizer "lamp". Did you mean "lamb"?'),
+        (("--set", "optim.args.beta=1"), 'optim.args.beta: adamw has no such argument. Did you mean "betas"?'),
         (("--set", "lr"), "KEY=VALUE"),
         (("--recipe", "imagent"), 'Did you mean "imagenet"'),
         (("--recipe", "mine.yaml"), "no recipe file mine.yaml"),
