@@ -21,7 +21,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from hcnet_cli import checkpoint, engine, optim
-from hcnet_cli.console import RunFailed
+from hcnet_cli.console import RunFailed, UserError
 from hcnet_cli.data.loader import EvalLoader, TrainLoader
 from hcnet_cli.engine import Evaluation, Job, State
 from hcnet_cli.rng import keyed_uniform, seeded
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     tensors, rest = optim.state_to_save(job.optimizer, job.task.model)
     other = make_job(Regression(), ema=False)
     for name in ("9.weight:step", "group 7:step"):
-        with pytest.raises(ValueError, match="not trained here"):
+        with pytest.raises(UserError, match="not trained here"):
             optim.load_state(other.optimizer, other.task.model, {**tensors, name: torch.tensor(1.0)}, rest)
 
 
