@@ -188,7 +188,7 @@ def state_to_save(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Ten
 def load_state(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
     """Gives a new optimizer the state that `state_to_save` returned, each tensor in its parameter's memory layout.
 
-    ValueError if the state is of other parameters.
+    UserError if the state is of other parameters.
     """
     packed = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -201,7 +201,10 @@ def load_state(optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Ten
         elif owner.startswith("group ") and int(owner[6:]) < len(packed["param_groups"]):
             packed["param_groups"][int(owner[6:])][slot] = value
         else:
-            raise ValueError(f"the checkpoint has optimizer state for {owner}, which is not trained here")
+            raise UserError(
+                f"The checkpoint has optimizer state of {owner}, which is not trained here.",
+                hint="It belongs to another model. Start over with --fresh, or give this run another --name.",
+            )
     packed["state"] = dict(sorted(packed["state"].items()))  # in the order of the parameters, as the optimizer makes it
     optimizer.load_state_dict(packed)
     for parameter, slots in optimizer.state.items():

@@ -8,22 +8,33 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import environment
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from hcnet_cli import engine, optim
-from hcnet_cli.console import RunFailed
+from hcnet_cli import checkpoint, engine, optim
+from hcnet_cli.console import RunFailed, UserError
 from hcnet_cli.data.loader import EvalLoader, TrainLoader
 from hcnet_cli.engine import Evaluation, Job, State
 from hcnet_cli.rng import keyed_uniform, seeded
 from hcnet_cli.runs import RunFolder, read_log
 
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("adamw", {}),
+    "adamw, not fused": ("adamw", {"fused": False}),
+    "sgd": ("sgd", {"momentum": 0.9}),
+    "lamb": ("lamb", {}),
+    "muon": ("muon", {"fallback_list": ["2.*"]}),
+    "lion": ("lion", {}),
+}
 TIMES = ("images_per_second", "data_wait")
 
 
@@ -140,7 +151,7 @@ def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
     ours, theirs = a.pop("tensors"), b.pop("tensors")
     assert a == b
     assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])) for name in ours)
 
 
 @pytest.fixture(scope="module")
@@ -223,23 +234,65 @@ def test_handlers_are_given_back(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in engine.Stopper.SIGNALS] == before
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Stopped twice and continued in new objects: state of parameters, of groups, flags and counters all survive."""
+
+    def interrupt(at: int) -> Regression:
+        return Regression(lambda seen: os.kill(os.getpid(), signal.SIGTERM) if seen == at else None)
+
+    _, state, job = run(tmp_path / "whole", Regression(), optimizer=OPTIMIZERS[name])
+    whole = outcome(tmp_path / "whole", state, job)
+    run(tmp_path / "parts", interrupt(3), optimizer=OPTIMIZERS[name])
+    run(tmp_path / "parts", interrupt(2), optimizer=OPTIMIZERS[name])
+    _, state, job = run(tmp_path / "parts", Regression(), optimizer=OPTIMIZERS[name])
+    assert state.step == 12
+    assert_equal(outcome(tmp_path / "parts", state, job), whole)
+
+
+def test_checkpoints_from_before_other_optimizers_go_on_bit_for_bit(
+    tmp_path: Path, never_interrupted: dict[str, Any]
+) -> None:
+    """They hold "<parameter>:step", ":exp_avg" and ":exp_avg_sq" of AdamW, and no `optimizer` in state.json."""
+    run(tmp_path, Regression(lambda seen: os.kill(os.getpid(), signal.SIGTERM) if seen == 6 else None))
+    found = checkpoint.read(tmp_path)
+    assert found is not None
+    tensors, content = found
+    names = [name for name, _ in Regression().model.named_parameters()]
+    assert tensors["optimizer"].keys() == {f"{n}:{slot}" for n in names for slot in ("step", "exp_avg", "exp_avg_sq")}
+    assert content.pop("optimizer") == {}
+    checkpoint.write(tmp_path, tensors, content)
+    _, state, job = run(tmp_path, Regression())
+    assert_equal(outcome(tmp_path, state, job), dict(never_interrupted))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    _, _, job = run(tmp_path, Regression(), ema=False)
+    tensors, rest = optim.state_to_save(job.optimizer, job.task.model)
+    other = make_job(Regression(), ema=False)
+    for name in ("9.weight:step", "group 7:step"):
+        with pytest.raises(UserError, match="not trained here"):
+            optim.load_state(other.optimizer, other.task.model, {**tensors, name: torch.tensor(1.0)}, rest)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_move(what: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(what: str, name: str, tmp_path: Path) -> None:
     """It names the step and the loss parts, and keeps the samples; the weights are those of the step before."""
-    _, _, good = run(tmp_path / "good", Regression(), ema=False, total=7)
+    _, _, good = run(tmp_path / "good", Regression(), ema=False, total=7, optimizer=OPTIMIZERS[name])
 
     class Broken(Regression):
         def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
             losses = super().forward(batch)
             if self.seen == 8:
                 if what == "loss":
-                    losses["loss_l1"] = losses["loss_l1"] * torch.tensor(float("inf"))
+                    losses["loss_l1"] = losses["loss_l1"] * torch.tensor(float("nan"))
                 else:
                     losses["loss_l1"] = losses["loss_l1"] + (self.model[0].weight * 0).abs().sqrt().sum()
             return losses
 
     task = Broken()
-    job = make_job(task, ema=False)
+    job = make_job(task, ema=False, optimizer=OPTIMIZERS[name])
     job.lr_at = good.lr_at
     with pytest.raises(RunFailed, match=rf"{what} of step 7 is not finite .*loss_l1") as error:
         engine.fit(job, RunFolder(tmp_path), State(), lambda _: None)
@@ -250,6 +303,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(what: str, tmp_
     assert report["step"] == 7
     assert len(report["samples"]) == 8
     assert report["files"] == [f"point {index}" for index in report["samples"]]
+
+
+def test_a_loss_that_one_of_two_processes_sees_stops_both(tmp_path: Path) -> None:
+    """An infinite constant in the loss of one process leaves the gradients finite; the other process must not go on."""
+    script = Path(__file__).parent / "non_finite_on_one_process.py"
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*line, str(tmp_path), "adamw", "lamb"], env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    for optimizer in ("adamw", "lamb"):
+        folder = tmp_path / optimizer
+        assert [(folder / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["loss of step 3, unmoved"] * 2
+        assert len(json.loads((folder / "nonfinite.json").read_text())["samples"]) == 8
 
 
 def test_a_parameter_no_loss_depends_on_is_named(tmp_path: Path) -> None:

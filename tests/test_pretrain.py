@@ -261,6 +261,16 @@ def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -
     assert (info.status, info.steps_total, info.size) == ("interrupted", 300 * 89, "s")
 
 
+def test_another_optimizer_is_a_value_of_the_recipe(hcnet: Hcnet, folder_of_images: Path, tmp_path: Path) -> None:
+    chosen = ("--set", "optim.name=lamb", "--set", "optim.args.betas=[0.9,0.95]")
+    done = hcnet("pretrain", *SMALL, *chosen, "--data", folder_of_images, "--out", tmp_path)
+    assert done.code == 0, done.err
+    info = runs.read_record(only_run(tmp_path) / "run.json")
+    assert (info.changes["optim.name"], info.changes["optim.args.betas"]) == ("lamb", [0.9, 0.95])
+    again = hcnet("pretrain", "--recipe", only_run(tmp_path) / "recipe.yaml", "--out", tmp_path)
+    assert "This run is finished" in again.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -268,6 +278,8 @@ def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -
         (("--epoch", "3"), "No such option"),
         (("--epochs", "many"), "Invalid value"),
         (("--set", "optim.learning_rate=1"), "Did you mean"),
+        (("--set", "optim.name=lamp"), 'optim.name: unknown optimizer "lamp". Did you mean "lamb"?'),
+        (("--set", "optim.args.beta=1"), 'optim.args.beta: adamw has no such argument. Did you mean "betas"?'),
         (("--set", "lr"), "KEY=VALUE"),
         (("--recipe", "imagent"), 'Did you mean "imagenet"'),
         (("--recipe", "mine.yaml"), "no recipe file mine.yaml"),
