@@ -22,11 +22,12 @@ from hcnet_cli import dist, optim, profile, rng
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data import embedded, loader
+from hcnet_cli.data.folders import dataset_name
 from hcnet_cli.engine import Job, to_device
 from hcnet_cli.recipe import Recipe, Steps
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.sizes import SIZES
-from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.classification import augment, image_folder
 from hcnet_cli.tasks.classification.task import ClassificationTask
 from hcnet_cli.tasks.detection import coco
 from hcnet_cli.tasks.detection import task as detection_task
@@ -114,7 +115,7 @@ def build_data(recipe: Recipe) -> Data:
 def _image_folder(config: rcp.ImageFolder, root: Path) -> Data:
     index = image_folder.scan(root)
     shared: dict[str, Any] = {"img_size": config.img_size, "interpolation": config.interpolation}
-    train = image_folder.train_transform(
+    train = augment.train_transform(
         **shared,
         scale=config.scale,
         ratio=config.ratio,
@@ -137,11 +138,11 @@ def _image_folder(config: rcp.ImageFolder, root: Path) -> Data:
             num_classes=len(index.classes),
         ),
         train=image_folder.ImageFolder(index, "train", train),
-        val=image_folder.ImageFolder(index, "val", image_folder.eval_transform(**shared, crop_pct=config.crop_pct)),
+        val=image_folder.ImageFolder(index, "val", augment.eval_transform(**shared, crop_pct=config.crop_pct)),
         class_names=list(index.classes),
         img_size=(config.img_size, config.img_size),
-        collate=image_folder.collate,
-        val_collate=image_folder.collate,
+        collate=augment.collate,
+        val_collate=augment.collate,
     )
 
 
@@ -157,7 +158,7 @@ def _coco(config: rcp.Coco, root: Path, masks: bool) -> Data:
     train_set = coco.CocoDataset(train, train_images, train=True, **given)
     return Data(
         info=DataInfo(
-            name=coco.dataset_name(root, val),
+            name=dataset_name(root, "coco", coco.is_coco(val)),
             digest=hashlib.sha256(f"{train.digest} {val.digest}".encode()).hexdigest()[:16],
             path=str(root),
             num_train=len(train_set),
@@ -246,7 +247,7 @@ def build_task(recipe: Recipe, data: Data) -> Any:
 
 
 def _classification(recipe: Recipe, config: rcp.ImageFolder, data: Data) -> ClassificationTask:
-    mixup = image_folder.make_mixup(
+    mixup = augment.make_mixup(
         data.info.num_classes,
         mixup=config.mixup,
         cutmix=config.cutmix,
@@ -255,7 +256,7 @@ def _classification(recipe: Recipe, config: rcp.ImageFolder, data: Data) -> Clas
         smoothing=config.smoothing,
     )
     model = build_backbone(recipe, data.info.num_classes)
-    normalise = image_folder.Normalise(config.mean, config.std)
+    normalise = augment.Normalise(config.mean, config.std)
     return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing)
 
 

@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hcnet_cli import build, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.images import UnusableImageError, normalise, read_image, rescale, resize, to_tensor
 from hcnet_cli.explain.heat import heat_steps, measure, receptive_field, windows
 from hcnet_cli.explain.pictures import captions, draw
 from hcnet_cli.models import HcNet
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.sizes import SIZES
-from hcnet_cli.tasks.classification import image_folder
-from hcnet_cli.tasks.detection import coco
+from hcnet_cli.tasks.classification import augment
 from hcnet_cli.weights import load_into
 
 MAX_IMAGES = 16
@@ -114,7 +112,7 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
     except UserError as error:
         raise UserError(
             f"The validation images of this run cannot be used: {error}",
-            hint="Name a picture instead: hcnet explain RUN --image FILE",
+            hint="Name an image file instead: hcnet explain RUN --image FILE",
         ) from None
     if isinstance(recipe.data, rcp.ImageFolder):
         images = _normalised(recipe.data, items)
@@ -124,21 +122,18 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
 
 
 def _normalised(config: rcp.ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:
-    return list(image_folder.Normalise(config.mean, config.std)(image_folder.collate(items)))
+    return list(augment.Normalise(config.mean, config.std)(augment.collate(items)))
 
 
 def _one_image(recipe: Recipe, file: Path) -> tuple[list[Tensor], str]:
     """The image in `file` as the run's evaluation would see it: [3, H, W]."""
-    try:
-        image = image_folder.read_image(str(file))
-    except Exception as error:  # decoders raise almost anything on damaged files
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise UserError(f"The image {file} cannot be read: {reason}.") from None
     config = recipe.data
+    try:
+        image = read_image(file)
+    except UnusableImageError as error:
+        raise UserError(str(error)) from None
     if isinstance(config, rcp.ImageFolder):
-        transform = image_folder.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
+        transform = augment.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
         return _normalised(config, [transform(image)]), file.name
-    width, height = coco.fit(*image.size, *config.img_scale)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8
-    pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0].float() / 255
-    return [(pixels - torch.tensor(config.mean)[:, None, None]) / torch.tensor(config.std)[:, None, None]], file.name
+    size = rescale((image.height, image.width), config.img_scale)
+    return [normalise(resize(to_tensor(image), size), config.mean, config.std)], file.name

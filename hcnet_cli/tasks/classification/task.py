@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hcnet_cli.models import HcNet
 from hcnet_cli.rng import keyed_uniform
-from hcnet_cli.tasks.classification.image_folder import Normalise, mix
+from hcnet_cli.tasks.classification.augment import Normalise, mix
 from hcnet_cli.tasks.classification.metric import Accuracy
 
 
