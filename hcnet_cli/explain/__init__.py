@@ -1,7 +1,7 @@
 """Pictures of what the heat layers of a trained run do: `hcnet explain RUN`.
 
 Four pictures, their captions and the numbers behind them: learned stencils, conduction rates, the transfer function of
-the heat steps, and how far sight and heat spread. Equal runs give equal bytes.
+the heat steps, and how far receptive fields and heat spread. Equal runs give equal bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from hcnet_cli import build, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.images import UnusableImageError, normalise, read_image, rescale, resize, to_tensor
+from hcnet_cli.explain.captions import captions
 from hcnet_cli.explain.heat import heat_steps, measure, receptive_field, windows
-from hcnet_cli.explain.pictures import captions, draw
+from hcnet_cli.explain.pictures import draw
 from hcnet_cli.models import HcNet
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
@@ -31,10 +32,10 @@ MAX_IMAGES = 16
 
 
 def explain(run: Path, image: Path | None = None, out: Path | None = None) -> list[Path]:
-    """Writes pictures of the run's best weights, captions.md and explain.json to `out` (RUN/explain); their paths.
+    """Writes pictures of the run's best weights, captions.md and explain.json to `out` (RUN/explain); gives their paths.
 
-    Rates and receptive fields are measured on up to MAX_IMAGES validation images of the run's data, or on `image`. A
-    model without conduction has the receptive fields alone. UserError: no run, no weights, no data, no image.
+    Rates and receptive fields are measured on up to MAX_IMAGES validation images of the run's data, or on `image`. Of a
+    model without conduction only the receptive fields are drawn. UserError: no run, no weights, no data, no image.
     """
     info, recipe, backbone = load(run)
     images, source = _one_image(recipe, image) if image else _validation_images(recipe, info)
@@ -48,14 +49,14 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     found = {"disabled": list(backbone.disable), **measure(steps, fields)}
     variant = f" ({info.variant})" if info.variant else ""
     label = f"{SIZES[info.size].timm_name}{variant} · {info.task} on {info.data.name} · measured on {source}"
-    told = captions(found)
-    text = "".join(f"\n## {name[2:].capitalize()}\n\n![{name}]({name}.png)\n\n{told[name]}\n" for name in told)
+    texts = captions(found)
+    sections = [f"\n## {name[2:].capitalize()}\n\n![{name}]({name}.png)\n\n{text}\n" for name, text in texts.items()]
     about = {"run": run.resolve().name, "model": label, "step": info.best_step, "images": len(images)}
     files = {f"{name}.png": content for name, content in draw(found, label).items()}
     for stage in found["stages"]:
-        del stage["receptive_field"]["field"]  # a number a pixel: the picture is the better file for it
-    files["captions.md"] = f"# Inside the heat layers\n\n{label}\n{text}".encode()
-    files["explain.json"] = json.dumps(_rounded({**about, "captions": told, **found}), ensure_ascii=False).encode()
+        del stage["receptive_field"]["field"]  # one number per pixel: the picture shows it better
+    files["captions.md"] = f"# Inside the heat layers\n\n{label}\n{''.join(sections)}".encode()
+    files["explain.json"] = json.dumps(_rounded({**about, "captions": texts, **found}), ensure_ascii=False).encode()
     for name, content in files.items():
         _write(folder / name, content)
     return [folder / name for name in files]
@@ -82,7 +83,7 @@ def _rounded(value: Any) -> Any:
 
 
 def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
-    """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data need not be there."""
+    """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data are not needed."""
     folder = RunFolder(run)
     info = folder.read()
     if info is None:
@@ -95,9 +96,9 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
     backbone = build.build_backbone(recipe, 0)
     account = load_into(backbone, build.read_init(str(run))[1], str(folder.best))
     lacking = [name for name in (*account.missing, *account.reinitialised) if not name.startswith("norm.")]
-    if lacking:  # the final norm is the classifier's; nothing here uses it
+    if lacking:  # apart from the classifier's final norm, which nothing here uses
         raise UserError(
-            f"{folder.best} is not of the model in {folder.recipe_file}: it lacks {', '.join(lacking[:3])}."
+            f"{folder.best} does not fit the model in {folder.recipe_file}: it lacks {', '.join(lacking[:3])}."
         )
     backbone.set_grad_checkpointing(False)
     return info, recipe, backbone.eval().requires_grad_(False)
