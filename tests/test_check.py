@@ -15,6 +15,7 @@ from PIL import Image
 
 from hcnet_cli import check
 from hcnet_cli.data import embedded
+from hcnet_cli.data.audit import Audit, Item
 
 Hcnet = Callable[..., Done]
 
@@ -66,7 +67,7 @@ def test_an_image_folder(hcnet: Hcnet, folder: Path) -> None:
     ]
     assert list(found)[:3] == [what for what, one in found.items() if one["wrong"]], "what is wrong comes first"
     text = hcnet("check", folder).out
-    assert "What is WRONG (3) should be mended before training." in text
+    assert "Correct what is WRONG (3) before training." in text
     assert "(1): train/green/1.png = val/green/again.bmp " in " ".join(text.split())
     assert "10 – 20 – 24" not in text  # a turned image is 10 wide and 20 high
     assert "10 – 24 – 24" in text
@@ -76,7 +77,7 @@ def test_ctrl_c_ends_it_quietly(hcnet: Hcnet, folder: Path, monkeypatch: pytest.
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "_look_at_all", interrupted)
+    monkeypatch.setattr(check, "inspect_images", interrupted)
     done = hcnet("check", folder)
     assert (done.code, done.out, done.err) == (130, "", "")
 
@@ -88,8 +89,8 @@ def test_a_class_without_validation_images_is_named(hcnet: Hcnet, folder: Path) 
 
 def test_of_many_classes_the_rarest_and_the_commonest_are_shown(tmp_path: Path) -> None:
     classes = {f"class{n:02d}": {"train": float(n), "val": 1.0} for n in range(50)}
-    items = [check.Item("a", "train"), check.Item("b", "val")]
-    made = check.tables(check.Report("many", tmp_path, "image folder", "images", items, classes))[1]
+    items = [Item("a", "train"), Item("b", "val")]
+    made = check.tables(Audit("many", tmp_path, "image folder", "images", items, classes))[1]
     shown = [row.values["model"] for row in made.rows]
     assert shown == [f"class{n:02d}" for n in (*range(10), *range(40, 50))]
 
@@ -168,7 +169,7 @@ def test_a_folder_of_scenes(hcnet: Hcnet, tmp_path: Path) -> None:
     assert done.code == 0
     rows = {words[0]: words[1:] for line in done.out.splitlines() if (words := line.split())}
     assert (rows["sky"], rows["sea"], rows["land"]) == (["50.00"] * 2, ["25.00"] * 2, ["0.00"] * 2)
-    assert "Of the training pixels 25.00% are ignored." in done.out
+    assert "25.00% of the training pixels are ignored." in done.out
     assert "classes in no validation label (1): land" in done.out
     (root / "images/validation/1.png").write_bytes(b"no image")
     assert findings(hcnet, root, code=1)["validation images that cannot be used"]["wrong"]

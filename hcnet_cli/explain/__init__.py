@@ -32,7 +32,7 @@ MAX_IMAGES = 16
 
 
 def explain(run: Path, image: Path | None = None, out: Path | None = None) -> list[Path]:
-    """Writes pictures of the run's best weights, captions.md and explain.json to `out` (RUN/explain); gives their paths.
+    """Writes pictures of the run's best weights, captions.md and explain.json to `out` (RUN/explain).
 
     Rates and receptive fields are measured on up to MAX_IMAGES validation images of the run's data, or on `image`. Of a
     model without conduction only the receptive fields are drawn. UserError: no run, no weights, no data, no image.

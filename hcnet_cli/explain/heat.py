@@ -221,7 +221,7 @@ def _rates(step: HeatStep) -> dict[str, Any]:
 
 
 def _density(rate: Floats) -> Floats:
-    """Density of rates in RATE_BINS bins of (0, 1), smoothed by a Gaussian of Silverman's width, mirrored at 0 and 1."""
+    """Density of rates in RATE_BINS bins of (0, 1): smoothed by Silverman's Gaussian, mirrored at 0 and 1."""
     counts = np.histogram(rate, RATE_BINS, (0, 1))[0] * RATE_BINS / rate.size
     quartiles = np.percentile(rate, (25, 75))
     width = RATE_BINS * 0.9 * min(rate.std(), np.ptp(quartiles) / 1.34) * rate.size**-0.2
