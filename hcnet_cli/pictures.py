@@ -42,7 +42,8 @@ def palette(num_classes: int) -> Pixels:
         ]
     )
     rgb = np.clip((lab @ to_lms.T) ** 3 @ to_rgb.T, 0, 1)
-    return np.rint(255 * np.where(rgb > 0.0031308, 1.055 * rgb ** (1 / 2.4) - 0.055, 12.92 * rgb)).astype(np.uint8)
+    srgb = np.where(rgb > 0.0031308, 1.055 * rgb ** (1 / 2.4) - 0.055, 12.92 * rgb)
+    return np.asarray(np.rint(255 * srgb), dtype=np.uint8)
 
 
 # --- panels and sheets ------------------------------------------------------------------------------------------------
@@ -143,9 +144,7 @@ def draw_classes(image: Image.Image, classes: Pixels, colours: Pixels, ignore_in
 
 
 def overlay(image: Pixels, classes: Pixels, colours: Pixels, ignore_index: int) -> Pixels:
-    """The image [H, W, 3] in grey under its classes' colours, with white lines between classes; ignored pixels are
-    dark grey.
-    """
+    """The image [H, W, 3] in grey under its classes' colours, with white lines between them; ignored: dark grey."""
     table = np.full((256, 3), IGNORED, dtype=np.float64)
     table[: len(colours)] = colours
     table[ignore_index] = IGNORED
@@ -154,4 +153,4 @@ def overlay(image: Pixels, classes: Pixels, colours: Pixels, ignore_index: int) 
     border[:, 1:] |= classes[:, 1:] != classes[:, :-1]
     border[1:] |= classes[1:] != classes[:-1]
     mixed[border] = 0.35 * mixed[border] + 0.65 * 255
-    return np.rint(mixed).astype(np.uint8)
+    return np.asarray(np.rint(mixed), dtype=np.uint8)

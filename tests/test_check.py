@@ -16,6 +16,9 @@ from PIL import Image
 from hcnet_cli import check
 from hcnet_cli.data import embedded
 from hcnet_cli.data.audit import Audit, Item
+from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.detection.coco import CocoDataset, load_split
+from hcnet_cli.tasks.spec import Spec
 
 Hcnet = Callable[..., Done]
 
@@ -187,6 +190,48 @@ def test_classes_of_one_name_stay_apart(hcnet: Hcnet, tmp_path: Path) -> None:
         (tmp_path / f"c/annotations/instances_{split}2017.json").write_text(json.dumps(one))
     found = findings(hcnet, tmp_path / "c", code=0)
     assert found["classes without train objects"]["files"] == ["cat (0)"]  # category 3 comes before 7
+
+
+@pytest.mark.parametrize(
+    ("file", "task"),
+    [
+        ("train/cat/a.png", "pretrain"),
+        ("annotations/instances_val2017.json", "finetune-det"),
+        ("train/_annotations.coco.json", "finetune-det"),  # also has a folder train/
+        ("images/training/a.jpg", "finetune-seg"),
+        ("annotations/training/a.png", "finetune-seg"),
+        ("notes.txt", "pretrain"),
+    ],
+)
+def test_the_layout_tells_the_task(file: str, task: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("")
+    assert check.task_of(str(tmp_path)) == task
+
+
+@pytest.mark.parametrize("spec", TASKS.values(), ids=TASKS)
+def test_embedded_sets_have_their_task_by_name_and_by_layout(spec: Spec) -> None:
+    assert check.task_of(spec.embedded) == spec.name
+    assert check.task_of(str(embedded.ensure(spec.embedded))) == spec.name
+
+
+def test_check_and_training_agree_on_what_cannot_be_used(hcnet: Hcnet, tmp_path: Path) -> None:
+    """A 16-bit image, a palette and damaged EXIF data are fine; a truncated file is not. Detection reads as check."""
+    content = coco(tmp_path / "c")
+    folder = tmp_path / "c/train2017"
+    Image.fromarray(np.full((30, 40), 40_000, dtype=np.uint16)).save(folder / "0.png")
+    Image.open(folder / "1.png").quantize(9).save(folder / "1.png")
+    Image.open(folder / "2.png").save(folder / "2.png", exif=b"Exif\x00\x00XX\x00*garbage")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:300])
+    for split, one in content.items():
+        (tmp_path / f"c/annotations/instances_{split}2017.json").write_text(json.dumps(one))
+    found = findings(hcnet, tmp_path / "c", code=1)
+    (listed,) = found["train images that cannot be used"]["files"]
+    assert listed.startswith("train2017/3.png (")
+    dataset = CocoDataset(*load_split(tmp_path / "c", "train"), train=True)
+    replaced = {index: dataset[index, 1, 0].get("unreadable", "") for index in range(4)}
+    assert [index for index, words in replaced.items() if words] == [3]
+    assert replaced[3] == f"{tmp_path}/c/{listed}"
 
 
 @pytest.mark.parametrize(

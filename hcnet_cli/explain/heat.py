@@ -206,7 +206,8 @@ def _upright(pattern: Floats) -> Floats:
     half = len(pattern) // 2
     flat = pattern.ravel()
     centre, extreme = pattern[half, half], flat[np.argmax(np.round(np.abs(flat), 9))]
-    return pattern * (-np.sign(centre) if abs(centre) > abs(extreme) / 2 else np.sign(extreme))
+    sign = -np.sign(centre) if abs(centre) > abs(extreme) / 2 else np.sign(extreme)
+    return np.asarray(sign * pattern)
 
 
 def _rates(step: HeatStep) -> dict[str, Any]:
@@ -227,7 +228,7 @@ def _density(rate: Floats) -> Floats:
     width = RATE_BINS * 0.9 * min(rate.std(), np.ptp(quartiles) / 1.34) * rate.size**-0.2
     offsets = np.arange(-RATE_BINS, RATE_BINS + 1)
     kernel = np.exp(-0.5 * np.square(offsets / max(width, 1.0)))
-    return np.convolve(np.pad(counts, RATE_BINS, mode="symmetric"), kernel / kernel.sum(), mode="valid")
+    return np.asarray(np.convolve(np.pad(counts, RATE_BINS, mode="symmetric"), kernel / kernel.sum(), mode="valid"))
 
 
 def _gains(step: HeatStep) -> dict[str, Any]:

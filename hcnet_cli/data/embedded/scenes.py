@@ -47,14 +47,13 @@ def _texture(kind: int, random: np.random.RandomState) -> Floats:
     angle, period = random.uniform(0, np.pi), random.uniform(9, 16)
     u = (X * np.cos(angle) + Y * np.sin(angle)) / period + random.uniform()
     v = (Y * np.cos(angle) - X * np.sin(angle)) / period + random.uniform()
-    name = TEXTURES[kind]
-    if name == "stripes":
-        return (u % 1 < 0.5).astype(np.float64)
-    if name == "dots":
-        return ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.3**2).astype(np.float64)
-    if name == "checks":
-        return (np.floor(u) + np.floor(v)) % 2
-    return (u - u.min()) / (u.max() - u.min())
+    patterns = {
+        "stripes": lambda: u % 1 < 0.5,
+        "dots": lambda: (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.3**2,
+        "checks": lambda: (np.floor(u) + np.floor(v)) % 2,
+        "gradient": lambda: (u - u.min()) / (u.max() - u.min()),
+    }
+    return np.asarray(patterns[TEXTURES[kind]](), dtype=np.float64)
 
 
 def _color(hue: float, saturation: float, brightness: float) -> Floats:
@@ -206,7 +205,7 @@ def _run_lengths(mask: Mask) -> list[int]:
     """COCO's uncompressed RLE: lengths of alternating runs, column by column, the first of zeros."""
     flat = mask.T.ravel().astype(np.int8)
     changes = np.flatnonzero(np.diff(flat, prepend=0))
-    return np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    return list(np.diff(np.concatenate([[0], changes, [flat.size]])).tolist())
 
 
 def _segmentation(thing: _Object) -> Any:

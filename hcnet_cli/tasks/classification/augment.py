@@ -172,7 +172,7 @@ class Normalise(nn.Module):
         pixels = batch["image"]  # [B, H, W, 3]
         scale, mean, std = self.constants.repeat(1, pixels.shape[2])  # [W * 3] each: loops over three would be slow
         rows = pixels.flatten(2).float().div_(scale).sub_(mean).div_(std)  # [B, H, W * 3]
-        images = rows.view(pixels.shape).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        images: Tensor = rows.view(pixels.shape).permute(0, 3, 1, 2)  # [B, 3, H, W]
         sizes = [(3, height, width) for *_, height, width in batch["holes"]]
         fills = batch["fill"].split([math.prod(size) for size in sizes])
         for (number, top, left, height, width), size, fill in zip(batch["holes"], sizes, fills, strict=True):

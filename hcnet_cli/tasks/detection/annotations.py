@@ -246,8 +246,8 @@ def _pack_segment(segmentation: Any, height: int, width: int, where: str) -> byt
         if isinstance(counts, list):
             if sum(counts) != height * width:
                 raise UserError(f"{where} has a mask of {sum(counts)} pixels in an image of {height * width}.")
-            return b"R" + rle.frPyObjects({"size": size, "counts": counts}, height, width)["counts"]
-        return b"R" + counts.encode()
+            counts = rle.frPyObjects({"size": size, "counts": counts}, height, width)["counts"].decode()
+        return b"R" + str(counts).encode()
     if _rings(segmentation):
         raise UserError(f"{where} has a polygon whose coordinates are not all numbers.")
     return b""
@@ -255,10 +255,18 @@ def _pack_segment(segmentation: Any, height: int, width: int, where: str) -> byt
 
 def _unpack_segment(segment: bytes, height: int, width: int) -> NDArray[np.uint8]:
     if segment[:1] == b"R":
-        return rle.decode({"size": [height, width], "counts": segment[1:]})
+        return decode_mask({"size": [height, width], "counts": segment[1:]}, height, width)
     (number,) = struct.unpack_from("i", segment, 1)
     lengths = np.frombuffer(segment, dtype=np.int32, count=number, offset=5)
     # rounding float32 to three decimals restores the file's own numbers for any image below 8192 pixels
     points = np.frombuffer(segment, dtype=np.float32, offset=5 + 4 * number).astype(np.float64).round(3)
-    rings = [ring.tolist() for ring in np.split(points, np.cumsum(lengths)[:-1])]
-    return rle.decode(rle.merge(rle.frPyObjects(rings, height, width)))
+    return decode_mask([ring.tolist() for ring in np.split(points, np.cumsum(lengths)[:-1])], height, width)
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """COCO's polygons, or its RLE of either kind -> [height, width] of 0 and 1."""
+    if isinstance(segmentation, list):
+        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = rle.frPyObjects(segmentation, height, width)
+    return np.asarray(rle.decode(segmentation))

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as rle
 
 from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
+from hcnet_cli.tasks.detection.annotations import decode_mask
 
 Backend = Literal["faster-coco-eval", "pycocotools"]
 # COCO's twelve numbers in the order of COCOeval.stats
@@ -91,6 +91,7 @@ class CocoAP:
             assert not twice, f"images predicted by two processes: {sorted(twice)[:5]}"
             together |= part
         self.found = dict(sorted(together.items()))
+        numbers: dict[str, float]
         numbers, self.per_class = dist.broadcast(self._score() if dist.is_main() else None)
         return numbers
 
@@ -180,17 +181,8 @@ class CocoAP:
             text, colour = f"{text} (crowd)", pictures.GREY
         if "score" in item:
             text += f"  {100 * item['score']:.0f}%"
-        mask = _mask(item["segmentation"], image.height, image.width) if "segmentation" in item else None
+        mask = decode_mask(item["segmentation"], image.height, image.width) if "segmentation" in item else None
         return pictures.DrawnObject(text, colour, item["bbox"], mask)
-
-
-def _mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """Polygons, or RLE of either kind -> [height, width] of 0 and 1."""
-    if isinstance(segmentation, list):
-        return rle.decode(rle.merge(rle.frPyObjects(segmentation, height, width)))
-    if isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, height, width)
-    return rle.decode(segmentation)
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------

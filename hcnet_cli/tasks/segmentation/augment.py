@@ -37,7 +37,7 @@ def resize_label(label: Pixels, size: Size) -> Pixels:
         np.minimum(np.floor(np.arange(after) * (1 / (after / before))).astype(int), before - 1)
         for before, after in zip(label.shape, size, strict=True)
     )
-    return label.take(rows, axis=0).take(columns, axis=1)
+    return np.asarray(label.take(rows, axis=0).take(columns, axis=1))
 
 
 def random_crop(label: Pixels, crop_size: int, cat_max_ratio: float, ignore_index: int) -> tuple[slice, slice]:
@@ -77,7 +77,7 @@ def photometric_distortion(pixels: Pixels) -> Pixels:
         return bool(np.random.randint(2))
 
     def scaled(values: NDArray[Any], factor: float = 1.0, offset: float = 0.0) -> Pixels:
-        return np.clip(values.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
+        return np.asarray(np.clip(values.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8))
 
     if coin():
         pixels = scaled(pixels, offset=np.random.uniform(-32, 32))
