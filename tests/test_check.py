@@ -228,7 +228,7 @@ def test_check_and_training_agree_on_what_cannot_be_used(hcnet: Hcnet, tmp_path:
     found = findings(hcnet, tmp_path / "c", code=1)
     (listed,) = found["train images that cannot be used"]["files"]
     assert listed.startswith("train2017/3.png (")
-    dataset = CocoDataset(*load_split(tmp_path / "c", "train"), train=True)
+    dataset = CocoDataset(*load_split(tmp_path / "c", "train"), train=True, min_side=1)
     replaced = {index: dataset[index, 1, 0].get("unreadable", "") for index in range(4)}
     assert [index for index, words in replaced.items() if words] == [3]
     assert replaced[3] == f"{tmp_path}/c/{listed}"
