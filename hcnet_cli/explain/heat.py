@@ -157,7 +157,7 @@ def measure(steps: Sequence[HeatStep], fields: Sequence[Floats]) -> dict[str, An
     stages = []
     for number, field in enumerate(fields, 1):
         stride = 2 ** (number + 1)
-        centre = [-(-side // stride) // 2 * stride for side in field.shape]  # pixel [y, x] the centre feature stands on
+        centre = [-(-side // stride) // 2 * stride for side in field.shape]  # pixel [y, x] of the centre feature
         seen = {"image": list(field.shape), "centre": centre, **_extent(field), "field": _amplitude(field)}
         stage: dict[str, Any] = {"stage": number, "receptive_field": seen}
         if own := [step for step in steps if step.stage == number]:

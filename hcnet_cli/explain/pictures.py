@@ -255,7 +255,7 @@ def _transfer(found: dict[str, Any]) -> _Sheet:
     for i, stage in enumerate(stages):
         x, colour = left + pitch * i, _colour(stage["stage"])
         sheet.text(x, 0.12, **_stage(stage["stage"]))
-        whole = np.pad(stage["mean_gain"], ((0, 1), (0, 1)), mode="wrap")  # 1/2 beside -1/2, which is the same
+        whole = np.pad(stage["mean_gain"], ((0, 1), (0, 1)), mode="wrap")  # frequencies 1/2 and -1/2 are the same
         at, edge = np.append(cycles, 0.5), 0.5 + 0.5 / len(cycles)
         frame = {"extent": (-edge, edge, -edge, edge), "origin": "lower"}
         axes = sheet.field(x, 0.22, side, whole, cmap=DIVERGING, norm=norm, **frame)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.data.audit import Audit, Item
-from hcnet_cli.data.folders import dataset_name
+from hcnet_cli.data.folders import Packed, dataset_name
 from hcnet_cli.data.images import first_usable, read_image
 from hcnet_cli.schema import Part
 from hcnet_cli.tasks import TASKS
@@ -37,21 +37,16 @@ LAYOUT = "An image folder holds train/<class>/ and val/<class>/ with the images 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """The images of a split, as arrays: worker processes share their memory.
+    """The images of a split."""
 
-    A million strings would be copied into each worker page by page, since touching one counts its references.
-    """
-
-    names: NDArray[np.uint8]  # bytes of all names one after another, each relative to its class folder
-    ends: NDArray[np.int64]  # [N], where each name ends
+    names: Packed  # [N], each relative to its class folder
     labels: NDArray[np.int32]  # [N], index into the classes
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.labels)
 
     def name(self, index: int) -> str:
-        start = self.ends[index - 1] if index else 0
-        return os.fsdecode(self.names[start : self.ends[index]].tobytes())
+        return os.fsdecode(self.names[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +161,8 @@ def _image_names(folder: bytes) -> list[bytes]:
 
 def _files(folder: Path, classes: tuple[str, ...], digest: hashlib.blake2b) -> Files:
     present = set(_subfolders(folder))
-    blob, ends, counts, empty = bytearray(), [], [], []
+    names: list[bytes] = []
+    counts, empty = [], []
     digest.update(b"\0split " + os.fsencode(folder.name))
     for name in classes:
         images = _image_names(os.fsencode(folder / name)) if name in present else []
@@ -178,8 +174,7 @@ def _files(folder: Path, classes: tuple[str, ...], digest: hashlib.blake2b) -> F
             digest.update(b"\0" + image)
             if number % step == 0:  # a file replaced under its old name has another size
                 digest.update(b"%d" % os.stat(os.path.join(os.fsencode(folder / name), image)).st_size)
-            blob += image
-            ends.append(len(blob))
+        names += images
         counts.append(len(images))
     if empty:
         raise UserError(
@@ -187,7 +182,7 @@ def _files(folder: Path, classes: tuple[str, ...], digest: hashlib.blake2b) -> F
             hint=f"Image files end in {' '.join(sorted(e.decode() for e in EXTENSIONS))}.",
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return Files(np.frombuffer(bytes(blob), dtype=np.uint8), np.array(ends, dtype=np.int64), labels)
+    return Files(Packed(names), labels)
 
 
 def is_imagenet(classes: tuple[str, ...], num_val: int) -> bool:

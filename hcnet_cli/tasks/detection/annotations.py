@@ -13,7 +13,6 @@ import math
 import struct
 from array import array
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as rle
 
 from hcnet_cli.console import UserError
+from hcnet_cli.data.folders import Packed
 
 NO_MASKS_HINT = "Add --no-masks to train Faster R-CNN, without masks."
-
-
-class Packed:
-    """A list of byte strings as one buffer: worker processes share it, and touching an item copies no page."""
-
-    def __init__(self, items: Sequence[bytes]) -> None:
-        self.data = b"".join(items)
-        self.ends = np.cumsum([len(item) for item in items], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, i: int) -> bytes:
-        return self.data[self.ends[i - 1] if i else 0 : self.ends[i]]
 
 
 @dataclass(frozen=True)
