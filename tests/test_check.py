@@ -15,6 +15,10 @@ from PIL import Image
 
 from hcnet_cli import check
 from hcnet_cli.data import embedded
+from hcnet_cli.data.audit import Audit, Item
+from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.detection.coco import CocoDataset, load_split
+from hcnet_cli.tasks.spec import Spec
 
 Hcnet = Callable[..., Done]
 
@@ -66,7 +70,7 @@ def test_an_image_folder(hcnet: Hcnet, folder: Path) -> None:
     ]
     assert list(found)[:3] == [what for what, one in found.items() if one["wrong"]], "what is wrong comes first"
     text = hcnet("check", folder).out
-    assert "What is WRONG (3) should be mended before training." in text
+    assert "Correct what is WRONG (3) before training." in text
     assert "(1): train/green/1.png = val/green/again.bmp " in " ".join(text.split())
     assert "10 – 20 – 24" not in text  # a turned image is 10 wide and 20 high
     assert "10 – 24 – 24" in text
@@ -76,7 +80,7 @@ def test_ctrl_c_ends_it_quietly(hcnet: Hcnet, folder: Path, monkeypatch: pytest.
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "_look_at_all", interrupted)
+    monkeypatch.setattr(check, "inspect_images", interrupted)
     done = hcnet("check", folder)
     assert (done.code, done.out, done.err) == (130, "", "")
 
@@ -88,8 +92,8 @@ def test_a_class_without_validation_images_is_named(hcnet: Hcnet, folder: Path) 
 
 def test_of_many_classes_the_rarest_and_the_commonest_are_shown(tmp_path: Path) -> None:
     classes = {f"class{n:02d}": {"train": float(n), "val": 1.0} for n in range(50)}
-    items = [check.Item("a", "train"), check.Item("b", "val")]
-    made = check.tables(check.Report("many", tmp_path, "image folder", "images", items, classes))[1]
+    items = [Item("a", "train"), Item("b", "val")]
+    made = check.tables(Audit("many", tmp_path, "image folder", "images", items, classes))[1]
     shown = [row.values["class"] for row in made.rows]
     assert shown == [f"class{n:02d}" for n in (*range(10), *range(40, 50))]
 
@@ -168,7 +172,7 @@ def test_a_folder_of_scenes(hcnet: Hcnet, tmp_path: Path) -> None:
     assert done.code == 0
     rows = {words[0]: words[1:] for line in done.out.splitlines() if (words := line.split())}
     assert (rows["sky"], rows["sea"], rows["land"]) == (["50.00"] * 2, ["25.00"] * 2, ["0.00"] * 2)
-    assert "Of the training pixels 25.00% are ignored." in done.out
+    assert "25.00% of the training pixels are ignored." in done.out
     assert "classes in no validation label (1): land" in done.out
     (root / "images/validation/1.png").write_bytes(b"no image")
     assert findings(hcnet, root, code=1)["validation images that cannot be used"]["wrong"]
@@ -186,6 +190,48 @@ def test_classes_of_one_name_stay_apart(hcnet: Hcnet, tmp_path: Path) -> None:
         (tmp_path / f"c/annotations/instances_{split}2017.json").write_text(json.dumps(one))
     found = findings(hcnet, tmp_path / "c", code=0)
     assert found["classes without train objects"]["files"] == ["cat (0)"]  # category 3 comes before 7
+
+
+@pytest.mark.parametrize(
+    ("file", "task"),
+    [
+        ("train/cat/a.png", "pretrain"),
+        ("annotations/instances_val2017.json", "finetune-det"),
+        ("train/_annotations.coco.json", "finetune-det"),  # also has a folder train/
+        ("images/training/a.jpg", "finetune-seg"),
+        ("annotations/training/a.png", "finetune-seg"),
+        ("notes.txt", "pretrain"),
+    ],
+)
+def test_the_layout_tells_the_task(file: str, task: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("")
+    assert check.task_of(str(tmp_path)) == task
+
+
+@pytest.mark.parametrize("spec", TASKS.values(), ids=TASKS)
+def test_embedded_sets_have_their_task_by_name_and_by_layout(spec: Spec) -> None:
+    assert check.task_of(spec.embedded) == spec.name
+    assert check.task_of(str(embedded.ensure(spec.embedded))) == spec.name
+
+
+def test_check_and_training_agree_on_what_cannot_be_used(hcnet: Hcnet, tmp_path: Path) -> None:
+    """A 16-bit image, a palette and damaged EXIF data are fine; a truncated file is not. Detection reads as check."""
+    content = coco(tmp_path / "c")
+    folder = tmp_path / "c/train2017"
+    Image.fromarray(np.full((30, 40), 40_000, dtype=np.uint16)).save(folder / "0.png")
+    Image.open(folder / "1.png").quantize(9).save(folder / "1.png")
+    Image.open(folder / "2.png").save(folder / "2.png", exif=b"Exif\x00\x00XX\x00*garbage")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:300])
+    for split, one in content.items():
+        (tmp_path / f"c/annotations/instances_{split}2017.json").write_text(json.dumps(one))
+    found = findings(hcnet, tmp_path / "c", code=1)
+    (listed,) = found["train images that cannot be used"]["files"]
+    assert listed.startswith("train2017/3.png (")
+    dataset = CocoDataset(*load_split(tmp_path / "c", "train"), train=True, min_side=1)
+    replaced = {index: dataset[index, 1, 0].get("unreadable", "") for index in range(4)}
+    assert [index for index, words in replaced.items() if words] == [3]
+    assert replaced[3] == f"{tmp_path}/c/{listed}"
 
 
 @pytest.mark.parametrize(

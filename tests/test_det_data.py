@@ -19,8 +19,12 @@ from pycocotools.coco import COCO
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError
-from hcnet_cli.tasks.detection import coco
-from hcnet_cli.tasks.detection.coco import CocoDataset, Scene, load_split, read_annotations
+from hcnet_cli.data.folders import dataset_name
+from hcnet_cli.data.images import rescale
+from hcnet_cli.tasks.detection import coco, geometry
+from hcnet_cli.tasks.detection.annotations import Annotations, read_annotations
+from hcnet_cli.tasks.detection.coco import CocoDataset, load_split
+from hcnet_cli.tasks.detection.geometry import Scene
 
 CATEGORIES = [{"id": 90, "name": "last"}, {"id": 1, "name": "first"}, {"id": 7, "name": "middle"}]
 
@@ -52,7 +56,7 @@ def make(root: Path, objects: list[dict[str, Any]] | None = None, *, split: str 
     data |= changes
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     (root / f"{split}2017").mkdir(exist_ok=True)
-    for n, image in enumerate(images):
+    for n, image in enumerate(data["images"] or images):
         pixels = np.random.RandomState(n).randint(0, 255, (image["height"], image["width"], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{split}2017" / image["file_name"])
     (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data))
@@ -96,7 +100,7 @@ def test_what_is_left_out_is_listed(tmp_path: Path) -> None:
         "box outside the image": [4],
         "area of 0": [5],
         "polygon of fewer than 3 points": [6],
-        "box with a value that is no number": [8],
+        "box with a value that is not a number": [8],
     }
 
 
@@ -141,10 +145,10 @@ def test_annotations_are_a_handful_of_buffers(tmp_path: Path) -> None:
     [
         ({"objects": [an_object(1), an_object(1)]}, "1 ids of annotations are not unique, the first is 1"),
         ({"categories": [*CATEGORIES, {"id": 7, "name": "x"}]}, "ids of categories are not unique"),
-        ({"objects": [an_object(1, category=8)]}, "annotation 1 is of category 8, which the file does not list"),
-        ({"objects": [an_object(1, image=6)]}, "annotation 1 is of image 6, which the file does not list"),
-        ({"objects": [an_object(1, bbox=[1, 2, 3])]}, "the bbox of annotation 1 is not"),
-        ({"objects": [{"id": 3}]}, 'annotation 3 has no "image_id"'),
+        ({"objects": [an_object(1, category=8)]}, "annotation id 1 is of category id 8, which the file does not list"),
+        ({"objects": [an_object(1, image=6)]}, "annotation id 1 is of image id 6, which the file does not list"),
+        ({"objects": [an_object(1, bbox=[1, 2, 3])]}, "the bbox of annotation id 1 is not"),
+        ({"objects": [{"id": 3}]}, 'annotation id 3 has no "image_id"'),
         ({"images": {}}, "is not a COCO instances file"),
         ({"categories": []}, "has no categories"),
         (
@@ -153,7 +157,7 @@ def test_annotations_are_a_handful_of_buffers(tmp_path: Path) -> None:
         ),
         (
             {"objects": [an_object(4, segmentation=[[1, 2, 30, 40, "5", 6]])]},
-            "annotation 4 has a polygon whose coordinates are not all numbers",
+            "annotation id 4 has a polygon whose coordinates are not all numbers",
         ),
     ],
 )
@@ -211,26 +215,12 @@ def test_splits_must_agree_on_classes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="different categories"):
         coco.check_same_classes(train, val)
     coco.check_same_classes(train, train)
-    assert coco.dataset_name(tmp_path / "My Scenes", train) == "my-scenes"
-    assert coco.dataset_name(tmp_path / "coco", train) != "coco"
+    assert not coco.is_coco(train)
+    assert dataset_name(tmp_path / "My Scenes", "coco", False) == "my-scenes"
+    assert dataset_name(tmp_path / "coco", "coco", False) == "coco-data"
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
-
-
-def test_exif_is_followed_when_the_size_says_so(tmp_path: Path) -> None:
-    """Orientation 6 (turn by 90 degrees): the annotation file's size tells which reading was annotated."""
-    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
-    pixels[:10] = 255  # white at the top of the stored image, hence at the right of the turned one
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    turned, stored = (np.array(coco.read_image(tmp_path / "a.png", *size)) for size in ((40, 60), (60, 40)))
-    assert turned[:, -10:].all()
-    assert not turned[:, :30].any()
-    assert stored[:10].all()
-    with pytest.raises(ValueError, match="is 60 x 40 pixels, its annotation file says 41 x 60"):
-        coco.read_image(tmp_path / "a.png", 41, 60)
 
 
 def test_an_unreadable_image_is_replaced_in_training_and_an_error_in_evaluation(tmp_path: Path) -> None:
@@ -250,7 +240,7 @@ def test_an_unreadable_image_is_replaced_in_training_and_an_error_in_evaluation(
     assert dataset[0, 3, 0]["sample"] == dataset[0, 3, 0]["sample"]
     assert "unreadable" not in dataset[1, 0, 0]
     annotations, folder = load_split(root, "train")
-    with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
+    with pytest.raises(UserError, match=r"a\.png cannot be used: it is not an image"):
         CocoDataset(annotations, folder, train=False)[0, 0, 0]
     assert CocoDataset(annotations, folder, train=False)[1, 0, 0]["target"]["orig_size"].tolist() == [90, 60]
 
@@ -292,57 +282,56 @@ def test_normalisation_and_groups(tmp_path: Path) -> None:
 # --- resizing policies ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("size", "fitted"),
-    [((640, 480), (1067, 800)), ((480, 640), (800, 1067)), ((640, 426), (1202, 800)), ((1000, 300), (1333, 400))],
-)
-def test_single_scale_is_mmcv_rescale_size(size: tuple[int, int], fitted: tuple[int, int]) -> None:
-    assert coco.fit(*size, 1333, 800) == fitted
-
-
-def only_the_size(scene: Scene, width: int, height: int) -> Scene:
-    """Stands in for `resize` where only sizes matter."""
-    return Scene(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, height, width), scene.boxes, scene.labels, None)
-
-
-def test_multi_scale_policy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Half of the items only resized to a drawn side; the other half cropped to 384..600 and resized."""
+def test_multi_scale_policy(tmp_path: Path) -> None:
+    """Half of the items are only resized to a drawn side; the other half are cropped and then resized."""
     images = [{"id": 5, "file_name": "a.png", "width": 640, "height": 480}]
     root = make(tmp_path, [an_object(1, box=(100, 100, 400, 300))], images=images)
-    Image.new("RGB", (640, 480)).save(root / "train2017/a.png")
-    dataset = train_set(root, multiscale=coco.MULTISCALE)
-    plain = {coco.fit(640, 480, 1333, side) for side in coco.MULTISCALE}
-    assert coco.MULTISCALE == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    scene = dataset.scene(0)
-    monkeypatch.setattr(coco, "resize", only_the_size)
-    sizes = []
-    for key in range(200):
-        with rng.seeded(key):
-            image = dataset._augment(scene).image
-        sizes.append((image.shape[2], image.shape[1]))
-    assert all(min(s) in coco.MULTISCALE or max(s) == 1333 for s in sizes)
-    whole = sum(s in plain for s in sizes)
-    assert 70 < whole < 130
-    assert any(h > w for w, h in sizes)  # cropped to portrait
+    sides = tuple(range(480, 801, 32))
+    dataset = train_set(root, multiscale=sides)
+    plain = {rescale((480, 640), (1333, side)) for side in sides}
+    sizes = [tuple(dataset[0, key, 0]["image"].shape[1:]) for key in range(60)]
+    assert all(min(size) in sides or max(size) == 1333 for size in sizes)
+    assert len({min(size) for size in sizes}) > 8
+    whole = sum(size in plain for size in sizes)
+    assert 18 < whole < 42
+    assert any(height > width for height, width in sizes)  # cropped to portrait
 
 
-def test_crop_window_sides_are_from_the_range(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", [400, 600])
+def test_a_crop_follows_a_resize_to_one_of_its_own_scales(tmp_path: Path, scale: int) -> None:
+    """A window of 200 pixels enlarged to 480 shows objects of 60 pixels at 60 * scale / 480 * 480 / 200."""
+    images = [{"id": 5, "file_name": "a.png", "width": 640, "height": 480}]
+    grid = [(x, y, 60, 60) for x in range(0, 640, 80) for y in range(0, 480, 80)]
+    root = make(tmp_path, [an_object(n, box=box) for n, box in enumerate(grid)], images=images)
+    dataset = train_set(root, multiscale=(480,), crop_scales=(scale,), crop_range=(200, 200))
+    sides = set()
+    for key in range(12):
+        boxes = dataset[0, key, 0]["target"]["boxes"]
+        sides.add(round((boxes[:, 2] - boxes[:, 0]).max().item()))
+    assert sides == {60, 60 * scale // 200}
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 999))
+@settings(max_examples=200, deadline=None)
+def test_crop_window_sides_are_from_the_range(height: int, width: int, seed: int) -> None:
     """U{min(side, 384)..min(side, 600)} for each side, anywhere inside the image."""
-    dataset = train_set(make(tmp_path), multiscale=(480,))
-    scene = Scene(torch.zeros(3, 480, 640, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0).long(), None)
-    windows = []
-    monkeypatch.setattr(
-        coco, "crop", lambda scene, x, y, w, h: windows.append((scene.image.shape, x, y, w, h)) or scene
-    )
-    for key in range(300):
-        with rng.seeded(key):
-            dataset._augment(scene)
-    assert {shape[1] for shape, *_ in windows} == {400, 500, 600}
-    for (_, height, width), x, y, w, h in windows:
-        assert min(height, 384) <= h <= min(height, 600)
-        assert min(width, 384) <= w <= min(width, 600)
-        assert 0 <= x <= width - w
-        assert 0 <= y <= height - h
+    with rng.seeded(seed):
+        y, x, h, w = geometry.random_window((height, width), (384, 600))
+    assert min(height, 384) <= h <= min(height, 600)
+    assert min(width, 384) <= w <= min(width, 600)
+    assert 0 <= y <= height - h
+    assert 0 <= x <= width - w
+
+
+def test_crop_windows_are_drawn_from_the_whole_range() -> None:
+    with rng.seeded(0):
+        windows = [geometry.random_window((610, 610), (384, 600)) for _ in range(2000)]
+    for position in (2, 3):
+        sides = [window[position] for window in windows]
+        assert (min(sides), max(sides)) == (384, 600)
+        assert abs(np.mean(sides) - 492) < 5
+    assert max(y + h for y, _, h, _ in windows) == 610
+    assert min(y for y, *_ in windows) == 0
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
@@ -375,9 +364,9 @@ def scenes(draw: st.DrawFn) -> Scene:
 @given(scenes())
 @settings(max_examples=40, deadline=None)
 def test_flip_moves_boxes_with_masks_and_is_its_own_inverse(scene: Scene) -> None:
-    flipped = coco.flip(scene)
+    flipped = geometry.flip(scene)
     assert [box_of(m) for m in flipped.masks] == flipped.boxes.int().tolist()
-    back = coco.flip(flipped)
+    back = geometry.flip(flipped)
     assert all(torch.equal(a, b) for a, b in zip(back, scene, strict=True))
 
 
@@ -385,7 +374,7 @@ def test_flip_moves_boxes_with_masks_and_is_its_own_inverse(scene: Scene) -> Non
 @settings(max_examples=40, deadline=None)
 def test_resize_keeps_boxes_around_masks(scene: Scene, width: int, height: int) -> None:
     """Nearest resampling places an edge within a pixel of the exact one; shapes and order stay."""
-    resized = coco.resize(scene, width, height)
+    resized = geometry.resize(scene, (height, width))
     assert resized.image.shape == (3, height, width)
     assert resized.masks.shape == (len(scene.boxes), height, width)
     old_height, old_width = scene.image.shape[1:]
@@ -403,7 +392,7 @@ def test_crop_clips_boxes_as_it_cuts_masks(scene: Scene, data: st.DataObject) ->
     height, width = scene.image.shape[1:]
     w, h = data.draw(st.integers(1, width)), data.draw(st.integers(1, height))
     x, y = data.draw(st.integers(0, width - w)), data.draw(st.integers(0, height - h))
-    cut = coco.crop(scene, x, y, w, h)
+    cut = geometry.crop(scene, y, x, h, w)
     assert torch.equal(cut.image, scene.image[:, y : y + h, x : x + w])
     assert [box_of(m) for m in cut.masks] == cut.boxes.int().tolist()
     visible = [n for n, m in enumerate(scene.masks) if m[y : y + h, x : x + w].any()]
@@ -426,7 +415,7 @@ def test_sizes_of_validation_images_are_checked_from_their_headers(tmp_path: Pat
     Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
     (tmp_path / "text.jpg").write_text("no image")
 
-    def annotations(name: str, width: int, height: int) -> coco.Annotations:
+    def annotations(name: str, width: int, height: int) -> Annotations:
         images = [{"id": 1, "file_name": name, "width": width, "height": height}]
         content = {"images": images, "categories": [{"id": 1, "name": "a"}], "annotations": []}
         (tmp_path / "a.json").write_text(json.dumps(content))
@@ -435,9 +424,9 @@ def test_sizes_of_validation_images_are_checked_from_their_headers(tmp_path: Pat
     for name, size in (("plain.jpg", (60, 40)), ("turned.jpg", (60, 40)), ("turned.jpg", (40, 60))):
         coco.check_sizes(annotations(name, *size), tmp_path)
     for name, size, message in (
-        ("plain.jpg", (40, 60), "plain.jpg is 60 x 40 pixels, its annotation file says 40 x 60."),
-        ("turned.jpg", (61, 40), "turned.jpg is 60 x 40 pixels, its annotation file says 61 x 40."),
-        ("text.jpg", (60, 40), "text.jpg cannot be read as an image"),
+        ("plain.jpg", (40, 60), "plain.jpg cannot be used: it is 60 x 40 pixels, its annotation file says 40 x 60."),
+        ("turned.jpg", (61, 40), "turned.jpg cannot be used: it is 60 x 40 pixels, its annotation file says 61 x 40."),
+        ("text.jpg", (60, 40), "text.jpg cannot be used: it is not an image"),
     ):
         with pytest.raises(UserError, match=message) as raised:
             coco.check_sizes(annotations(name, *size), tmp_path)

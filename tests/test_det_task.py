@@ -40,7 +40,7 @@ TINY = {
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HCNET_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(embedded, "SCENES", {"train": 24, "val": 16})  # fewer than the real ones, made alike
+        patch.setattr("hcnet_cli.data.embedded.scenes.SCENES", {"train": 24, "val": 16})  # fewer than the real ones
         return embedded.ensure("digit-scenes")
 
 

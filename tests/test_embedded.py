@@ -20,12 +20,13 @@ from pycocotools.coco import COCO
 
 from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded
+from hcnet_cli.data.embedded import digits, scenes
 
 
 @pytest.fixture(autouse=True)
 def small_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HCNET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded, "SCENES", {"train": 40, "val": 10})
+    monkeypatch.setattr(scenes, "SCENES", {"train": 40, "val": 10})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -56,7 +57,7 @@ def test_only_training_digits_are_drawn_again_and_under_their_own_class() -> Non
     folder = embedded.ensure("digits")
     plain = {p.stem: p for p in (folder / "train").rglob("digit_????.png")}
     drawn = list(folder.rglob("digit_????_?.png"))
-    assert len(drawn) == embedded.DRAWN * len(plain)
+    assert len(drawn) == digits.NUM_COPIES * len(plain)
     assert len(list(folder.rglob("*.png"))) == 1797 + len(drawn)
     heights, places = [], set()
     for path in drawn:
@@ -75,7 +76,7 @@ def test_only_training_digits_are_drawn_again_and_under_their_own_class() -> Non
 
 
 def test_scenes_are_valid_coco_with_all_that_makes_coco_hard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "SCENES", {"train": 120, "val": 10})
+    monkeypatch.setattr(scenes, "SCENES", {"train": 120, "val": 10})
     folder = embedded.ensure("digit-scenes")
     coco = COCO(folder / "annotations" / "instances_train2017.json")
     content = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
@@ -108,8 +109,8 @@ def test_boxes_and_areas_are_those_of_the_masks_and_masks_are_disjoint() -> None
 
 def test_scenes_for_validation_show_no_digit_of_the_training_split(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[list[int]] = []
-    monkeypatch.setattr(embedded, "_scene", lambda digits, random: shown.append([n for n, _, _ in digits]))
-    splits = [split for split, _, _ in embedded._scenes()]
+    monkeypatch.setattr(scenes, "_scene", lambda digits, random: shown.append([n for n, _, _ in digits]))
+    splits = [split for split, _, _ in scenes._scenes()]
     by_split = {split: set(next(d for s, d in zip(splits, shown, strict=True) if s == split)) for split in set(splits)}
     assert by_split["train"].isdisjoint(by_split["val"])
     assert len(by_split["train"] | by_split["val"]) == 1797
@@ -118,7 +119,7 @@ def test_scenes_for_validation_show_no_digit_of_the_training_split(monkeypatch: 
 @settings(deadline=None, max_examples=80)
 @given(mask=arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_outlines_of_any_mask_fill_to_that_mask(mask: np.ndarray[Any, Any]) -> None:
-    polygons, hole = embedded._outlines(mask)
+    polygons, hole = scenes._outlines(mask)
     height, width = mask.shape
     # even-odd filling, at pixel centres: an independent way back, right with and without holes
     filled = np.zeros_like(mask)
@@ -143,7 +144,7 @@ def test_outlines_of_any_mask_fill_to_that_mask(mask: np.ndarray[Any, Any]) -> N
 @settings(deadline=None, max_examples=50)
 @given(mask=arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_run_lengths_are_cocos(mask: np.ndarray[Any, Any]) -> None:
-    rle = {"size": list(mask.shape), "counts": embedded._run_lengths(mask)}
+    rle = {"size": list(mask.shape), "counts": scenes._run_lengths(mask)}
     assert (coco_mask.decode(coco_mask.frPyObjects(rle, *mask.shape)) == mask).all()
 
 
@@ -172,13 +173,13 @@ def test_stuff_has_ade20ks_layout_labels_and_class_list() -> None:
 
 
 def test_scenes_and_stuff_are_the_same_pictures_with_agreeing_labels() -> None:
-    scenes, stuff = embedded.ensure("digit-scenes"), embedded.ensure("digit-stuff")
-    coco = COCO(scenes / "annotations" / "instances_val2017.json")
+    as_coco, as_ade = embedded.ensure("digit-scenes"), embedded.ensure("digit-stuff")
+    coco = COCO(as_coco / "annotations" / "instances_val2017.json")
     for number, (image_id, image) in enumerate(coco.imgs.items(), start=1):
         name = f"ADE_val_{number:08d}"
-        theirs = (scenes / "val2017" / image["file_name"]).read_bytes()
-        assert (stuff / "images" / "validation" / f"{name}.jpg").read_bytes() == theirs
-        label = grey(stuff / "annotations" / "validation" / f"{name}.png")
+        theirs = (as_coco / "val2017" / image["file_name"]).read_bytes()
+        assert (as_ade / "images" / "validation" / f"{name}.jpg").read_bytes() == theirs
+        label = grey(as_ade / "annotations" / "validation" / f"{name}.png")
         for annotation in coco.imgToAnns[image_id]:
             inside = label[coco.annToMask(annotation).astype(bool)]
             digit = 1 + int(coco.cats[annotation["category_id"]]["name"])
@@ -193,7 +194,7 @@ def test_scenes_and_stuff_are_the_same_pictures_with_agreeing_labels() -> None:
 def test_making_a_set_twice_gives_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(embedded, "SCENES", {"train": 4, "val": 2})
+    monkeypatch.setattr(scenes, "SCENES", {"train": 4, "val": 2})
     first = embedded.ensure(name)
     assert f"Making the embedded data set {name}" in capsys.readouterr().err
     assert embedded.ensure(name) == first

@@ -462,12 +462,12 @@ def test_data_that_are_gone_ask_for_an_image(drawn: Path, folder_of_images: Path
     assert [path.name for path in explain(run, image=picture)] == ["captions.md", "explain.json"]
 
 
-@pytest.mark.parametrize(("content", "reason"), [(None, "there is no such file"), (b"not an image", "cannot identify")])
+@pytest.mark.parametrize(("content", "reason"), [(None, "No such file"), (b"not an image", "it is not an image")])
 def test_an_image_that_cannot_be_read(drawn: Path, tmp_path: Path, content: bytes | None, reason: str) -> None:
     file = tmp_path / "picture.png"
     if content:
         file.write_bytes(content)
-    with pytest.raises(UserError, match=rf"picture\.png cannot be read: {reason}"):
+    with pytest.raises(UserError, match=rf"picture\.png cannot be used: {reason}"):
         explain(drawn, image=file)
 
 

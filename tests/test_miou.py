@@ -16,7 +16,8 @@ from PIL import Image
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError
-from hcnet_cli.tasks.segmentation.metric import MeanIoU, overlay, palette, scores
+from hcnet_cli.pictures import overlay, palette
+from hcnet_cli.tasks.segmentation.metric import MeanIoU, scores
 
 
 def brute_force(labels, predictions, num_classes, ignore_index=255):

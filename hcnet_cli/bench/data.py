@@ -28,9 +28,10 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli.bench import models as bench
 from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data import embedded, loader
+from hcnet_cli.data.images import read_image
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.table import Column, Row, Table
-from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.classification import augment
 from hcnet_cli.tasks.classification.spec import ImageFolder
 
 SAMPLE = 64  # images of a turn for the parts before the loader
@@ -121,7 +122,7 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
     """The pipeline of `hcnet pretrain`, up to normalised batches on this processor."""
     assert isinstance(recipe.data, ImageFolder)
     data = build.open_data(recipe)
-    images, normalise = data.train, image_folder.Normalise(recipe.data.mean, recipe.data.std)
+    images, normalise = data.train, augment.Normalise(recipe.data.mean, recipe.data.std)
     batches = loader.TrainLoader(
         images,
         batch_size=batch_size,
@@ -138,7 +139,7 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
 
     return Pipeline(
         "hcnet",
-        lambda index: image_folder.read_image(images.sample_path(index)),
+        lambda index: read_image(images.sample_path(index)),
         lambda index: images[loader.SampleRequest(index, rng.derive("bench", index), 0)],
         start,
         len(images),
@@ -184,7 +185,7 @@ def timm_loader(images: Any, recipe: Recipe, batch_size: int, workers: int, pref
         persistent_workers=False,  # idle ones would go on reading during the turns of others
         device=torch.device("cpu"),
     )
-    image_folder.mend_posterize(images.transform)
+    augment.allow_zero_bits(images.transform)
     return batches
 
 

@@ -1,7 +1,7 @@
 """Pictures of what the heat layers of a trained run do: `hcnet explain RUN`.
 
 Four pictures, their captions and the numbers behind them: learned stencils, conduction rates, the transfer function of
-the heat steps, and how far sight and heat spread. Equal runs give equal bytes.
+the heat steps, and how far receptive fields and heat spread. Equal runs give equal bytes.
 """
 
 from __future__ import annotations
@@ -11,34 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.images import UnusableImageError, normalise, read_image, rescale, resize, to_tensor
 from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.explain.captions import captions
 from hcnet_cli.explain.heat import heat_steps, measure, receptive_field, windows
-from hcnet_cli.explain.pictures import captions, draw
+from hcnet_cli.explain.pictures import draw
 from hcnet_cli.files import replacing, writing
 from hcnet_cli.models import HcNet
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.sizes import SIZES
-from hcnet_cli.tasks.classification import image_folder
+from hcnet_cli.tasks.classification import augment
 from hcnet_cli.tasks.classification.spec import ImageFolder
-from hcnet_cli.tasks.detection import coco
 from hcnet_cli.weights import load_into
 
 MAX_IMAGES = 16
 
 
 def explain(run: Path, image: Path | None = None, out: Path | None = None) -> list[Path]:
-    """Writes pictures of the run's best weights, captions.md and explain.json to `out` (RUN/explain); their paths.
+    """Writes pictures of the run's best weights, captions.md and explain.json to `out` (RUN/explain).
 
-    Rates and receptive fields are measured on up to MAX_IMAGES validation images of the run's data, or on `image`. A
-    model without conduction has the receptive fields alone. UserError: no run, no weights, no data, no image.
+    Rates and receptive fields are measured on up to MAX_IMAGES validation images of the run's data, or on `image`. Of a
+    model without conduction only the receptive fields are drawn. UserError: no run, no weights, no data, no image.
     """
     info, recipe, backbone = load(run)
     images, source = _one_image(recipe, image) if image else _validation_images(recipe, info)
@@ -52,23 +51,18 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     found = {"disabled": list(backbone.disable), **measure(steps, fields)}
     variant = f" ({info.variant})" if info.variant else ""
     label = f"{SIZES[info.size].timm_name}{variant} · {info.task} on {info.data.name} · measured on {source}"
-    told = captions(found)
-    text = "".join(f"\n## {name[2:].capitalize()}\n\n![{name}]({name}.png)\n\n{told[name]}\n" for name in told)
+    texts = captions(found)
+    sections = [f"\n## {name[2:].capitalize()}\n\n![{name}]({name}.png)\n\n{text}\n" for name, text in texts.items()]
     about = {"run": run.resolve().name, "model": label, "step": info.best_step, "images": len(images)}
-    files = {f"{name}.png": content for name, content in draw(found, label).items()}
+    made = {f"{name}.png": content for name, content in draw(found, label).items()}
     for stage in found["stages"]:
-        del stage["receptive_field"]["field"]  # a number a pixel: the picture is the better file for it
-    files["captions.md"] = f"# Inside the heat layers\n\n{label}\n{text}".encode()
-    files["explain.json"] = json.dumps(_rounded({**about, "captions": told, **found}), ensure_ascii=False).encode()
-    for name, content in files.items():
-        _write(folder / name, content)
-    return [folder / name for name in files]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replaces `path` whole: the report's page may read it at any time."""
-    with writing(path), replacing(path) as temporary:
-        temporary.write_bytes(content)
+        del stage["receptive_field"]["field"]  # one number per pixel: the picture shows it better
+    made["captions.md"] = f"# Inside the heat layers\n\n{label}\n{''.join(sections)}".encode()
+    made["explain.json"] = json.dumps(_rounded({**about, "captions": texts, **found}), ensure_ascii=False).encode()
+    for name, content in made.items():  # each file whole: the report's page may read it at any time
+        with writing(folder / name), replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
+    return [folder / name for name in made]
 
 
 def _rounded(value: Any) -> Any:
@@ -81,7 +75,7 @@ def _rounded(value: Any) -> Any:
 
 
 def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
-    """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data need not be there."""
+    """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data are not needed."""
     folder = RunFolder(run)
     info = folder.read()
     if info is None:
@@ -91,12 +85,14 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
             f"{run} has no best.safetensors yet.", hint="Training writes it at the first evaluation: go on with it."
         )
     recipe = rcp.resolve(folder.recipe_file).recipe
+    if recipe.model.name:
+        raise UserError(f"{run} is of {recipe.model.name}: only HcNet has heat layers to explain.")
     backbone: Any = build.build_backbone(recipe, 0)
-    account = load_into(backbone, build.read_init(str(run))[1], str(folder.best))
-    lacking = [name for name in (*account.missing, *account.reinitialised) if not name.startswith("norm.")]
-    if lacking:  # the final norm is the classifier's; nothing here uses it
+    report = load_into(backbone, build.read_init(str(run))[1], str(folder.best))
+    lacking = [name for name in (*report.missing, *report.reinitialised) if not name.startswith("norm.")]
+    if lacking:  # apart from the classifier's final norm, which nothing here uses
         raise UserError(
-            f"{folder.best} is not of the model in {folder.recipe_file}: it lacks {', '.join(lacking[:3])}."
+            f"{folder.best} does not fit the model in {folder.recipe_file}: it lacks {', '.join(lacking[:3])}."
         )
     backbone.set_grad_checkpointing(False)
     return info, recipe, backbone.eval().requires_grad_(False)
@@ -111,7 +107,7 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
     except UserError as error:
         raise UserError(
             f"The validation images of this run cannot be used: {error}",
-            hint="Name a picture instead: hcnet explain RUN --image FILE",
+            hint="Name an image file instead: hcnet explain RUN --image FILE",
         ) from None
     if isinstance(recipe.data, ImageFolder):
         images = _normalised(recipe.data, items)
@@ -121,21 +117,18 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
 
 
 def _normalised(config: ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:
-    return list(image_folder.Normalise(config.mean, config.std)(image_folder.collate(items)))
+    return list(augment.Normalise(config.mean, config.std)(augment.collate(items)))
 
 
 def _one_image(recipe: Recipe, file: Path) -> tuple[list[Tensor], str]:
     """The image in `file` as the run's evaluation would see it: [3, H, W]."""
-    try:
-        image = image_folder.read_image(str(file))
-    except Exception as error:  # decoders raise almost anything on damaged files
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise UserError(f"The image {file} cannot be read: {reason}.") from None
     config: Any = recipe.data
+    try:
+        image = read_image(file)
+    except UnusableImageError as error:
+        raise UserError(str(error)) from None
     if isinstance(config, ImageFolder):
-        transform = image_folder.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
+        transform = augment.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
         return _normalised(config, [transform(image)]), file.name
-    width, height = coco.fit(*image.size, *config.img_scale)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W] uint8
-    pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0].float() / 255
-    return [(pixels - torch.tensor(config.mean)[:, None, None]) / torch.tensor(config.std)[:, None, None]], file.name
+    size = rescale((image.height, image.width), config.img_scale)
+    return [normalise(resize(to_tensor(image), size), config.mean, config.std)], file.name

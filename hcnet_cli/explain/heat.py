@@ -1,6 +1,6 @@
 """What the heat steps of an HcNet do, in numbers.
 
-Dimension letters: N images, C channels, K stencil size, H x W image, M frequencies an axis, D a field around one pixel.
+Dimension letters: N images, C channels, K stencil size, H x W image, M frequencies per axis, D side of a heat field.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from hcnet_cli.models import HcNet
 from hcnet_cli.models.hcnet import HeatConduction
 
-WINDOW = 384  # pixels a side: of larger images the centre is used for receptive fields
-PROBES = 16  # gradients for a receptive field, over all images
+WINDOW = 384  # pixels: larger images are cropped to their centre for receptive fields
+PROBES = 16  # gradients per receptive field, over all images, at least
 FREQUENCIES = 48  # M
 RATE_BINS = 200  # of the interval (0, 1)
 KINDS = ("isotropic", "directional", "transport")
 TOLERANCE = 1e-6  # a gain within it of 1 is 1
-NOTABLE = 0.01  # a gain further than this from 1 damps or amplifies; a share below it is not shown
+NOTABLE = 0.01  # a gain farther than this from 1 damps or amplifies; a smaller share is not shown
 TINY = float(np.finfo(np.float64).tiny)
 Floats = NDArray[np.float64]
 
@@ -40,7 +40,7 @@ class HeatStep:
 
 
 def heat_steps(backbone: HcNet, images: Sequence[Tensor]) -> list[HeatStep]:
-    """The model's heat steps in the order of depth, with the rates that each image [3, H, W] gives them."""
+    """The model's heat steps in the order of depth, with their rates on each image [3, H, W]."""
     places = {
         block.conduction: (s, b)
         for s, stage in enumerate(backbone.stages, 1)
@@ -77,9 +77,9 @@ def windows(images: Sequence[Tensor]) -> list[Tensor]:
 def receptive_field(features: Callable[[Tensor], Any], images: Sequence[Tensor]) -> list[Floats]:
     """How strongly the centre of each feature map depends on each pixel: [H, W] for each map.
 
-    It is the squared gradient, summed over the channels of the feature and of the image, mean over the images. Instead
-    of a gradient for each channel there are gradients of sums over the channels with random signs, whose squares have
-    the same mean (Hutchinson): one for an image, PROBES in all at least. The signs are always the same.
+    It is the squared gradient, summed over the channels of the feature and of the image, mean over the images.
+    Gradients of sums over the channels with random signs replace one gradient per channel; their squares have the same
+    mean (Hutchinson). Each image gets at least one, all together at least PROBES. The signs are the same in every run.
 
     features: image [1, 3, H, W] -> feature maps [1, C, h, w]. images: [3, H, W], all of one size.
     """
@@ -106,10 +106,11 @@ def area(energy: Floats, share: float) -> int:
 
 
 def parts(stencil: Floats) -> Floats:
-    """[C, K, K] -> [3, C, K, K], the KINDS: what is equal under all symmetries of the square, what else is equal under
-    a half turn, and what changes its sign under it. They are orthogonal and sum to the stencil.
+    """[C, K, K] -> [3, C, K, K], one part of each of KINDS. They are orthogonal and sum to the stencil.
 
-    In turn they conduct alike in all directions, conduct along some, and move the field (their S(w) is imaginary).
+    The isotropic part is equal under all symmetries of the square and conducts alike in all directions. The directional
+    part is the rest of what a half turn keeps and conducts along some. The transport part changes its sign under a half
+    turn and moves the field (its S(w) is imaginary).
     """
     turned = [np.rot90(stencil, quarter, axes=(1, 2)) for quarter in range(4)]
     isotropic = np.sum([t + np.flip(t, axis=2) for t in turned], axis=0) / 8
@@ -118,19 +119,19 @@ def parts(stencil: Floats) -> Floats:
 
 
 def frequencies() -> Floats:
-    """Cycles a pixel, from -1/2 up to but not including 1/2: [M]."""
+    """Cycles per pixel, in [-1/2, 1/2): [M]."""
     return np.arange(FREQUENCIES) / FREQUENCIES - 0.5
 
 
 def response(stencil: Floats) -> NDArray[np.complex128]:
-    """S(w), by which a stencil [C, K, K] multiplies the wave exp(2 pi i (fy y + fx x)): [C, M, M]."""
+    """S(w) [C, M, M], the factor by which a stencil [C, K, K] multiplies the wave exp(2 pi i (fy y + fx x))."""
     half = stencil.shape[-1] // 2
     waves = np.exp(2j * np.pi * np.outer(frequencies(), np.arange(-half, half + 1)))  # [M, K]
     return np.asarray(waves @ stencil @ waves.T)
 
 
 def diffuse(steps: Sequence[HeatStep]) -> list[Floats]:
-    """A hot pixel after each of these heat steps of one stage: mean rates, nothing between them, no border in reach.
+    """A hot pixel after each of these heat steps of one stage, with mean rates, no other layers and no border.
 
     Returns [C, D, D] for each step, D the reach of all.
     """
@@ -149,14 +150,14 @@ def diffuse(steps: Sequence[HeatStep]) -> list[Floats]:
 
 
 def measure(steps: Sequence[HeatStep], fields: Sequence[Floats]) -> dict[str, Any]:
-    """`stages`: stencils, mean gain, hot pixel, receptive field (`fields`, one a stage). `blocks`: rates and gains."""
+    """`stages`: stencils, mean gain, hot pixel, receptive field (one of `fields` each). `blocks`: rates and gains."""
     blocks: list[dict[str, Any]] = [
         {"stage": step.stage, "block": step.block, "rate": _rates(step), "gain": _gains(step)} for step in steps
     ]
     stages = []
     for number, field in enumerate(fields, 1):
         stride = 2 ** (number + 1)
-        centre = [-(-side // stride) // 2 * stride for side in field.shape]  # pixel [y, x] the centre feature stands on
+        centre = [-(-side // stride) // 2 * stride for side in field.shape]  # pixel [y, x] of the centre feature
         seen = {"image": list(field.shape), "centre": centre, **_extent(field), "field": _amplitude(field)}
         stage: dict[str, Any] = {"stage": number, "receptive_field": seen}
         if own := [step for step in steps if step.stage == number]:
@@ -170,7 +171,7 @@ def measure(steps: Sequence[HeatStep], fields: Sequence[Floats]) -> dict[str, An
 def _stencils(steps: Sequence[HeatStep]) -> dict[str, Any]:
     """Leading patterns, energy by kind, and the two purest channels of each kind among the stronger half.
 
-    All by the neighbours' taps: the centre of a zero-sum stencil follows from them.
+    Computed from the neighbours' taps, which determine the centre of a zero-sum stencil.
     """
     stencils = np.concatenate([step.stencil for step in steps])  # [blocks * C, K, K]
     half = stencils.shape[-1] // 2
@@ -201,11 +202,12 @@ def _stencils(steps: Sequence[HeatStep]) -> dict[str, Any]:
 
 
 def _upright(pattern: Floats) -> Floats:
-    """A pattern has no sign of its own: a cold centre or, where the centre says little, a hot first extreme."""
+    """Fixes the free sign of a pattern: a cold centre or, where the centre is small, a hot first extreme."""
     half = len(pattern) // 2
     flat = pattern.ravel()
     centre, extreme = pattern[half, half], flat[np.argmax(np.round(np.abs(flat), 9))]
-    return pattern * (-np.sign(centre) if abs(centre) > abs(extreme) / 2 else np.sign(extreme))
+    sign = -np.sign(centre) if abs(centre) > abs(extreme) / 2 else np.sign(extreme)
+    return np.asarray(sign * pattern)
 
 
 def _rates(step: HeatStep) -> dict[str, Any]:
@@ -220,20 +222,20 @@ def _rates(step: HeatStep) -> dict[str, Any]:
 
 
 def _density(rate: Floats) -> Floats:
-    """Of rates over (0, 1), in RATE_BINS bins: smoothed by a Gaussian of Silverman's width, mirrored at 0 and 1."""
+    """Density of rates in RATE_BINS bins of (0, 1): smoothed by Silverman's Gaussian, mirrored at 0 and 1."""
     counts = np.histogram(rate, RATE_BINS, (0, 1))[0] * RATE_BINS / rate.size
     quartiles = np.percentile(rate, (25, 75))
     width = RATE_BINS * 0.9 * min(rate.std(), np.ptp(quartiles) / 1.34) * rate.size**-0.2
     offsets = np.arange(-RATE_BINS, RATE_BINS + 1)
     kernel = np.exp(-0.5 * np.square(offsets / max(width, 1.0)))
-    return np.convolve(np.pad(counts, RATE_BINS, mode="symmetric"), kernel / kernel.sum(), mode="valid")
+    return np.asarray(np.convolve(np.pad(counts, RATE_BINS, mode="symmetric"), kernel / kernel.sum(), mode="valid"))
 
 
 def _gains(step: HeatStep) -> dict[str, Any]:
-    """Of |1 + r S(w)|: mean over channels, profile over |w|, shares beside 1; r is the mean over the images.
+    """Of |1 + r S(w)|: mean over channels, profile over |w|, shares above and below 1; r is the mean over the images.
 
-    But for `stable_channels`, which no image's rate lets amplify any frequency: |1 + r S| is convex in r, so the
-    smallest and the largest rate decide.
+    `stable_channels` is the share of channels that amplify no frequency at any image's rate: |1 + r S| is convex in r,
+    so the smallest and the largest rate decide.
     """
     flow = response(step.stencil)  # [C, M, M]
     rates = step.rate.mean(0), step.rate.min(0), step.rate.max(0)
@@ -254,18 +256,18 @@ def _gains(step: HeatStep) -> dict[str, Any]:
 
 
 def _hot_pixel(steps: Sequence[HeatStep]) -> dict[str, Any]:
-    """After each step: where the energy of a hot pixel is, how much energy and heat (1 at first) channels hold."""
+    """After each step: where the energy of a hot pixel is, and how much energy and heat (1 at first) channels hold."""
     after, mean = [], np.ones((1, 1))
     for u in diffuse(steps):
         energy = np.square(u)
-        mean = (energy / energy.sum((1, 2), keepdims=True)).mean(0)  # each channel counts the same
+        mean = (energy / energy.sum((1, 2), keepdims=True)).mean(0)  # each channel has the same weight
         heat = u.sum((1, 2))
         after.append({**_extent(mean), "heat": [heat.min(), heat.max()], "energy": np.median(energy.sum((1, 2)))})
     return {"after": after, "field": _amplitude(mean)}
 
 
 def _amplitude(energy: Floats) -> Floats:
-    """Root of the energy as a part of the largest."""
+    """Root of the energy, over its largest value."""
     return np.asarray(np.sqrt(energy / max(energy.max(), TINY)), dtype=np.float64)
 
 

@@ -1,4 +1,4 @@
-"""Pictures and captions from the numbers of `heat.measure`. White ground, so that a dark page is no matter."""
+"""Pictures from the numbers of `heat.measure`, on white whatever the page's colour."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from hcnet_cli.explain.captions import ROUNDING, percent
+
 INK, MUTED, LINE = "#1f1b18", "#6a625a", "#d9d2c8"
-STAGE_COLOURS = ("#2b1e6b", "#85216b", "#cf4446", "#dd7a12")  # of rising lightness: told apart without colour, too
+STAGE_COLOURS = ("#2b1e6b", "#85216b", "#cf4446", "#dd7a12")  # rising lightness, distinct in grey too
 COLD, NEUTRAL, HOT = "#2f6fab", "#e9e4dc", "#c8432c"
-DIVERGING, HEAT = "RdBu_r", "inferno"  # both safe for colour-blind eyes
+DIVERGING, HEAT = "RdBu_r", "inferno"  # both safe for colour-blind readers
 WIDTH, MARGIN = 11.0, 0.35  # inches
 FLOOR = 1e-4  # the dark end of logarithmic pictures
-SAME = 1e-9  # a standard deviation below it is rounding
 KIND_SHADES = {"isotropic": "#3d3a4b", "directional": "#8d88a0", "transport": "#cfcbd9"}
 NOTE: dict[str, Any] = {"fontsize": 8, "color": MUTED}
 LABEL: dict[str, Any] = {"fontsize": 8.5, "color": MUTED}
@@ -46,13 +47,13 @@ Floats = NDArray[np.float64]
 
 
 def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
-    """PNG files by name, each with `label` below. Without heat steps: the spread alone."""
+    """PNG files by name, each with `label` below. A model without heat steps has only the spread."""
     sheets: dict[str, Callable[[dict[str, Any]], _Sheet]] = {"4-spread": _spread}
     if found["blocks"]:
         sheets = {"1-stencils": _stencils, "2-rates": _rates, "3-transfer": _transfer, **sheets}
     made = {}
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # nobody's own matplotlibrc
+        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update(STYLE)
         for name, picture in sheets.items():
             sheet = picture(found)
@@ -62,9 +63,7 @@ def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
 
 
 class _Sheet:
-    """A figure with its title above; what it holds is placed in inches from the upper left corner, so that nothing
-    overlaps.
-    """
+    """A figure under its title. Everything is placed in inches from the upper left corner, so that nothing overlaps."""
 
     def __init__(self, height: float, title: str, subtitle: str) -> None:
         self.height, self.head = height, 0.7 + 0.19 * len(subtitle.splitlines())
@@ -100,7 +99,7 @@ class _Sheet:
         axes.tick_params(length=2)
 
     def blocks(self, left: float, top: float, height: float, blocks: Sequence[dict[str, Any]]) -> Any:
-        """Axes with the blocks along x in the order of depth, the stages named and parted by lines."""
+        """Axes with the blocks along x in the order of depth, the stages named and separated by lines."""
         axes = self.axes(left, top, WIDTH - left, height)
         every = -(-len(blocks) // 28)
         axes.set_xlim(-0.6, len(blocks) - 0.4)
@@ -127,11 +126,6 @@ def _colour(stage: int) -> str:
 
 def _stage(number: int) -> dict[str, Any]:
     return {"s": f"stage {number}", "fontsize": 11, "fontweight": "bold", "color": _colour(number)}
-
-
-def _percent(share: float) -> str:
-    """12 %, 1.2 %, 0.1 %."""
-    return f"{100 * share:.{0 if share >= 0.0995 or share == 0 else 1}f} %"
 
 
 def _count(number: int, what: str) -> str:
@@ -174,7 +168,7 @@ def _stencils(found: dict[str, Any]) -> _Sheet:
         for j, (kind, values, share, place) in enumerate(tiles):
             x = lefts[kind] + pitch * sum(other[0] == kind for other in tiles[:j])
             sheet.field(x, y, tile, values, cmap=DIVERGING, vmin=-1, vmax=1)
-            sheet.text(x + tile / 2, y + tile + 0.14, place + _percent(share), ha="center", **LABEL)
+            sheet.text(x + tile / 2, y + tile + 0.14, place + percent(share), ha="center", **LABEL)
         axes = sheet.axes(lefts["energy"], y, 0.14, tile)
         shares = stencils["energy"]
         ends = np.cumsum(list(shares.values()))
@@ -183,7 +177,7 @@ def _stencils(found: dict[str, Any]) -> _Sheet:
         axes.set(xlim=(-0.5, 0.5), ylim=(0, 1))
         axes.axis("off")
         for j, (kind, share) in enumerate(shares.items()):
-            text = f"{kind[:3]} {_percent(share)}"
+            text = f"{kind[:3]} {percent(share)}"
             sheet.text(lefts["energy"] + 0.2, y + 0.2 + 0.24 * j, text, fontsize=7.5, color=MUTED)
     y = sheet.height - 0.24
     sheet.scale(lefts["patterns"], y, 4 * pitch - 0.06, Normalize(-1, 1), DIVERGING, ("−1", "−½", "0", "½", "1"))
@@ -206,14 +200,14 @@ def _laplacian() -> _Sheet:
 
 
 def _neighbours(stencil: Floats) -> float:
-    """The largest tap beside the centre."""
+    """The largest tap outside the centre."""
     taps = np.abs(stencil).ravel()
     return float(np.delete(taps, len(taps) // 2).max())
 
 
 def _rates(found: dict[str, Any]) -> _Sheet:
     blocks = found["blocks"]
-    seen = any(block["rate"]["std_over_images"] > SAME for block in blocks)
+    seen = any(block["rate"]["std_over_images"] > ROUNDING for block in blocks)
     sheet = _Sheet(
         4.9 if seen else 3.5,
         "Conduction rates r (gate disabled)" if "gate" in found["disabled"] else "Conduction rates r(u)",
@@ -261,7 +255,7 @@ def _transfer(found: dict[str, Any]) -> _Sheet:
     for i, stage in enumerate(stages):
         x, colour = left + pitch * i, _colour(stage["stage"])
         sheet.text(x, 0.12, **_stage(stage["stage"]))
-        whole = np.pad(stage["mean_gain"], ((0, 1), (0, 1)), mode="wrap")  # 1/2 beside -1/2, which is the same
+        whole = np.pad(stage["mean_gain"], ((0, 1), (0, 1)), mode="wrap")  # frequencies 1/2 and -1/2 are the same
         at, edge = np.append(cycles, 0.5), 0.5 + 0.5 / len(cycles)
         frame = {"extent": (-edge, edge, -edge, edge), "origin": "lower"}
         axes = sheet.field(x, 0.22, side, whole, cmap=DIVERGING, norm=norm, **frame)
@@ -327,7 +321,7 @@ def _spread(found: dict[str, Any]) -> _Sheet:
         for colour, thickness in (("white", 3.0), (INK, 1.2)):
             mark: dict[str, Any] = {"markersize": 10, "markeredgewidth": thickness, "clip_on": False}
             axes.plot(*seen["centre"][::-1], "+", color=colour, **mark)
-        held = f"95 % of it on {_percent(seen['fraction_95'])} of {width} × {height} pixels"
+        held = f"95 % of it on {percent(seen['fraction_95'])} of {width} × {height} pixels"
         sheet.text(x, low + 0.2, held, fontsize=8.5)
         if conducting:
             field, after = stage["hot_pixel"]["field"], stage["hot_pixel"]["after"]
@@ -341,80 +335,3 @@ def _spread(found: dict[str, Any]) -> _Sheet:
     sheet.scale(0, sheet.height - 0.34, side, style["norm"], HEAT, ticks)
     sheet.text(pitch, sheet.height - 0.25, "of the largest value of each picture", **LABEL)
     return sheet
-
-
-# --- captions ---------------------------------------------------------------------------------------------------------
-
-
-def captions(found: dict[str, Any]) -> dict[str, str]:
-    """What each picture shows and what to see in it, with this run's numbers; by name of the picture."""
-    spread = _about_spread(found)
-    if not found["blocks"]:
-        return {"4-spread": spread + " This model has no heat conduction: it was disabled."}
-    told = {"1-stencils": _about_stencils(found), "2-rates": _about_rates(found), "3-transfer": _about_gains(found)}
-    held = ", ".join(str(stage["hot_pixel"]["after"][-1]["area"]["95"]) for stage in found["stages"])
-    hot = (
-        " Below, a hot pixel after all heat steps of a stage and nothing else: root mean square over the channels, "
-        f"each counting the same. 95 % of its energy lies on {held} pixels of the stage's own grid."
-    )
-    return {**told, "4-spread": spread + hot}
-
-
-def _about_stencils(found: dict[str, Any]) -> str:
-    if "anisotropy" in found["disabled"]:
-        return "Anisotropy is disabled: every channel has the fixed 5-point Laplacian / 4. Nothing was learned here."
-    energy = [
-        f"stage {stage['stage']}: " + ", ".join(f"{k} {_percent(v)}" for k, v in stage["stencils"]["energy"].items())
-        for stage in found["stages"]
-    ]
-    balance = "Each stencil sums to zero: a constant field is at rest. "
-    if "conservation" in found["disabled"]:
-        balance = "Conservation is disabled: the kernels need not sum to zero, a constant field is not at rest. "
-    return (
-        "Left, the leading patterns of all stencils of a stage: singular vectors with their share of the energy. "
-        "Right, two channels of each kind, the purest among the stronger half. A stencil is the sum of an isotropic "
-        "part (equal under all turns and mirrorings of the square), a directional part (else equal under a half turn) "
-        f"and a transporting part (odd: it moves the field). {balance}Energy of the neighbours' taps by kind: "
-        f"{'; '.join(energy)}."
-    )
-
-
-def _about_rates(found: dict[str, Any]) -> str:
-    rates = [block["rate"] for block in found["blocks"]]
-    low, high = min(rate["percentiles"]["0"] for rate in rates), max(rate["percentiles"]["100"] for rate in rates)
-    channels, images = (float(np.mean([rate[f"std_over_{what}"] for rate in rates])) for what in ("channels", "images"))
-    text = (
-        "Distribution of the conduction rate r in each block; training starts at 0.5 (dashed). Here r goes from "
-        f"{low:.2f} to {high:.2f} and differs by {channels:.3f} between the channels of a block (standard deviation, "
-        "mean over the blocks)"
-    )
-    if "gate" in found["disabled"]:
-        return f"{text}. The gate is disabled: a channel has one rate for all images."
-    return text + (f", by {images:.3f} between images: what the gate sees in them." if images > SAME else ".")
-
-
-def _about_gains(found: dict[str, Any]) -> str:
-    gains = [block["gain"] for block in found["blocks"]]
-    damped, amplified, stable = (
-        _percent(float(np.mean([gain[key] for gain in gains]))) for key in ("damped", "amplified", "stable_channels")
-    )
-    text = (
-        "What one heat step multiplies each spatial frequency with. Over all blocks, channels and frequencies, "
-        f"{damped} are damped and {amplified} amplified by more than 1 %; the largest factor is "
-        f"{max(gain['max'] for gain in gains):.2f}. {stable} of the channels stay within the stability bound "
-        "|1 + r S| <= 1 at every frequency, whatever rate an image gives them."
-    )
-    if stable != _percent(1):
-        text += " A step outside it is no error: norms and refinements stand between the steps, and some sharpen."
-    return text
-
-
-def _about_spread(found: dict[str, Any]) -> str:
-    seen = [_percent(stage["receptive_field"]["fraction_95"]) for stage in found["stages"]]
-    rates = found["blocks"] and "gate" not in found["disabled"]
-    return (
-        "Effective receptive field: the root mean square gradient of each stage's centre feature (+) with respect to "
-        f"each pixel. 95 % of its energy lies on {', '.join(seen)} of the picture in stages 1 to {len(seen)}. The even "
-        f"floor comes through the norms{' and the conduction rates' if rates else ''}, which look at the whole map. "
-        "Features stand at multiples of the stride, so on a small image the last ones stand at its upper left."
-    )

@@ -17,8 +17,8 @@ from hcnet_cli.models.backbone import takes_noise
 from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
 from hcnet_cli.schema import DataPart, EvaluationPart, Part
-from hcnet_cli.tasks.classification import image_folder
-from hcnet_cli.tasks.classification.image_folder import Normalise, mix
+from hcnet_cli.tasks.classification import augment, image_folder
+from hcnet_cli.tasks.classification.augment import Normalise, mix
 from hcnet_cli.tasks.classification.metric import Accuracy
 from hcnet_cli.tasks.classification.spec import ClassificationEvaluation, ImageFolder
 
@@ -68,7 +68,7 @@ def build_task(
 ) -> ClassificationTask:
     """See hcnet_cli/build.py."""
     assert isinstance(config, ImageFolder)
-    mixup = image_folder.make_mixup(
+    mixup = augment.make_mixup(
         data.info.num_classes,
         mixup=config.mixup,
         cutmix=config.cutmix,
@@ -90,7 +90,7 @@ def build_evaluation(
         return task, data.val, data.val_collate
     assert isinstance(data.val, image_folder.ImageFolder)
     size, crop = entry.img_size or config.img_size, entry.crop_pct or config.crop_pct
-    transform = image_folder.eval_transform(img_size=size, interpolation=config.interpolation, crop_pct=crop)
+    transform = augment.eval_transform(img_size=size, interpolation=config.interpolation, crop_pct=crop)
     view = ClassificationTask(task.model, task.class_names, task.normalise, None, 0.0)
     view.protocol = f"{size} x {size}, crop {crop:g}"
     return view, data.val.with_transform(transform), data.val_collate

@@ -1,278 +1,47 @@
-"""COCO-format folders: annotations as flat arrays, images and targets for the detector, both resize policies.
+"""COCO-format folders: where the files are, and images with targets for the detector.
 
-Boxes are x1, y1, x2, y2 in pixels. Labels are 1..C in the order of the category ids (0 is background), whatever gaps
-and order the file has. The recipe is that of Swin's detection code (REFERENCES in docs/detection.md).
+Both resize policies are those of Swin's detection code (docs/detection.md).
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import json
-import math
 import random
-import re
-import struct
-from array import array
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
-from pycocotools import mask as rle
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.audit import Audit, Item, distinct
+from hcnet_cli.data.folders import dataset_name
+from hcnet_cli.data.images import Size, check_size, first_usable, normalise, read_image, rescale, to_tensor
+from hcnet_cli.data.images import resize as resize_image
+from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.runs import DataInfo
-from hcnet_cli.schema import DataPart, Part
-from hcnet_cli.tasks.detection.spec import Coco, MaskRCNN
+from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD
+from hcnet_cli.tasks.detection import spec
+from hcnet_cli.tasks.detection.annotations import NO_MASKS_HINT, Annotations, read_annotations
+from hcnet_cli.tasks.detection.geometry import Scene, crop, flip, random_window, resize
 
-MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1], RGB: ImageNet's, as everywhere in this project
-STD = (0.229, 0.224, 0.225)
-MULTISCALE = tuple(range(480, 801, 32))  # shorter sides of the DETR / Sparse R-CNN policy
-NO_MASKS_HINT = "Add --no-masks to train Faster R-CNN, without masks."
-
-
-# --- annotations ------------------------------------------------------------------------------------------------------
-
-
-class Packed:
-    """A list of byte strings as one buffer: worker processes share it, and touching an item copies no page."""
-
-    def __init__(self, items: Sequence[bytes]) -> None:
-        self.data = b"".join(items)
-        self.ends = np.cumsum([len(item) for item in items], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, i: int) -> bytes:
-        return self.data[self.ends[i - 1] if i else 0 : self.ends[i]]
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """One annotation file. Images in the file's order; objects to learn from (no crowds), sorted by image.
-
-    Objects of image i are rows first[i] to first[i + 1]. `dropped` and `clipped` list annotation ids, by reason.
-    """
-
-    file: Path
-    digest: str
-    category_ids: list[int]  # label l is category_ids[l - 1]
-    class_names: list[str]
-    image_ids: NDArray[np.int64]  # [N]
-    file_names: Packed  # [N]
-    sizes: NDArray[np.int32]  # [N, 2] width, height as the file says
-    annotated: NDArray[np.bool_]  # [N] named by any annotation, crowds too
-    first: NDArray[np.int64]  # [N + 1]
-    boxes: NDArray[np.float32]  # [A, 4], inside the image
-    labels: NDArray[np.int64]  # [A]
-    segments: Packed | None  # [A], see _pack_segment
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    clipped: list[int] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def name(self, i: int) -> str:
-        return self.file_names[i].decode()
-
-    def mask(self, row: int, i: int) -> NDArray[np.uint8]:
-        """The mask of object `row` of image `i`, [H, W] of 0 and 1."""
-        assert self.segments is not None
-        width, height = self.sizes[i].tolist()
-        return _unpack_segment(self.segments[row], height, width)
-
-
-def read_annotations(file: Path, *, masks: bool = True) -> Annotations:
-    """The objects of a COCO instances file.
-
-    Left out of training, as in the reference: crowds, objects flagged `ignore`, boxes thinner than a pixel or outside
-    the image, areas of 0. Raises UserError for a file that is missing, broken or contradicts itself, and with `masks`
-    for objects that have none.
-    """
-    data, digest = _parse(file)
-    if not isinstance(data, dict) or not all(
-        isinstance(data.get(k), list) for k in ("images", "annotations", "categories")
-    ):
-        raise UserError(f"{file} is not a COCO instances file: it needs the lists images, annotations, categories.")
-    for kind in ("images", "annotations", "categories"):
-        if not all(isinstance(entry, dict) and isinstance(entry.get("id"), int) for entry in data[kind]):
-            raise UserError(f'{file}: every one of its {kind} must be an object with an integer "id".')
-        twice = [i for i, n in Counter(entry["id"] for entry in data[kind]).items() if n > 1]
-        if twice:
-            raise UserError(f"{file}: {len(twice)} ids of {kind} are not unique, the first is {twice[0]}.")
-
-    def of(entry: dict[str, Any], key: str, kind: str) -> Any:
-        if key not in entry:
-            raise UserError(f'{file}: {kind} {entry["id"]} has no "{key}".')
-        return entry[key]
-
-    categories = sorted(data["categories"], key=lambda c: c["id"])
-    if not categories:
-        raise UserError(f"{file} has no categories.")
-    label_of = {c["id"]: label for label, c in enumerate(categories, start=1)}
-    images = data["images"]
-    if not images:
-        raise UserError(f"{file} has no images.")
-    place = {image["id"]: i for i, image in enumerate(images)}
-    sizes = np.array([[of(i, "width", "image"), of(i, "height", "image")] for i in images], dtype=np.int32)
-    annotated = np.zeros(len(images), dtype=bool)
-
-    rows: list[tuple[int, list[float], int, bytes]] = []  # image, box, label, segment
-    dropped: dict[str, list[int]] = {}
-    clipped: list[int] = []
-    maskless: list[int] = []
-    for entry in data["annotations"]:
-        image_id, category_id = (of(entry, key, "annotation") for key in ("image_id", "category_id"))
-        if image_id not in place:
-            raise UserError(f"{file}: annotation {entry['id']} is of image {image_id}, which the file does not list.")
-        if category_id not in label_of:
-            raise UserError(
-                f"{file}: annotation {entry['id']} is of category {category_id}, which the file does not list."
-            )
-        i = place[image_id]
-        annotated[i] = True
-        box = of(entry, "bbox", "annotation")
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) for v in box):
-            raise UserError(f"{file}: the bbox of annotation {entry['id']} is not [x, y, width, height].")
-        width, height = sizes[i].tolist()
-        x1, y1, x2, y2 = box[0], box[1], box[0] + box[2], box[1] + box[3]
-        inside = [max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)]
-        segmentation = entry.get("segmentation")
-        reason = ""
-        if entry.get("iscrowd") or entry.get("ignore"):
-            reason = "crowd"
-        elif not all(map(math.isfinite, box)):
-            reason = "box with a value that is no number"
-        elif box[2] < 1 or box[3] < 1:
-            reason = "box thinner than a pixel"
-        elif inside[0] >= inside[2] or inside[1] >= inside[3]:
-            reason = "box outside the image"
-        elif entry.get("area", 1) <= 0:
-            reason = "area of 0"
-        elif masks and not segmentation:
-            maskless.append(entry["id"])
-            continue
-        segment = b""
-        if masks and not reason:
-            segment = _pack_segment(segmentation, height, width, f"{file}: annotation {entry['id']}")
-            reason = "" if segment else "polygon of fewer than 3 points"
-        if reason:
-            dropped.setdefault(reason, []).append(entry["id"])
-            continue
-        if inside != [x1, y1, x2, y2]:
-            clipped.append(entry["id"])
-        rows.append((i, inside, label_of[category_id], segment))
-    if maskless:
-        raise UserError(
-            f"{file}: {len(maskless)} of {len(maskless) + len(rows)} objects have no mask, the first is annotation "
-            f"{maskless[0]}.",
-            hint=NO_MASKS_HINT,
-        )
-
-    rows.sort(key=lambda row: row[0])  # stable: an image's objects stay in the file's order
-    counts = np.bincount([row[0] for row in rows], minlength=len(images)) if rows else np.zeros(len(images), int)
-    return Annotations(
-        file=file,
-        digest=digest,
-        category_ids=[c["id"] for c in categories],
-        class_names=[str(c.get("name", c["id"])) for c in categories],
-        image_ids=np.array([image["id"] for image in images], dtype=np.int64),
-        file_names=Packed([str(of(image, "file_name", "image")).encode() for image in images]),
-        sizes=sizes,
-        annotated=annotated,
-        first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes=np.array([row[1] for row in rows], dtype=np.float32).reshape(-1, 4),
-        labels=np.array([row[2] for row in rows], dtype=np.int64),
-        segments=Packed([row[3] for row in rows]) if masks else None,
-        dropped=dropped,
-        clipped=clipped,
-    )
-
-
-def _parse(file: Path) -> tuple[Any, str]:
-    """What the JSON file holds, its polygons packed, and the digest of its bytes."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"The annotation file {file} cannot be read ({error.strerror or error}).") from None
-    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
-    try:
-        text = content.decode(json.detect_encoding(content))
-        del content  # half a gigabyte, as is the text
-        return json.loads(text, object_hook=_pack_polygons), digest
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON: {error}.", hint="Was it downloaded completely?") from None
-
-
-def _rings(segmentation: Any) -> list[list[float]]:
-    """The polygons of at least 3 points."""
-    found = segmentation if isinstance(segmentation, list) else []
-    return [ring for ring in found if isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0]
-
-
-def _pack_polygons(entry: dict[str, Any]) -> dict[str, Any]:
-    """An annotation whose polygons become bytes while the file is read: as lists, those of COCO take gigabytes.
-
-    "P", number of rings, values of each, float32 coordinates. What is no polygon stays as it is.
-    """
-    rings = _rings(entry.get("segmentation"))
-    if rings:
-        head = array("i", [len(rings), *map(len, rings)])
-        with contextlib.suppress(TypeError, OverflowError):  # not numbers: `_pack_segment` says where
-            entry["segmentation"] = b"".join([b"P", head.tobytes(), *(array("f", ring).tobytes() for ring in rings)])
-    return entry
-
-
-def _pack_segment(segmentation: Any, height: int, width: int, where: str) -> bytes:
-    """Polygons as `_pack_polygons` left them or RLE ("R" and its counts); b"" if there are none."""
-    if isinstance(segmentation, bytes):
-        return segmentation
-    if isinstance(segmentation, dict):
-        counts, size = segmentation.get("counts"), segmentation.get("size")
-        if size != [height, width] or not isinstance(counts, list | str):
-            raise UserError(f"{where} has a mask of size {size} in an image of height {height}, width {width}.")
-        if isinstance(counts, list):
-            if sum(counts) != height * width:
-                raise UserError(f"{where} has a mask of {sum(counts)} pixels in an image of {height * width}.")
-            return b"R" + rle.frPyObjects({"size": size, "counts": counts}, height, width)["counts"]
-        return b"R" + counts.encode()
-    if _rings(segmentation):
-        raise UserError(f"{where} has a polygon whose coordinates are not all numbers.")
-    return b""
-
-
-def _unpack_segment(segment: bytes, height: int, width: int) -> NDArray[np.uint8]:
-    if segment[:1] == b"R":
-        return rle.decode({"size": [height, width], "counts": segment[1:]})
-    (number,) = struct.unpack_from("i", segment, 1)
-    lengths = np.frombuffer(segment, dtype=np.int32, count=number, offset=5)
-    # three decimals of float32 give back the file's own numbers for any image below 8192 pixels
-    points = np.frombuffer(segment, dtype=np.float32, offset=5 + 4 * number).astype(np.float64).round(3)
-    rings = [ring.tolist() for ring in np.split(points, np.cumsum(lengths)[:-1])]
-    return rle.decode(rle.merge(rle.frPyObjects(rings, height, width)))
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
+# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def find_split(root: Path, split: str) -> tuple[Path, list[Path]]:
-    """The annotation file of a split ("train" or "val") and the folders its images may be in, the likeliest first.
+    """The annotation file of a split ("train" or "val") and the folders its images may be in, most likely first.
 
-    COCO's layout (annotations/instances_train2017.json, train2017/), the same with another suffix or images/ in
-    between, and exports that keep _annotations.coco.json beside the images.
+    Known layouts: COCO's (annotations/instances_train2017.json, train2017/), the same with another suffix or images/
+    in between, and exports with _annotations.coco.json next to the images.
     """
     if not root.is_dir():
         raise UserError(f"There is no folder {root}.")
@@ -283,8 +52,7 @@ def find_split(root: Path, split: str) -> tuple[Path, list[Path]]:
         raise UserError(f"{root}/annotations has several files for {split}: {', '.join(f.name for f in found)}.")
     if found:
         folder = found[0].stem.removeprefix("instances_")
-        tries = [f"{folder}", f"images/{folder}", f"{split}", f"images/{split}", "images", ""]
-        return found[0], [root / name for name in tries]
+        return found[0], [root / name for name in (folder, f"images/{folder}", split, f"images/{split}", "images", "")]
     for name in (split, "valid" if split == "val" else split):
         if (root / name / "_annotations.coco.json").is_file():
             return root / name / "_annotations.coco.json", [root / name]
@@ -331,117 +99,21 @@ def _brief(annotations: Annotations) -> str:
     return ", ".join(pairs[:4] + ["..."] * (len(pairs) > 4))
 
 
-def dataset_name(root: Path, val: Annotations) -> str:
-    """How results call the data: "coco" for COCO 2017 itself (80 classes, 5000 validation images), else the folder."""
-    if len(val.category_ids) == 80 and val.category_ids[-1] == 90 and len(val) == 5000:
-        return "coco"
-    name = re.sub(r"[^a-z0-9]+", "-", root.resolve().name.lower()).strip("-") or "data"
-    return f"{name}-data" if name == "coco" else name
+def check_sizes(annotations: Annotations, images: Path) -> None:
+    """Raises UnusableImageError for the first image that is not one or has another size than its annotations.
+
+    Reads headers alone. Evaluation needs every image, so this runs before training rather than hours into it.
+    """
+    for i, (height, width) in enumerate(annotations.sizes.tolist()):
+        check_size(images / annotations.name(i), (height, width))
+
+
+def is_coco(val: Annotations) -> bool:
+    """Whether this is the validation set of COCO 2017: 80 categories up to id 90, 5000 images."""
+    return len(val.category_ids) == 80 and val.category_ids[-1] == 90 and len(val) == 5000
 
 
 # --- images and their objects -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image file; ValueError, with a reason to be read after the path, for what goes wrong with it inside."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read as an image: {error}") from None
-
-
-def _other_size(pixels: tuple[int, int], width: int, height: int) -> ValueError:
-    return ValueError(f"is {pixels[0]} x {pixels[1]} pixels, its annotation file says {width} x {height}")
-
-
-def read_image(path: Path, width: int, height: int) -> Image.Image:
-    """The RGB image as its annotations see it, width x height.
-
-    That is turned by its EXIF tag, or not if only then the size fits. Raises ValueError, with a reason to be read after
-    the path, if it cannot be decoded or has another size.
-    """
-    with _opened(path) as image:
-        image.load()
-        for candidate in (ImageOps.exif_transpose(image), image):
-            if candidate.size == (width, height):
-                return candidate.convert("RGB")
-        pixels = image.size
-    raise _other_size(pixels, width, height)
-
-
-def check_size(path: Path, width: int, height: int) -> None:
-    """As `read_image` would judge the image's size, from its header alone."""
-    with _opened(path) as image:
-        pixels, turned = image.size, image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    if (width, height) != pixels and not (turned and (height, width) == pixels):
-        raise _other_size(pixels, width, height)
-
-
-def check_sizes(annotations: Annotations, images: Path) -> None:
-    """UserError for the first image that is no image or has another size than its annotations."""
-    for i, (width, height) in enumerate(annotations.sizes.tolist()):
-        path = images / annotations.name(i)
-        try:
-            check_size(path, width, height)
-        except ValueError as error:
-            raise UnusableImageError(path, str(error)) from None
-
-
-class Scene(NamedTuple):
-    """An image and its objects."""
-
-    image: Tensor  # [3, H, W] uint8
-    boxes: Tensor  # [G, 4] float32
-    labels: Tensor  # [G] int64
-    masks: Tensor | None  # [G, H, W] uint8
-
-
-def flip(scene: Scene) -> Scene:
-    """Left and right exchanged."""
-    width = scene.image.shape[2]
-    x1, y1, x2, y2 = scene.boxes.unbind(1)
-    boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
-    masks = None if scene.masks is None else scene.masks.flip(2)
-    return Scene(scene.image.flip(2), boxes, scene.labels, masks)
-
-
-def fit(width: int, height: int, long: int, short: int) -> tuple[int, int]:
-    """The size, aspect kept, that just fits `long` x `short` (mmcv.rescale_size): (width, height)."""
-    factor = min(max(long, short) / max(width, height), min(long, short) / min(width, height))
-    return max(int(width * factor + 0.5), 1), max(int(height * factor + 0.5), 1)
-
-
-def resize(scene: Scene, width: int, height: int) -> Scene:
-    """Bilinear without antialiasing (as cv2, which the reference uses); masks nearest; boxes clipped to the image."""
-    old_height, old_width = scene.image.shape[1:]
-    image = F.interpolate(scene.image[None], (height, width), mode="bilinear", align_corners=False)[0]
-    scale = torch.tensor([width / old_width, height / old_height] * 2, dtype=torch.float32)
-    limit = torch.tensor([width, height] * 2, dtype=torch.float32)
-    boxes = (scene.boxes * scale).clamp(min=0).minimum(limit)
-    masks = scene.masks
-    if masks is not None:
-        masks = F.interpolate(masks[None], (height, width))[0] if len(masks) else masks.new_zeros(0, height, width)
-    return Scene(image, boxes, scene.labels, masks)
-
-
-def crop(scene: Scene, x: int, y: int, width: int, height: int) -> Scene:
-    """The window at (x, y); boxes are clipped to it and those without area dropped with their labels and masks."""
-    limit = torch.tensor([width, height] * 2, dtype=torch.float32)
-    boxes = (scene.boxes - torch.tensor([x, y, x, y])).clamp(min=0).minimum(limit)
-    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    masks = None if scene.masks is None else scene.masks[keep, y : y + height, x : x + width]
-    return Scene(scene.image[:, y : y + height, x : x + width], boxes[keep], scene.labels[keep], masks)
-
-
-class UnusableImageError(UserError):
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"The image {path} {reason}.")
-        self.brief = f"{path} ({reason})"
-
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
-        return UserError, (str(self), self.hint)  # from a worker process it comes as what people read
 
 
 class CocoDataset(Dataset[dict[str, Any]]):
@@ -449,8 +121,8 @@ class CocoDataset(Dataset[dict[str, Any]]):
 
     A training item: `image` [3, H, W] normalised, `target` {boxes [G, 4], labels [G], masks [G, H, W], image_id},
     `sample`, `key`. All of an item's randomness comes from the key of its request (index, key, step key). Images
-    without any annotation and images smaller than `min_side` are left out, as in the reference. In place of a file
-    that cannot be used comes another image of its group, and the item says so under `unreadable`.
+    without any annotation and images smaller than `min_side` are left out, as in the reference. An image that cannot
+    be used is replaced by another of its group, and the item then names the file under `unreadable`.
 
     An evaluation item: the image at `img_scale`, `target` {image_id, orig_size [2] = height, width}; every image of the
     file, in its order.
@@ -474,22 +146,23 @@ class CocoDataset(Dataset[dict[str, Any]]):
         crop_range: tuple[int, int] = (384, 600),
         hflip: float = 0.5,
         min_side: int = 32,
-        mean: Sequence[float] = MEAN,
-        std: Sequence[float] = STD,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         self.annotations, self.images, self.train = annotations, images, train
         self.long, self.short = max(img_scale), min(img_scale)
         self.multiscale, self.crop_scales, self.crop_range = tuple(multiscale), tuple(crop_scales), crop_range
         self.hflip = hflip
-        self.mean, self.std = (255 * torch.tensor(v)[:, None, None] for v in (mean, std))  # [3, 1, 1]
+        self.mean, self.std = mean, std
         rows = np.arange(len(annotations))
         if train:
             rows = rows[annotations.annotated & (annotations.sizes.min(axis=1) >= min_side)]
             if not len(rows):
                 raise UserError(f"{annotations.file} has no image to train on: none has objects.")
         self.rows = rows  # dataset index -> image of the annotation file
-        width, height = annotations.sizes[rows].T
-        self.groups = (width >= height).astype(np.int64)  # [len], landscape or portrait
+        height, width = annotations.sizes[rows].T
+        self.groups = (width >= height).astype(np.int64)  # [len], 1 landscape, 0 portrait
+        self._members: list[NDArray[np.int64]] = [np.flatnonzero(self.groups == group) for group in (0, 1)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -505,62 +178,45 @@ class CocoDataset(Dataset[dict[str, Any]]):
         return other
 
     def load_image(self, image_id: int) -> Image.Image:
-        """An image by its COCO id, as its annotations see it; UserError if it cannot be."""
-        return self._open(int(np.flatnonzero(self.annotations.image_ids == image_id)[0]))
+        """An image by its COCO id, as its annotations see it; UserError if it cannot be used."""
+        return self._read(int(np.flatnonzero(self.annotations.image_ids == image_id)[0]))
 
-    def _open(self, i: int) -> Image.Image:
-        path = self.images / self.annotations.name(i)
-        width, height = self.annotations.sizes[i].tolist()
-        try:
-            return read_image(path, width, height)
-        except ValueError as error:
-            raise UnusableImageError(path, str(error)) from None
+    def _read(self, i: int) -> Image.Image:
+        height, width = self.annotations.sizes[i].tolist()
+        return read_image(self.images / self.annotations.name(i), (height, width))
 
-    def __getitem__(self, request: tuple[int, int, int]) -> dict[str, Any]:
+    def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
         index, key, _ = request
-        if not self.train:
-            return self._evaluation_item(index, key)
-        unreadable: dict[str, str] = {}
-        for attempt in range(10):
-            try:
-                with rng.seeded(key):
-                    return self._training_item(index, key) | unreadable
-            except UnusableImageError as error:
-                if attempt == 9:
-                    raise UserError(f"Ten training images in a row cannot be used, the last: {error}") from None
-                unreadable = unreadable or {"unreadable": error.brief}
-                group = np.flatnonzero(self.groups == self.groups[index])
-                index = int(group[rng.derive(key, "instead", attempt) % len(group)])
-        raise AssertionError("unreachable")
+        return self._training_item(index, key) if self.train else self._evaluation_item(index, key)
 
     def _training_item(self, index: int, key: int) -> dict[str, Any]:
-        i = int(self.rows[index])
-        scene = self._augment(self.scene(i))
+        others = self._members[self.groups[index]]
+        index, scene, replaced = first_usable(lambda index: self.scene(int(self.rows[index])), index, key, others)
+        with rng.seeded(key):
+            scene = self._augment(scene)
         target = {
             "boxes": scene.boxes,
             "labels": scene.labels,
-            "image_id": torch.tensor(self.annotations.image_ids[i]),
+            "image_id": torch.tensor(self.annotations.image_ids[self.rows[index]]),
         }
         if scene.masks is not None:
             target["masks"] = scene.masks.contiguous()
-        return {"image": self._normalise(scene.image), "target": target, "sample": index, "key": key}
+        image = normalise(scene.image, self.mean, self.std)
+        return {"image": image, "target": target, "sample": index, "key": key, **replaced}
 
     def _evaluation_item(self, index: int, key: int) -> dict[str, Any]:
         i = int(self.rows[index])
-        image = _to_tensor(self._open(i))
-        height, width = image.shape[1:]
-        new_width, new_height = fit(width, height, self.long, self.short)
-        nothing = Scene(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), None)
+        image = to_tensor(self._read(i))
         target = {
             "image_id": torch.tensor(self.annotations.image_ids[i]),
-            "orig_size": torch.tensor([height, width]),
+            "orig_size": torch.tensor(image.shape[1:]),
         }
-        image = self._normalise(resize(nothing, new_width, new_height).image)
+        image = normalise(resize_image(image, self._fit(image, self.short)), self.mean, self.std)
         return {"image": image, "target": target, "sample": index, "key": key}
 
     def scene(self, i: int) -> Scene:
         """Image `i` of the annotation file with its objects, before any augmentation."""
-        image = _to_tensor(self._open(i))
+        image = to_tensor(self._read(i))
         rows = range(int(self.annotations.first[i]), int(self.annotations.first[i + 1]))
         masks = None
         if self.annotations.segments is not None:
@@ -574,28 +230,15 @@ class CocoDataset(Dataset[dict[str, Any]]):
         if random.random() < self.hflip:
             scene = flip(scene)
         if not self.multiscale:
-            return self._shrink(scene, self.short)
+            return resize(scene, self._fit(scene.image, self.short))
         if self.crop_scales and random.random() < 0.5:
-            scene = self._shrink(scene, random.choice(self.crop_scales))
+            scene = resize(scene, self._fit(scene.image, random.choice(self.crop_scales)))
             height, width = scene.image.shape[1:]
-            low, high = self.crop_range
-            crop_height = random.randint(min(height, low), min(height, high))
-            crop_width = random.randint(min(width, low), min(width, high))
-            y, x = random.randint(0, height - crop_height), random.randint(0, width - crop_width)
-            scene = crop(scene, x, y, crop_width, crop_height)
-        return self._shrink(scene, random.choice(self.multiscale))
+            scene = crop(scene, *random_window((height, width), self.crop_range))
+        return resize(scene, self._fit(scene.image, random.choice(self.multiscale)))
 
-    def _shrink(self, scene: Scene, short: int) -> Scene:
-        height, width = scene.image.shape[1:]
-        return resize(scene, *fit(width, height, self.long, short))
-
-    def _normalise(self, image: Tensor) -> Tensor:
-        return (image.float() - self.mean) / self.std
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W] uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    def _fit(self, image: Tensor, short: int) -> Size:
+        return rescale(image.shape[1:], (self.long, short))
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -619,10 +262,8 @@ class CocoSplits(DataSplits):
     annotations: Annotations
 
 
-def open_data(config: DataPart, head: Part, root: Path) -> CocoSplits:
+def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
     """Reads both annotation files and makes the data sets; UserError for what is wrong with them."""
-    assert isinstance(config, Coco)
-    assert isinstance(head, MaskRCNN)
     splits = {split: load_split(root, split, masks=head.with_masks) for split in ("train", "val")}
     (train, train_images), (val, val_images) = splits["train"], splits["val"]
     check_same_classes(train, val)
@@ -634,7 +275,7 @@ def open_data(config: DataPart, head: Part, root: Path) -> CocoSplits:
     train_set = CocoDataset(train, train_images, train=True, **given)
     return CocoSplits(
         info=DataInfo(
-            name=dataset_name(root, val),
+            name=dataset_name(root, "coco", is_coco(val)),
             digest=hashlib.sha256(f"{train.digest} {val.digest}".encode()).hexdigest()[:16],
             path=str(root),
             num_train=len(train_set),
@@ -650,3 +291,39 @@ def open_data(config: DataPart, head: Part, root: Path) -> CocoSplits:
         groups=train_set.groups,
         annotations=val,
     )
+
+
+# --- hcnet check ------------------------------------------------------------------------------------------------------
+
+
+def audit(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> Audit:
+    """The images and objects of the folder, and what training leaves out, clips or never sees."""
+    splits: dict[str, tuple[Annotations, Path]] = {}
+    maskless = []
+    for split in ("train", "val"):
+        try:
+            splits[split] = load_split(root, split, masks=head.with_masks)
+        except UserError as error:
+            if error.hint != NO_MASKS_HINT:
+                raise
+            maskless.append(str(error))
+            splits[split] = load_split(root, split, masks=False)
+    train, val = splits["train"][0], splits["val"][0]
+    check_same_classes(train, val)
+    names = distinct(val.class_names)
+    made = Audit(dataset_name(root, "coco", is_coco(val)), root, "COCO", "objects", [], {name: {} for name in names})
+    made.note("annotation files for boxes alone (train with --no-masks)", maskless)
+    for split, (found, folder) in splits.items():
+        files = [str(folder / found.name(i)) for i in range(len(found))]
+        sizes: list[list[int]] = found.sizes.tolist()
+        made.items += [Item(file, split, size=(h, w)) for file, (h, w) in zip(files, sizes, strict=True)]
+        for name, count in zip(names, np.bincount(found.labels, minlength=len(names) + 1)[1:], strict=True):
+            made.classes[name][split] = int(count)
+        for reason, ids in found.dropped.items():
+            what = f"{split} annotations left out" if reason != "crowd" else f"{split} annotations not learned from"
+            made.note(f"{what} ({reason})", [f"annotation id {i}" for i in ids])
+        made.note(f"{split} boxes clipped to their image", [f"annotation id {i}" for i in found.clipped])
+        bare = [made.relative(file) for file, has in zip(files, found.annotated, strict=True) if not has]
+        made.note(f"{split} images without annotations", bare)
+        made.note(f"classes without {split} objects", [n for n in names if not made.classes[n][split]])
+    return made

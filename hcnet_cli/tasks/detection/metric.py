@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import contextlib
 import io
 import json
@@ -12,20 +11,21 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
-from pycocotools import mask as rle
+from PIL import Image
 
-from hcnet_cli import dist
+from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
+from hcnet_cli.tasks.detection.annotations import decode_mask
 
 Backend = Literal["faster-coco-eval", "pycocotools"]
 # COCO's twelve numbers in the order of COCOeval.stats
 NUMBERS = ("AP", "AP50", "AP75", "AP_s", "AP_m", "AP_l", "AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l")
 IOU_TYPES = {"box": "bbox", "mask": "segm"}
+DRAW_THRESHOLD = 0.5  # detections with a lower score are not drawn
 
 
-class _Found(NamedTuple):
-    """What was found in an image, small enough to keep for every image of a set."""
+class Detections(NamedTuple):
+    """The detections in one image, small enough to keep for every image of a set."""
 
     boxes: NDArray[np.float32]  # [N, 4] x, y, width, height
     scores: NDArray[np.float32]  # [N]
@@ -42,13 +42,13 @@ class CocoAP:
     image; and a batch whose `target` names each image's `image_id`.
 
     `compute` gives box_AP, box_AP50, ..., mask_AR_l in per cent, the same on every process and for any number of them:
-    predictions are gathered, put in the order of image ids and scored once. A figure that no ground truth defines (AP_l
-    without a large object) is left out.
+    predictions are gathered, put in the order of image ids and scored once. A number without ground truth (AP_l without
+    a large object) is left out.
 
     Args:
-        annotation_file: the ground truth; nothing of it is taken from the data set.
-        load_image: image id -> picture as the annotations see it, for `save`.
-        num_pictures: pictures of the first images of the file that `save` draws.
+        annotation_file: the ground truth, read again from the file.
+        load_image: image id -> image as the annotations see it, for the pictures.
+        num_pictures: images that `save` draws, the first of the file.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class CocoAP:
         self.kinds = ["box", "mask"] if masks else ["box"]
         self.backend = backend
         self.load_image, self.num_pictures = load_image, num_pictures
-        self.found: dict[int, _Found] = {}  # by image id: of this process, after `compute` of all
+        self.found: dict[int, Detections] = {}  # by image id; of this process, after `compute` of all of them
         self.per_class: dict[str, dict[str, float]] = {}
 
     def update(self, predictions: Sequence[dict[str, Any]], batch: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class CocoAP:
             assert image_id not in self.found, f"image {image_id} was predicted twice"
             boxes, scores = (prediction[key].detach().float().cpu().numpy() for key in ("boxes", "scores"))
             masks = [_as_text(code) for code in prediction["masks"]] if "mask" in self.kinds else []
-            self.found[image_id] = _Found(
+            self.found[image_id] = Detections(
                 np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
                 scores,
                 prediction["labels"].cpu().numpy().astype(np.int32),
@@ -85,12 +85,13 @@ class CocoAP:
             )
 
     def compute(self) -> dict[str, float]:
-        together: dict[int, _Found] = {}
+        together: dict[int, Detections] = {}
         for part in dist.gather(self.found):
             twice = together.keys() & part.keys()
             assert not twice, f"images predicted by two processes: {sorted(twice)[:5]}"
             together |= part
         self.found = dict(sorted(together.items()))
+        numbers: dict[str, float]
         numbers, self.per_class = dist.broadcast(self._score() if dist.is_main() else None)
         return numbers
 
@@ -155,19 +156,33 @@ class CocoAP:
         for annotation in truth["annotations"]:
             if annotation["image_id"] in objects:
                 objects[annotation["image_id"]].append(annotation)
-        label_of = {category_id: n for n, category_id in enumerate(self.category_ids)}
         for entry in entries:
             image = self.load_image(entry["id"])
             found = self._results(entry["id"]) if entry["id"] in self.found else []
-            sure = [item for item in found if item["score"] >= SURE]
-            panels = [
-                _panel(image, items, title, label_of, self.class_names)
-                for items, title in (
-                    (objects[entry["id"]], "ground truth"),
-                    (sure, f"prediction, score {SURE} and up"),
-                )
-            ]
-            side_by_side(panels, entry["file_name"]).save(folder / f"{Path(entry['file_name']).stem}.png")
+            confident = [item for item in found if item["score"] >= DRAW_THRESHOLD]
+            panels = []
+            for items, title in (
+                (objects[entry["id"]], "ground truth"),
+                (confident, f"prediction, score {DRAW_THRESHOLD} and up"),
+            ):
+                canvas = pictures.draw_objects(image, [self._drawn(item, image) for item in items])
+                count = f"{len(items)} object{'' if len(items) == 1 else 's'}"
+                panels.append(pictures.panel(canvas, title, count))
+            file = folder / f"{Path(entry['file_name']).stem}.png"
+            pictures.sheet(panels, entry["file_name"]).save(file)
+
+    def _drawn(self, item: dict[str, Any], image: Image.Image) -> pictures.DrawnObject:
+        """A result or an annotation in COCO's format, to be drawn."""
+        label = self.category_ids.index(item["category_id"])
+        text = self.class_names[label]
+        red, green, blue = pictures.palette(len(self.class_names))[label].tolist()
+        colour = red, green, blue
+        if item.get("iscrowd"):
+            text, colour = f"{text} (crowd)", pictures.GREY
+        if "score" in item:
+            text += f"  {100 * item['score']:.0f}%"
+        mask = decode_mask(item["segmentation"], image.height, image.width) if "segmentation" in item else None
+        return pictures.DrawnObject(text, colour, item["bbox"], mask)
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
@@ -176,8 +191,8 @@ class CocoAP:
 def read_truth(annotation_file: Path, *, masks: bool = True) -> dict[str, Any]:
     """The annotation file as COCOeval needs it.
 
-    Ids count from 1 (COCOeval takes a match with id 0 for none), `iscrowd` and `area` are filled in where they are
-    missing, and polygons of fewer than three points are removed.
+    Ids count from 1 (COCOeval takes a match with id 0 as none). Missing `iscrowd` and `area` are filled in. Polygons of
+    fewer than three points are removed.
     """
     data = json.loads(annotation_file.read_bytes())
     annotations: list[dict[str, Any]] = []
@@ -205,7 +220,7 @@ def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, ba
         coco, cocoeval = reference.COCO, COCOeval
     else:
         raise UserError(f'Unknown evaluation backend "{backend}".', hint="Known: faster-coco-eval, pycocotools.")
-    with contextlib.redirect_stdout(io.StringIO()):  # the reference prints as it goes
+    with contextlib.redirect_stdout(io.StringIO()):  # COCOeval prints
 
         def index(dataset: dict[str, Any]) -> Any:
             indexed = coco()
@@ -231,85 +246,5 @@ def _as_text(code: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shortest(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The shortest decimals that stand for these float32: what is scored is what is written, in few characters."""
+    """The shortest decimals of these float32, so that the files are small and hold exactly what is scored."""
     return np.asarray(values).astype(np.str_).astype(np.float64)
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-SURE = 0.5  # detections below are not drawn
-PANEL = 640  # pixels of a panel's longer side
-INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
-
-
-def _color(label: int) -> tuple[int, int, int]:
-    """Hues a golden angle apart: neighbours in the class list look different."""
-    hue = (0.02 + label * 0.618034) % 1
-    r, g, b = colorsys.hls_to_rgb(hue, 0.52 if label % 2 else 0.44, 0.85)
-    return round(255 * r), round(255 * g), round(255 * b)
-
-
-def _mask(item: dict[str, Any], size: tuple[int, int], shown: tuple[int, int]) -> Image.Image:
-    """The mask of a result or an annotation, enlarged with a smooth edge: "L", 0 or 255."""
-    width, height = size
-    segmentation = item["segmentation"]
-    if isinstance(segmentation, list):
-        segmentation = rle.merge(rle.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = rle.frPyObjects(segmentation, height, width)
-    mask = Image.fromarray(rle.decode(segmentation) * 255)
-    return mask.resize(shown, Image.Resampling.BICUBIC).point(lambda v: 255 * (v >= 128))
-
-
-def _panel(
-    image: Image.Image,
-    items: Sequence[dict[str, Any]],
-    title: str,
-    label_of: dict[int, int],
-    class_names: Sequence[str],
-) -> Image.Image:
-    """The image enlarged, with the objects' masks, boxes and names over it and a title above."""
-    scale = PANEL / max(image.size)
-    shown = (round(image.width * scale), round(image.height * scale))
-    canvas = image.resize(shown, Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(canvas)
-    items = sorted(items, key=lambda item: -item["bbox"][2] * item["bbox"][3])  # the small ones on top
-    for item in items:
-        color = GREY if item.get("iscrowd") else _color(label_of[item["category_id"]])
-        if "segmentation" in item:
-            mask = _mask(item, image.size, shown)
-            inner = mask.filter(ImageFilter.MinFilter(5))
-            canvas.paste(Image.blend(canvas, Image.new("RGB", shown, color), 0.45), mask=inner)
-            canvas.paste(color, mask=ImageChops.subtract(mask, inner))
-    font = ImageFont.load_default(size=18)
-    for item in items:
-        crowd = item.get("iscrowd")
-        label = label_of[item["category_id"]]
-        color = GREY if crowd else _color(label)
-        x, y, width, height = (scale * v for v in item["bbox"])
-        draw.rectangle((x, y, x + width, y + height), outline=color, width=3)
-        text = class_names[label] + (" (crowd)" if crowd else "")
-        text += f"  {100 * item['score']:.0f}%" if "score" in item else ""
-        text_width = draw.textlength(text, font=font) + 12
-        left = min(max(x, 0), max(shown[0] - text_width, 0))
-        top = y - 24 if y >= 24 else min(y + height, shown[1] - 24)
-        draw.rounded_rectangle((left, top, left + text_width, top + 24), radius=4, fill=color)
-        draw.text((left + 6, top + 12), text, fill="white", font=font, anchor="lm")
-    framed = Image.new("RGB", (shown[0], shown[1] + 44), PAPER)
-    framed.paste(canvas, (0, 44))
-    heading = ImageDraw.Draw(framed)
-    heading.text((0, 22), title, fill=INK, font=ImageFont.load_default(size=24), anchor="lm")
-    count = f"{len(items)} object{'' if len(items) == 1 else 's'}"
-    heading.text((shown[0], 22), count, fill=GREY, font=ImageFont.load_default(size=20), anchor="rm")
-    return framed
-
-
-def side_by_side(panels: Sequence[Image.Image], caption: str, gap: int = 24) -> Image.Image:
-    """Panels of one size in a row, the caption below."""
-    width, height = panels[0].size
-    sheet = Image.new("RGB", (len(panels) * (width + gap) + gap, height + 44 + gap // 2), PAPER)
-    for n, panel in enumerate(panels):
-        sheet.paste(panel, (gap + n * (width + gap), gap // 2))
-    place = (gap, height + gap // 2 + 22)
-    ImageDraw.Draw(sheet).text(place, caption, fill=GREY, font=ImageFont.load_default(size=18), anchor="lm")
-    return sheet

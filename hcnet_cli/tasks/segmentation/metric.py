@@ -1,11 +1,11 @@
-"""mIoU from one confusion matrix over the whole validation set, at the labels' own resolution; and pictures.
+"""mIoU from one confusion matrix over the whole validation set, at the labels' own resolution.
 
     IoU_c = TP_c / (TP_c + FP_c + FN_c)        mIoU  its mean over the classes that have a denominator
     Acc_c = TP_c / (TP_c + FN_c)               mAcc  its mean over the classes that are labelled
                                                aAcc  all TP / all labelled pixels
 
-Pixels labelled `ignore_index` count nowhere. A class neither labelled nor predicted anywhere has no IoU: it
-is left out and said so, never counted as 0 or 1 (mmsegmentation's nanmean does the same).
+Pixels labelled `ignore_index` are not counted. A class neither labelled nor predicted anywhere has no IoU: it is left
+out with a notice, never counted as 0 or 1 (mmsegmentation's nanmean does the same).
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from hcnet_cli import dist
+from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.images import read_image
 
 Pixels = NDArray[np.uint8]
+MAX_LEGEND = 23  # classes in the legend of a picture
 
 
 def scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
@@ -47,9 +50,7 @@ def scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
 
 
 class MeanIoU:
-    """Evaluator of label maps; names of metrics end in `suffix`. Keeps the first `num_pictures` images for
-    pictures.
-    """
+    """Evaluator of label maps. Names of metrics end in `suffix`; the first `num_pictures` images are drawn."""
 
     def __init__(
         self,
@@ -70,9 +71,7 @@ class MeanIoU:
         self._result: dict[str, Any] = {}
 
     def update(self, predictions: Sequence[Tensor], batch: dict[str, Any]) -> None:
-        """Class indices [H, W] for each image; the batch has `label` (as many [H, W]), `sample` [B] and
-        `path`.
-        """
+        """Class indices [H, W] for each image; the batch has `label` (a list of [H, W]), `sample` [B] and `path`."""
         num_classes = len(self.class_names)
         samples = batch["sample"].tolist()
         for sample, path, label, prediction in zip(samples, batch["path"], batch["label"], predictions, strict=True):
@@ -85,9 +84,7 @@ class MeanIoU:
                 self._kept[sample] = (path, *(x.to(torch.uint8).cpu().numpy() for x in (label, prediction)))
 
     def compute(self) -> dict[str, float]:
-        """mIoU, mAcc, aAcc in per cent over all processes' images, and num_present, the classes behind
-        mIoU.
-        """
+        """mIoU, mAcc, aAcc in per cent over all processes' images, and num_present, the number of classes in mIoU."""
         num_classes = len(self.class_names)
         mine = torch.zeros(num_classes, num_classes, dtype=torch.int64) if self._confusion is None else self._confusion
         confusion = dist.all_reduce_sum(mine.cpu()).numpy()
@@ -118,107 +115,38 @@ class MeanIoU:
             ],
         }
         (folder / f"per_class{self.suffix}.json").write_text(json.dumps(content, indent=1) + "\n")
-        pictures = folder / f"pictures{self.suffix}"
-        pictures.mkdir(exist_ok=True)
+        target = folder / f"pictures{self.suffix}"
+        target.mkdir(exist_ok=True)
         for sample in sorted(self._kept):
             path, label, prediction = self._kept[sample]
-            draw(path, label, prediction, self.class_names, self.ignore_index, pictures / f"{Path(path).stem}.png")
+            picture = draw(read_image(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
+            picture.save(target / f"{Path(path).stem}.png")
 
 
 def _rounded(x: float) -> float | None:
     return None if np.isnan(x) else round(float(x), 4)
 
 
-# --- pictures -------------------------------------------------------------------------------------------------
-
-
-def palette(num_classes: int) -> Pixels:
-    """[K, 3] RGB: hues a golden angle apart, lightness in three steps, so that neighbours in the list
-    differ most.
-    """
-    i = np.arange(num_classes)
-    lightness, chroma = np.array([0.70, 0.55, 0.84])[i % 3], np.array([0.17, 0.18, 0.15])[i % 3]
-    hue = np.deg2rad(25 + 137.508 * i)
-    lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
-    # OKLab (Ottosson 2020) -> linear sRGB -> sRGB
-    lms = (lab @ np.array([[1, 0.3963378, 0.2158038], [1, -0.1055613, -0.0638542], [1, -0.0894842, -1.2914855]]).T) ** 3
-    rgb = (
-        lms
-        @ np.array(
-            [
-                [4.0767417, -3.3077116, 0.2309699],
-                [-1.2684380, 2.6097574, -0.3413194],
-                [-0.0041961, -0.7034186, 1.7076147],
-            ]
-        ).T
-    )
-    rgb = np.clip(rgb, 0, 1)
-    return np.rint(255 * np.where(rgb > 0.0031308, 1.055 * rgb ** (1 / 2.4) - 0.055, 12.92 * rgb)).astype(np.uint8)
-
-
-def overlay(image: Pixels, classes: Pixels, colours: Pixels, ignore_index: int) -> Pixels:
-    """The image [H, W, 3] in grey under its classes' colours, white lines between them; ignored pixels stay
-    dark grey.
-    """
-    grey = image.mean(-1, keepdims=True)
-    table = np.full((256, 3), 60, dtype=np.float64)
-    table[: len(colours)] = colours
-    table[ignore_index] = 60
-    mixed = 0.28 * grey + 0.72 * table[classes]
-    border = np.zeros(classes.shape, dtype=bool)
-    border[:, 1:] |= classes[:, 1:] != classes[:, :-1]
-    border[1:] |= classes[1:] != classes[:-1]
-    mixed[border] = 0.35 * mixed[border] + 0.65 * 255
-    return np.rint(mixed).astype(np.uint8)
-
-
 def draw(
-    image_path: str,
-    label: Pixels,
-    prediction: Pixels,
-    class_names: Sequence[str],
-    ignore_index: int,
-    target: Path,
-) -> None:
-    """Writes a PNG: image, label and prediction side by side, and a legend of the classes in it, largest
-    first.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    from PIL import Image, ImageOps
-
-    height, width = label.shape
-    with Image.open(image_path) as file:
-        image = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    zoom = max(1, round(512 / max(height, width)))  # lines between classes stay thin on small images
-    image = np.asarray(Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.BICUBIC))
-    colours = palette(len(class_names))
+    image: Image.Image, label: Pixels, prediction: Pixels, class_names: Sequence[str], ignore_index: int, caption: str
+) -> Image.Image:
+    """Image, label and prediction in a row, and a legend of the classes in them, largest first."""
+    colours = pictures.palette(len(class_names))
     counted = label != ignore_index
-    accuracy = 100 * (label == prediction)[counted].mean() if counted.any() else float("nan")
-    large = [np.kron(x, np.ones((zoom, zoom), np.uint8)) for x in (label, prediction)]
+    accuracy = f"{100 * (label == prediction)[counted].mean():.1f} % of pixels" if counted.any() else ""
     panels = [
-        ("image", image),
-        ("label", overlay(image, large[0], colours, ignore_index)),
-        (f"prediction ({accuracy:.1f} % of pixels)", overlay(image, large[1], colours, ignore_index)),
+        pictures.panel(pictures.enlarged(image), "image"),
+        pictures.panel(pictures.draw_classes(image, label, colours, ignore_index), "label"),
+        pictures.panel(pictures.draw_classes(image, prediction, colours, ignore_index), "prediction", accuracy),
     ]
     areas = np.bincount(label[counted], minlength=256) + np.bincount(prediction[counted], minlength=256)
-    shown = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c]]
-    entries = [Patch(color=colours[c] / 255, label=class_names[c]) for c in shown[:23]]
-    if len(shown) > 23:
-        entries.append(Patch(color="none", label=f"and {len(shown) - 23} more"))
+    present = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c]]
+    legend: list[tuple[str, pictures.Colour]] = []
+    for c in present[:MAX_LEGEND]:
+        red, green, blue = colours[c].tolist()
+        legend.append((class_names[c], (red, green, blue)))
+    if len(present) > MAX_LEGEND:
+        legend.append((f"and {len(present) - MAX_LEGEND} more", pictures.PAPER))
     if not counted.all():
-        entries.append(Patch(color="#3c3c3c", label="ignored"))
-    columns = 8
-    legend_height = 0.24 * -(-len(entries) // columns) + 0.12
-    panel_width = 3.4
-    panel_height = panel_width * height / width
-    figure = Figure(figsize=(3 * panel_width + 0.2, panel_height + legend_height + 0.3), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for axis, (title, panel) in zip(axes, panels, strict=True):
-        axis.imshow(panel, interpolation="nearest")
-        axis.set_title(title, fontsize=10)
-        axis.axis("off")
-    figure.legend(
-        handles=entries, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handlelength=1.2
-    )
-    figure.savefig(target, dpi=160, facecolor="white")
+        legend.append(("ignored", pictures.IGNORED))
+    return pictures.sheet(panels, caption, legend)

@@ -1,24 +1,10 @@
-"""Small real data sets that every machine has: handwritten digits, and scenes made of them, in the big sets' formats.
-
-| name | layout | content |
-|---|---|---|
-| `digits` | ImageNet folders | the 1797 digits of `sklearn.datasets.load_digits` (UCI, CC BY 4.0), 8 x 8 -> 32 x 32 |
-| `digit-scenes` | COCO 2017 | the digits on textured 128 x 128 canvases: boxes, masks, crowds, images without objects |
-| `digit-stuff` | ADE20K SceneParsing | the same scenes: ten digits and the four textures behind them, 0 = other |
-
-They are made once, on first use, and read by the very loaders that read ImageNet, COCO and ADE20K. The scenes for
-training show only digits of the training split, those for validation only the others. `digits` holds those for training
-three times more, drawn as the scenes draw them.
-"""
+"""Scenes of handwritten digits on textures, written as a COCO and as an ADE20K data set."""
 
 from __future__ import annotations
 
 import colorsys
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,113 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hcnet_cli.console import UserError, did_you_mean, notice
+from hcnet_cli.data.embedded.digits import SEED, Digit, Floats, draw_digit, load_digits
 
-VERSION = 3  # raise it when a byte of any set changes: the sets are then made anew, in a new folder
-SEED = 2  # of the scenes; not VERSION, so that they stay the same when another set changes
-DRAWN = 3  # images of each training digit beside the digit itself
 SCENES = {"train": 800, "val": 160}
 CANVAS = 128  # pixels, both sides of a scene
 TEXTURES = ("stripes", "dots", "checks", "gradient")
 HUES = (0.65, 0.33, 0.03, 0.83)  # blue, green, red, purple
-# as COCO's: with gaps, and not in the order of the categories
-CATEGORY_IDS = (7, 90, 1, 18, 44, 3, 62, 27, 85, 13)
+CATEGORY_IDS = (7, 90, 1, 18, 44, 3, 62, 27, 85, 13)  # with gaps and out of order, as COCO's
 
-Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-
-
-def cache_dir() -> Path:
-    """`$HCNET_CACHE`, else `$XDG_CACHE_HOME/hcnet`, else `~/.cache/hcnet`."""
-    if own := os.environ.get("HCNET_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hcnet"
-
-
-def data_folder(path: str) -> Path:
-    """The folder that `--data` means: an embedded set by its name, made if need be, or the path itself."""
-    return ensure(path) if path in EMBEDDED else Path(path)
-
-
-def ensure(name: str) -> Path:
-    """The folder of an embedded data set, made if it is not there yet; the same bytes on every call.
-
-    It appears under its name when complete, so a killed or a second process can do no harm. Raises UserError for an
-    unknown name and for a cache that cannot be written.
-    """
-    if name not in EMBEDDED:
-        known = ", ".join(EMBEDDED)
-        raise UserError(
-            f'There is no embedded data set "{name}".{did_you_mean(name, EMBEDDED)}', hint=f"Known: {known}."
-        )
-    folder = cache_dir() / f"embedded-v{VERSION}" / name
-    temporary = folder.with_name(f".{name}-{uuid.uuid4().hex}")
-    try:
-        if folder.is_dir():
-            return folder
-        temporary.mkdir(parents=True)
-        notice(f"Making the embedded data set {name} in {folder} (once, some seconds).")
-        EMBEDDED[name](temporary)
-        temporary.rename(folder)
-    except OSError as error:
-        if not os.path.isdir(folder):  # otherwise another process was quicker
-            raise UserError(
-                f"The embedded data set {name} cannot be written to {folder}: {error.strerror or error}.",
-                hint="Set HCNET_CACHE to a folder with some free space that you may write to.",
-            ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-# digits
-
-
-def _digits() -> dict[str, list[tuple[int, int, NDArray[np.uint8]]]]:
-    """For `train` and `val`: (number, class, grey image [8, 8]). Four in five of each class are for training."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)  # sixteen levels -> 0..255
-    split: dict[str, list[tuple[int, int, NDArray[np.uint8]]]] = {"train": [], "val": []}
-    random = np.random.RandomState(0)
-    for label in range(10):
-        numbers = random.permutation(np.flatnonzero(bunch.target == label))
-        cut = round(0.8 * len(numbers))
-        split["train"] += [(int(i), label, grey[i]) for i in numbers[:cut]]
-        split["val"] += [(int(i), label, grey[i]) for i in numbers[cut:]]
-    return split
-
-
-def _make_digits(folder: Path) -> None:
-    """Each digit fills its image. For training it is there again as scenes show digits: inked, turned, small, aside.
-
-    Maps of a model that has seen nothing but centred digits tell none apart in a scene, and segmentation gains nothing
-    from them (docs/segmentation.md).
-    """
-    for split, digits in _digits().items():
-        for label in range(10):
-            (folder / split / str(label)).mkdir(parents=True)
-        for number, label, grey in digits:
-            stem = folder / split / str(label) / f"digit_{number:04d}"
-            Image.fromarray(grey).resize((32, 32), Image.Resampling.BICUBIC).save(f"{stem}.png")
-            for again in range(DRAWN if split == "train" else 0):
-                drawn = _drawn(grey, np.random.RandomState([SEED, number, again]))
-                Image.fromarray(drawn).save(f"{stem}_{again + 1}.png")
-
-
-def _drawn(grey: NDArray[np.uint8], random: np.random.RandomState) -> NDArray[np.uint8]:
-    """A digit 14 to 27 pixels high before it is turned, anywhere on a black image [32, 32]."""
-    shape = _shape(grey, random.randint(14, 28), random)[:32, :32]
-    height, width = shape.shape
-    top, left = random.randint(0, 33 - height), random.randint(0, 33 - width)
-    image = np.zeros((32, 32), dtype=np.uint8)
-    image[top : top + height, left : left + width] = np.rint(shape * 255)
-    return image
-
-
-# scenes
 
 
 @dataclass
@@ -159,41 +47,29 @@ def _texture(kind: int, random: np.random.RandomState) -> Floats:
     angle, period = random.uniform(0, np.pi), random.uniform(9, 16)
     u = (X * np.cos(angle) + Y * np.sin(angle)) / period + random.uniform()
     v = (Y * np.cos(angle) - X * np.sin(angle)) / period + random.uniform()
-    name = TEXTURES[kind]
-    if name == "stripes":
-        return (u % 1 < 0.5).astype(np.float64)
-    if name == "dots":
-        return ((u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.3**2).astype(np.float64)
-    if name == "checks":
-        return (np.floor(u) + np.floor(v)) % 2
-    return (u - u.min()) / (u.max() - u.min())
+    patterns = {
+        "stripes": lambda: u % 1 < 0.5,
+        "dots": lambda: (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.3**2,
+        "checks": lambda: (np.floor(u) + np.floor(v)) % 2,
+        "gradient": lambda: (u - u.min()) / (u.max() - u.min()),
+    }
+    return np.asarray(patterns[TEXTURES[kind]](), dtype=np.float64)
 
 
 def _color(hue: float, saturation: float, brightness: float) -> Floats:
-    """RGB [3], 0 to 255, of the luma asked for, unless white or black is reached before."""
+    """RGB [3], 0 to 255, of this luma as far as it can be reached."""
     color = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1.0))
     return np.minimum(255, color * (brightness / (color @ [0.299, 0.587, 0.114])))
 
 
-def _dark(kind: int, low: float, high: float, random: np.random.RandomState) -> Floats:
-    """A color for a texture: each has a typical hue, as sky and grass have."""
+def _texture_color(kind: int, low: float, high: float, random: np.random.RandomState) -> Floats:
+    """Each texture has a typical hue, as sky and grass have."""
     hue = HUES[kind] + random.uniform(-0.06, 0.06)
     return _color(hue, random.uniform(0.4, 0.8), random.uniform(low, high))
 
 
-def _light(random: np.random.RandomState) -> Floats:
+def _ink_color(random: np.random.RandomState) -> Floats:
     return _color(random.uniform(), random.uniform(0, 0.4), random.uniform(185, 245))
-
-
-def _shape(grey: NDArray[np.uint8], size: int, random: np.random.RandomState) -> Floats:
-    """A digit as opacity [h, w] from 0 to 1, `size` pixels high before it is turned a little."""
-    height, width = round(size * 10 / 8), round(size * 10 / 8 * random.uniform(0.85, 1.1))
-    # a margin first: digits fill all eight rows, and would end as if cut off
-    image = Image.fromarray(np.pad(grey, 1)).resize((width, height), Image.Resampling.BICUBIC)
-    image = image.rotate(random.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
-    opacity = np.clip((np.asarray(image) / 255 - 0.2) / 0.4, 0, 1)
-    rows, columns = np.flatnonzero(opacity.any(1)), np.flatnonzero(opacity.any(0))
-    return opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _place(shape: Floats, taken: list[Mask], random: np.random.RandomState) -> Floats | None:
@@ -209,8 +85,8 @@ def _place(shape: Floats, taken: list[Mask], random: np.random.RandomState) -> F
     return None
 
 
-def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.RandomState) -> _Scene:
-    # one or two textures, parted by a wavy line
+def _scene(digits: list[Digit], random: np.random.RandomState) -> _Scene:
+    # one or two textures, separated by a wavy line
     kinds = random.permutation(len(TEXTURES))[:2]
     angle = random.uniform(0, 2 * np.pi)
     along = (X - CANVAS / 2) * np.cos(angle) + (Y - CANVAS / 2) * np.sin(angle)
@@ -220,7 +96,7 @@ def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.R
     texture = np.where(second, kinds[1], kinds[0])
     image = np.zeros((CANVAS, CANVAS, 3))
     for kind, region in zip(kinds, (~second, second), strict=True):
-        one, two = _dark(kind, 15, 40, random), _dark(kind, 60, 95, random)
+        one, two = _texture_color(kind, 15, 40, random), _texture_color(kind, 60, 95, random)
         pattern = _texture(kind, random)[..., None]
         image[region] = (one + pattern * (two - one))[region]
 
@@ -229,14 +105,14 @@ def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.R
 
     def paint(opacity: Floats) -> Mask:
         nonlocal image
-        color = _light(random)
+        color = _ink_color(random)
         image = image + opacity[..., None] * (color - image)
         mask = opacity > 0.5
         for thing in objects:
             thing.mask &= ~mask
         return mask
 
-    # clutter: discs and squares, which are no digits
+    # clutter: discs and squares
     for _ in range(random.randint(0, 3)):
         (y, x), radius = random.uniform(10, CANVAS - 10, 2), random.uniform(4, 9)
         distance = np.hypot(Y - y, X - x) if random.uniform() < 0.5 else np.maximum(abs(Y - y), abs(X - x))
@@ -250,7 +126,7 @@ def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.R
         opacity = np.zeros((CANVAS, CANVAS))
         top, left = random.randint(0, CANVAS - 44, 2)
         for place in random.permutation(9)[: random.randint(5, 9)]:
-            shape = _shape(grey, random.randint(11, 14), random)[:16, :16]
+            shape = draw_digit(grey, random.randint(11, 14), random)[:16, :16]
             y, x = top + place // 3 * 14, left + place % 3 * 14
             opacity[y : y + shape.shape[0], x : x + shape.shape[1]] = shape
         objects.append(_Object(label, paint(opacity), crowd=True))
@@ -258,7 +134,7 @@ def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.R
 
     for _ in range(0 if empty else random.randint(2, 7)):
         _, label, grey = digits[random.randint(len(digits))]
-        placed = _place(_shape(grey, random.randint(26, 52), random), [thing.mask for thing in objects], random)
+        placed = _place(draw_digit(grey, random.randint(26, 52), random), [thing.mask for thing in objects], random)
         if placed is None:
             continue
         mask = paint(placed)
@@ -270,8 +146,8 @@ def _scene(digits: list[tuple[int, int, NDArray[np.uint8]]], random: np.random.R
 
 
 def _scenes() -> Iterator[tuple[str, int, _Scene]]:
-    """(split, number from 1, scene); each scene has a generator of its own."""
-    for split, digits in _digits().items():
+    """(split, number from 1, scene). Each scene has its own generator."""
+    for split, digits in load_digits().items():
         for number in range(1, SCENES[split] + 1):
             yield split, number, _scene(digits, np.random.RandomState([SEED, split == "val", number]))
 
@@ -280,14 +156,14 @@ def _save_jpeg(image: NDArray[np.uint8], path: Path) -> None:
     Image.fromarray(image).save(path, quality=92, subsampling=0)
 
 
-# COCO
+# --- as COCO ----------------------------------------------------------------------------------------------------------
 
 
 def _outlines(mask: Mask) -> tuple[list[list[int]], bool]:
     """The borders of a mask as polygons x0, y0, x1, y1, ... along pixel edges, and whether one of them is a hole.
 
-    Every pixel edge is walked with the mask on its right; corners where two pixels meet diagonally are turned right, so
-    outlines are simple polygons, clockwise around the mask and anticlockwise around holes (y points down).
+    The walk along pixel edges keeps the mask on its right and turns right at corners where two pixels meet diagonally.
+    So outlines are simple polygons, clockwise around the mask and anticlockwise around holes (y points down).
     """
     padded = np.pad(mask, 1)
     inner = padded[1:-1, 1:-1]
@@ -326,14 +202,14 @@ def _outlines(mask: Mask) -> tuple[list[list[int]], bool]:
 
 
 def _run_lengths(mask: Mask) -> list[int]:
-    """COCO's uncompressed RLE: lengths of alternating runs of 0 and 1, column by column, the first of zeros."""
+    """COCO's uncompressed RLE: lengths of alternating runs, column by column, the first of zeros."""
     flat = mask.T.ravel().astype(np.int8)
     changes = np.flatnonzero(np.diff(flat, prepend=0))
-    return np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+    return list(np.diff(np.concatenate([[0], changes, [flat.size]])).tolist())
 
 
 def _segmentation(thing: _Object) -> Any:
-    """Polygons where they can tell the mask; RLE where it has a hole (as in 0 and 8) and for crowds."""
+    """Polygons, or RLE where the mask has a hole (as in 0 and 8) and for crowds."""
     from pycocotools import mask as coco_mask
 
     if thing.crowd:
@@ -345,7 +221,7 @@ def _segmentation(thing: _Object) -> Any:
     return {"size": list(thing.mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
-def _make_digit_scenes(folder: Path) -> None:
+def make_digit_scenes(folder: Path) -> None:
     files = {
         split: {
             "info": {"description": "digit-scenes: handwritten digits on textures", "version": str(SEED)},
@@ -387,10 +263,10 @@ def _make_digit_scenes(folder: Path) -> None:
         (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
 
 
-# ADE20K
+# --- as ADE20K --------------------------------------------------------------------------------------------------------
 
 
-def _make_digit_stuff(folder: Path) -> None:
+def make_digit_stuff(folder: Path) -> None:
     """Labels: 0 other, 1..10 the digits 0..9, 11..14 the textures.
 
     Names and statistics are in `objectInfo150.txt`, the name and columns of ADE20K's own list.
@@ -419,10 +295,3 @@ def _make_digit_stuff(folder: Path) -> None:
         stuff = int(name in TEXTURES)
         lines.append(f"{index}\t{ratio}\t{images['train'][index]}\t{images['val'][index]}\t{stuff}\t{name}")
     (folder / "objectInfo150.txt").write_text("\n".join(lines) + "\n")
-
-
-EMBEDDED: dict[str, Callable[[Path], None]] = {
-    "digits": _make_digits,
-    "digit-scenes": _make_digit_scenes,
-    "digit-stuff": _make_digit_stuff,
-}

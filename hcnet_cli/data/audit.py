@@ -1,0 +1,102 @@
+"""What `hcnet check` knows of a data set: its images, its classes, and what was found. Every format builds its own."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hcnet_cli.data.images import Size
+
+FILES_SHOWN = 3  # in the line of a finding
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image and what its data set says of it."""
+
+    path: str
+    split: str
+    label: str = ""  # its class, where an image has one
+    size: Size | None = None  # (height, width), where the annotations give it
+    annotation: str = ""  # its label file, where it has one
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One kind of thing worth knowing. `wrong`: it spoils training or its scores, and the command exits with 1.
+
+    Each entry of `files` is a file, or a list of files that show the same picture.
+    """
+
+    what: str
+    files: Sequence[str | list[str]]
+    wrong: bool = False
+
+    def __str__(self) -> str:
+        shown = "; ".join(map(_brief, self.files[:FILES_SHOWN]))
+        more = f"; and {len(self.files) - FILES_SHOWN:,} more" if len(self.files) > FILES_SHOWN else ""
+        return f"{'WRONG: ' if self.wrong else ''}{self.what} ({len(self.files):,}): {shown}{more}"
+
+
+def _brief(file: str | list[str]) -> str:
+    """Of equal files the first and the last, which lie in different splits if any do."""
+    if isinstance(file, str):
+        return file
+    return f"{file[0]} = {file[-1]}" + (f" and {len(file) - 2:,} more" if len(file) > 2 else "")
+
+
+@dataclass
+class Audit:
+    """A data set under inspection.
+
+    `classes`: how many `unit` each class has in each split. `count_pixels`, for formats with a label file per image,
+    reads an item's label and counts its pixels by class, the ignored ones last: [number of classes + 1].
+    """
+
+    data: str
+    root: Path
+    layout: str
+    unit: str
+    items: list[Item]
+    classes: dict[str, dict[str, float]]
+    count_pixels: Callable[[Item], NDArray[np.int64]] | None = None
+    findings: list[Finding] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # on the classes
+    sizes: dict[str, list[Size]] = field(default_factory=lambda: defaultdict(list))  # of the images, by split
+
+    @property
+    def images(self) -> dict[str, int]:
+        """The number of images of each split."""
+        return dict(Counter(item.split for item in self.items))
+
+    @property
+    def wrong(self) -> bool:
+        return any(finding.wrong for finding in self.findings)
+
+    def note(self, what: str, files: Sequence[str | list[str]], wrong: bool = False) -> None:
+        """Adds a finding, if any file shows it."""
+        if files:
+            self.findings.append(Finding(what, files, wrong))
+
+    def note_pixels(self, counts: Mapping[str, NDArray[np.int64]]) -> None:
+        """Adds each class's share of the pixels, from the sums of `count_pixels` over each split."""
+        for split, pixels in counts.items():
+            shares = 100 * pixels / pixels.sum()
+            for name, share in zip(self.classes, shares.tolist(), strict=False):  # the last is no class
+                self.classes[name][split] = share
+            self.note(f"classes in no {split} label", [name for name, of in self.classes.items() if not of[split]])
+            self.remarks.append(f"{shares[-1]:.2f}% of the {split} pixels are ignored.")
+
+    def relative(self, file: str) -> str:
+        """A path below the data folder, without that folder."""
+        return file.removeprefix(f"{self.root}/")
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Class names; a name that several classes have gets the number of the class."""
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]

@@ -1,0 +1,156 @@
+"""Pictures of predictions: the ground truth next to what a model says, as PIL images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
+PANEL = 640  # pixels, the longer side of a panel
+GAP = 24  # pixels between panels
+IGNORED = (60, 60, 60)  # colour of pixels without a class
+Colour = tuple[int, int, int]
+Pixels = NDArray[np.uint8]
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu, which comes with matplotlib: the same letters on every machine, in many alphabets."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+
+
+def palette(num_classes: int) -> Pixels:
+    """[K, 3] RGB: hues a golden angle apart, lightness in three steps, so that neighbours in the list differ most."""
+    i = np.arange(num_classes)
+    lightness, chroma = np.array([0.70, 0.55, 0.84])[i % 3], np.array([0.17, 0.18, 0.15])[i % 3]
+    hue = np.deg2rad(25 + 137.508 * i)
+    lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    # OKLab (Ottosson 2020) -> linear sRGB -> sRGB
+    to_lms = np.array([[1, 0.3963378, 0.2158038], [1, -0.1055613, -0.0638542], [1, -0.0894842, -1.2914855]])
+    to_rgb = np.array(
+        [
+            [4.0767417, -3.3077116, 0.2309699],
+            [-1.2684380, 2.6097574, -0.3413194],
+            [-0.0041961, -0.7034186, 1.7076147],
+        ]
+    )
+    rgb = np.clip((lab @ to_lms.T) ** 3 @ to_rgb.T, 0, 1)
+    srgb = np.where(rgb > 0.0031308, 1.055 * rgb ** (1 / 2.4) - 0.055, 12.92 * rgb)
+    return np.asarray(np.rint(255 * srgb), dtype=np.uint8)
+
+
+# --- panels and sheets ------------------------------------------------------------------------------------------------
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """The image with a longer side of PANEL pixels."""
+    scale = PANEL / max(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:
+    """The image under a title at the left and a note at the right."""
+    framed = Image.new("RGB", (image.width, image.height + 44), PAPER)
+    framed.paste(image, (0, 44))
+    draw = ImageDraw.Draw(framed)
+    draw.text((0, 22), title, fill=INK, font=_font(20), anchor="lm")
+    draw.text((image.width, 22), note, fill=GREY, font=_font(16), anchor="rm")
+    return framed
+
+
+def sheet(panels: Sequence[Image.Image], caption: str, legend: Sequence[tuple[str, Colour]] = ()) -> Image.Image:
+    """Panels of one size in a row; below them a legend of names with their colours, and a caption."""
+    width, height = panels[0].size
+    total = len(panels) * (width + GAP) + GAP
+    places, rows = _flow([name for name, _ in legend], total - 2 * GAP)
+    top = height + GAP  # of the legend
+    image = Image.new("RGB", (total, top + 28 * rows + 44), PAPER)
+    for n, one in enumerate(panels):
+        image.paste(one, (GAP + n * (width + GAP), GAP // 2))
+    draw = ImageDraw.Draw(image)
+    for (name, colour), (x, row) in zip(legend, places, strict=True):
+        y = top + 28 * row
+        draw.rounded_rectangle((GAP + x, y + 5, GAP + x + 24, y + 21), radius=3, fill=colour)
+        draw.text((GAP + x + 32, y + 13), name, fill=INK, font=_font(15), anchor="lm")
+    draw.text((GAP, top + 28 * rows + 20), caption, fill=GREY, font=_font(15), anchor="lm")
+    return image
+
+
+def _flow(names: Sequence[str], width: int) -> tuple[list[tuple[int, int]], int]:
+    """(x, row) of each entry of a legend, in rows of at most `width` pixels, and the number of rows."""
+    places, x, row = [], 0, 0
+    for name in names:
+        needed = 32 + round(_font(15).getlength(name)) + 24
+        if x and x + needed > width:
+            x, row = 0, row + 1
+        places.append((x, row))
+        x += needed
+    return places, row + bool(names)
+
+
+# --- objects ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DrawnObject:
+    """An object in the pixels of its image. Box: x, y, width, height; mask: [H, W] of 0 and 1."""
+
+    text: str
+    colour: Colour
+    box: tuple[float, float, float, float]
+    mask: Pixels | None = None
+
+
+def draw_objects(image: Image.Image, objects: Sequence[DrawnObject]) -> Image.Image:
+    """The enlarged image under the objects' masks, boxes and names, large objects first."""
+    canvas = enlarged(image)
+    scale = canvas.width / image.width
+    objects = sorted(objects, key=lambda one: -one.box[2] * one.box[3])
+    for one in objects:
+        if one.mask is not None:
+            mask = Image.fromarray(one.mask * 255).resize(canvas.size, Image.Resampling.BICUBIC)
+            mask = mask.point(lambda v: 255 * (v >= 128))
+            inner = mask.filter(ImageFilter.MinFilter(5))
+            canvas.paste(Image.blend(canvas, Image.new("RGB", canvas.size, one.colour), 0.45), mask=inner)
+            canvas.paste(one.colour, mask=ImageChops.subtract(mask, inner))
+    draw = ImageDraw.Draw(canvas)
+    for one in objects:
+        x, y, width, height = (scale * v for v in one.box)
+        draw.rectangle((x, y, x + width, y + height), outline=one.colour, width=3)
+        text_width = draw.textlength(one.text, font=_font(15)) + 12
+        left = min(max(x, 0), max(canvas.width - text_width, 0))
+        top = y - 24 if y >= 24 else min(y + height, canvas.height - 24)
+        draw.rounded_rectangle((left, top, left + text_width, top + 24), radius=4, fill=one.colour)
+        dark = np.dot(one.colour, (0.299, 0.587, 0.114)) < 150
+        draw.text((left + 6, top + 12), one.text, fill="white" if dark else INK, font=_font(15), anchor="lm")
+    return canvas
+
+
+# --- class maps -------------------------------------------------------------------------------------------------------
+
+
+def draw_classes(image: Image.Image, classes: Pixels, colours: Pixels, ignore_index: int) -> Image.Image:
+    """The enlarged image under a map of classes [H, W]."""
+    canvas = enlarged(image)
+    large = Image.fromarray(classes).resize(canvas.size, Image.Resampling.NEAREST)
+    return Image.fromarray(overlay(np.asarray(canvas), np.asarray(large), colours, ignore_index))
+
+
+def overlay(image: Pixels, classes: Pixels, colours: Pixels, ignore_index: int) -> Pixels:
+    """The image [H, W, 3] in grey under its classes' colours, with white lines between them; ignored: dark grey."""
+    table = np.full((256, 3), IGNORED, dtype=np.float64)
+    table[: len(colours)] = colours
+    table[ignore_index] = IGNORED
+    mixed = 0.28 * image.mean(-1, keepdims=True) + 0.72 * table[classes]
+    border = np.zeros(classes.shape, dtype=bool)
+    border[:, 1:] |= classes[:, 1:] != classes[:, :-1]
+    border[1:] |= classes[1:] != classes[:-1]
+    mixed[border] = 0.35 * mixed[border] + 0.65 * 255
+    return np.asarray(np.rint(mixed), dtype=np.uint8)
