@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
-from hcnet_cli.console import UserError, duration, err, notice, warn
+from hcnet_cli.console import UserError, duration, err, launch, notice, warn
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.results import Run
@@ -54,7 +53,7 @@ def run(design: Design, settings: Settings) -> tuple[StudyRecord, int]:
 
     UserError if the training program refuses the baseline at once, as it would every cell.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch().world_size > 1:
         raise UserError("An ablation starts its own processes.", hint="Run it without torchrun; see --jobs.")
     with exclusive(settings.results / "studies" / design.name):
         return StudyProcess(design, settings).run()
@@ -310,7 +309,9 @@ class StudyProcess:
                 notice("Stopping: the runs finish their step and save. A second signal ends them at once.")
             self.stop = number
 
-        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the study goes on without its terminal
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, receive) for number in numbers}
         try:
             yield
