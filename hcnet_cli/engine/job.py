@@ -132,6 +132,6 @@ def to_device(value: T, device: torch.device) -> T:
     return cast(T, moved)
 
 
-def autocast(job: Job) -> AbstractContextManager[object]:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision)
-    return torch.autocast(job.device.type, dtype) if dtype else nullcontext()
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()

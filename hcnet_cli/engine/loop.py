@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -111,11 +112,9 @@ def evaluate(job: Job, evaluation: Evaluation, progress: Progress | None = None)
     UserError where the metric that matters is undefined on these data.
     """
     evaluator = evaluation.task.evaluator()
-    if progress is None:
-        with Progress(len(evaluation.batches)) as progress:
-            metrics = predict(job, evaluation, evaluator, evaluation.batches, progress)
-    else:
-        metrics = predict(job, evaluation, evaluator, evaluation.batches, progress)
+    with contextlib.nullcontext(progress) if progress else Progress(len(evaluation.batches)) as shown:
+        predict(job, evaluation, evaluator, evaluation.batches, shown)
+        metrics = evaluator.compute()
     primary = evaluation.task.primary
     if not math.isfinite(metrics.get(primary, math.nan)):
         raise UserError(
@@ -126,9 +125,9 @@ def evaluate(job: Job, evaluation: Evaluation, progress: Progress | None = None)
 
 
 def predict(
-    job: Job, evaluation: Evaluation, evaluator: Evaluator, batches: EvalBatches, progress: Progress | None
-) -> dict[str, float]:
-    """Hands the predictions for `batches` to the evaluator; its metrics."""
+    job: Job, evaluation: Evaluation, evaluator: Evaluator, batches: EvalBatches, progress: Progress | None = None
+) -> None:
+    """Hands the predictions for `batches` to the evaluator."""
     task = evaluation.task
     trained = task.model
     task.model = job.weights
@@ -137,12 +136,11 @@ def predict(
         with torch.inference_mode():
             for number, batch in enumerate(batches, 1):
                 moved = to_device(batch, job.device)
-                with autocast(job):
+                with autocast(job.precision, job.device):
                     predictions = task.predict(moved)
                 evaluator.update(predictions, moved)
                 if progress:
                     progress.evaluating(number, len(batches))
-            return evaluator.compute()
     finally:
         task.model = trained
         task.train()
@@ -175,9 +173,9 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
 
     with Stopper() as stopper, Progress(job.total_steps, state.step, job.task.primary) as progress:
         if dist.from_main(lambda: state.step == state.best_step and (folder.path / "final" / MISSING).exists()):
-            _, evaluator = evaluate(job, job.evaluations[0], progress)
+            _, again = evaluate(job, job.evaluations[0], progress)
             if main:
-                save_final(evaluator, folder.path / "final")
+                save_final(again, folder.path / "final")
         while state.step < job.total_steps:
             begun = time.monotonic()
             batches = [next(micro_batches) for _ in range(job.accumulate)]

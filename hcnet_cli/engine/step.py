@@ -105,7 +105,7 @@ class Stepper:
             # processes exchange gradients after the last micro-batch only
             synced = number == len(batches) or not isinstance(self.net, DistributedDataParallel)
             with nullcontext() if synced else cast(DistributedDataParallel, self.net).no_sync():
-                with autocast(self.job):
+                with autocast(self.job.precision, self.job.device):
                     losses: dict[str, Tensor] = self.net(batch)
                 self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()  # type: ignore[no-untyped-call]
             for name, loss in losses.items():
