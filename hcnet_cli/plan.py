@@ -23,6 +23,7 @@ from hcnet_cli.files import existing_parent
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 
+QUICK_SECONDS = 2.0  # of the first step, below which it is made again for its time
 TRIAL_SECONDS = 0.3  # of a step, above which the time estimate tries no larger batch
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
@@ -146,14 +147,13 @@ def saved_activations(task: Task, image: tuple[int, int]) -> int:
 def seconds_per_image(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) -> float:
     """Forward and backward time of one training image, measured on a few batches of real data. Rough.
 
-    Starts with 2 images and grows, up to the micro-batch, until a step takes TRIAL_SECONDS. UserError for parameters
-    that are not trained.
+    Starts with 2 images, twice where that is quick, for the first step takes longer; then grows, up to the micro-batch,
+    until a step takes TRIAL_SECONDS. UserError for parameters that are not trained.
     """
     most = recipe.train.batch_size // (recipe.train.accumulate * dist.processes())
-    size, seconds = 0, 0.0
     task.to(device).train()
-    while size < most and seconds < TRIAL_SECONDS:
-        size = min(4 * size or 2, most)
+
+    def step(size: int) -> float:
         indices = [n * len(data.train) // size for n in range(size)]
         batch = loader.sample_batch(data.train, indices, recipe.train.seed, data.collate)
         begun = time.perf_counter()
@@ -162,8 +162,16 @@ def seconds_per_image(recipe: Recipe, data: DataSplits, task: Task, device: torc
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - begun
+        return time.perf_counter() - begun
+
+    size = min(2, most)
+    seconds = step(size)
     engine.check_unused(task)
+    if seconds < QUICK_SECONDS:
+        seconds = step(size)
+    while size < most and seconds < TRIAL_SECONDS:
+        size = min(4 * size, most)
+        seconds = step(size)
     task.zero_grad(set_to_none=True)
     return seconds / size
 

@@ -98,7 +98,7 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
 
 def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
     folder, recipe = run.folder, run.recipe
-    if options.fresh:
+    if options.fresh and not dist.from_main(lambda: folder.waited):  # what was waited for is fresh
         dist.from_main(folder.clear)
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":

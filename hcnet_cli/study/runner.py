@@ -64,6 +64,7 @@ class _Job:
     cell: Cell
     process: subprocess.Popen[bytes]
     began: float
+    waiting: bool = False  # for another process that trains the same run
 
 
 class StudyProcess:
@@ -205,6 +206,7 @@ class StudyProcess:
             if time.monotonic() - shown > SHOW_EVERY:
                 shown = time.monotonic()
                 self._name_runs()
+                self._notice_waiting()
             show()
             time.sleep(POLL_EVERY)
 
@@ -216,6 +218,14 @@ class StudyProcess:
             if folder := find_run(self.recipe(cell), found):
                 cell.run = folder.name
                 self.write()
+
+    def _notice_waiting(self) -> None:
+        """Says which cells wait for a run that another study trains; its result is theirs too."""
+        for job in self.jobs.values():
+            log = self.settings.results / job.cell.log
+            if not job.waiting and runs.WAITING in log.read_text(encoding="utf-8", errors="replace"):
+                job.waiting = True
+                self.announce(f"{self.label(job.cell)}: another process trains this run; waiting for it")
 
     def _next(self) -> Cell | None:
         for cell in self.record.cells:
@@ -245,6 +255,7 @@ class StudyProcess:
         if cell.run in self.start_over:
             line.append("--fresh")
         env = environment(slot, self.settings.jobs, self.settings.device)
+        env[runs.WAIT_VARIABLE] = "1"  # another study may train the same run
         with writing(log), log.open("wb") as file:
             # its own session, so that Ctrl-C reaches it through _work alone
             process = subprocess.Popen(
