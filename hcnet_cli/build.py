@@ -88,8 +88,7 @@ def build_backbone(recipe: Recipe, num_classes: int, *, maps: bool = False) -> n
     model = recipe.model
     with rng.seeded(rng.derive(recipe.train.seed, "init")):
         if model.name:
-            drop_path = {} if model.drop_path_rate is None else {"drop_path_rate": model.drop_path_rate}
-            return backbones.create(model.name, num_classes, {**drop_path, **model.args}, maps=maps)
+            return backbones.create(model.name, num_classes, model.args, drop_path_rate=model.drop_path_rate, maps=maps)
         shape = model.model_dump(include={"depths", "dims", "kernel_size", "mlp_ratio", "drop_path_rate"})
         given = {name: value for name, value in shape.items() if value is not None}
         try:

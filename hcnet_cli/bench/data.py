@@ -32,7 +32,7 @@ from hcnet_cli.data.images import read_image
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.classification import augment
-from hcnet_cli.tasks.classification.spec import ImageFolder
+from hcnet_cli.tasks.classification.spec import SPEC, ImageFolder
 
 SAMPLE = 64  # images of a turn for the parts before the loader
 TURN = 128  # images that each process delivers in a loader's turn, about
@@ -69,7 +69,7 @@ def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
     changes: list[tuple[str, Any, str]] = [("data.path", data, "--data")]
     if img_size is not None:
         changes.append(("data.img_size", img_size, "--img-size"))
-    recipe = rcp.resolve(rcp.recipe_file(name, "pretrain"), changes).recipe
+    recipe = rcp.resolve(rcp.recipe_file(name, SPEC.name), changes).recipe
     if not isinstance(recipe.data, ImageFolder):
         raise UserError(f"The recipe {name} is for {recipe.task}.", hint="Only pretraining reads image folders.")
     return recipe

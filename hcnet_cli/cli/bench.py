@@ -9,6 +9,7 @@ import typer
 
 from hcnet_cli.cli import options
 from hcnet_cli.console import UserError
+from hcnet_cli.tasks.classification.spec import SPEC
 
 app = typer.Typer()
 
@@ -61,7 +62,7 @@ def bench(
 @app.command("data")
 def bench_data(
     data: Annotated[str | None, typer.Option(help="An image folder (default: synthetic JPEGs).")] = None,
-    recipe: Annotated[str, typer.Option(help="The pretrain recipe whose augmentation is timed.")] = "imagenet",
+    recipe: Annotated[str, typer.Option(help="The pretrain recipe whose augmentation is timed.")] = SPEC.default_recipe,
     img_size: Annotated[int | None, typer.Option(min=8, help="Height and width (default: the recipe's).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data; 0: this one.")] = 0,
