@@ -175,7 +175,7 @@ def test_every_field_is_explained() -> None:
                 assert len(explained[key].description) > 5, key
     assert explained["optim.no_decay"].tasks == tuple(TASKS)
     assert recipe_reference.explain_field("optim.no_decay")[0] == "optim.no_decay"
-    with pytest.raises(UserError, match='Did you mean "optim.lr"'):
+    with pytest.raises(UserError, match=r'Did you mean "optim\.lr"'):
         recipe_reference.explain_field("optim.lrr")
 
 
