@@ -302,7 +302,7 @@ class HcNet(nn.Module):
         """A new head for `num_classes` (0: none), optionally with another pooling ("": none)."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self.head.apply(_init_block_weights)
+        self.head.to(next(self.parameters())).apply(_init_block_weights)
 
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
