@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import hcnet_cli.models  # registers the sizes with timm
-from hcnet_cli import dist, optim, profile, rng
+from hcnet_cli import dist, kernels, optim, profile, rng
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data import embedded, loader
@@ -354,6 +354,7 @@ def build_job(recipe: Recipe, data: Data, task: Any, device: torch.device) -> Jo
     train = recipe.train
     plan = data.steps(recipe)
     task.to(device)
+    kernels.accelerate(task.model)
     if train.compile:
         task.model.compile()  # in place: names in checkpoints stay as they are
     batches = loader.TrainLoader(

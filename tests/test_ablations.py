@@ -18,9 +18,8 @@ from synthetic_runs import make_run
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError
-from hcnet_cli.models.hcnet import _check_disable
 from hcnet_cli.report import FORMATS, render
-from hcnet_cli.sizes import COMPONENTS
+from hcnet_cli.sizes import COMPONENTS, ordered_components
 from hcnet_cli.study import design
 from hcnet_cli.study.design import Base, Cell, Study, StudyRecord, compare, holm
 
@@ -222,7 +221,7 @@ def test_disable_makes_an_arm_of_each_and_one_of_several() -> None:
 def test_combinations_are_refused_just_where_the_model_refuses_them(names: tuple[str, ...]) -> None:
     """The rule stands here once more, without torch; the model's own is the judge."""
     try:
-        _check_disable(names)
+        ordered_components(names)
         meaningful = True
     except ValueError:
         meaningful = False

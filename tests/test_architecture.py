@@ -18,6 +18,7 @@ LAYERS = [
     ["train", "explain", "bench", "check"],
     ["build"],
     ["engine", "tasks"],
+    ["kernels"],
     ["models", "data", "metrics", "optim", "profile", "checkpoint", "weights"],
     ["dist", "rng"],
     ["report", "study"],
