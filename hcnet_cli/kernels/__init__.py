@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,13 +17,13 @@ from torch import nn
 from hcnet_cli.models.hcnet import HcNet, HeatConduction, RefinementApproximation
 
 from .compare import same_results
-from .depthwise import PaddedConduction, PaddedConv2d
+from .depthwise import SmallConduction, SmallConv2d
 from .linear import PackedLinear
 from .refinement import LeanRefinement
 
 SWITCH = "HCNET_KERNELS"  # environment variable; 0 turns every form off
 
-__all__ = ["SWITCH", "LeanRefinement", "PackedLinear", "PaddedConduction", "PaddedConv2d", "accelerate"]
+__all__ = ["SWITCH", "LeanRefinement", "PackedLinear", "SmallConduction", "SmallConv2d", "accelerate"]
 
 
 def accelerate(model: nn.Module, *, inference: bool = False) -> list[str]:
@@ -46,14 +47,15 @@ def accelerate(model: nn.Module, *, inference: bool = False) -> list[str]:
     packable = inference and torch.backends.mkldnn.is_available()
     done: Counter[str] = Counter()
     verdicts: dict[tuple[object, ...], bool] = {}
-    for layer in [layer for backbone in backbones for layer in backbone.modules()]:
-        if type(layer) in (HeatConduction, PaddedConduction):
-            _exchange(layer, PaddedConduction, "heat conduction padded on small maps", done, verdicts)
+    layers: list[Any] = [layer for backbone in backbones for layer in backbone.modules()]
+    for layer in layers:
+        if type(layer) in (HeatConduction, SmallConduction):
+            _exchange(layer, SmallConduction, "heat conduction on small maps", done, verdicts)
         if type(layer) not in (RefinementApproximation, LeanRefinement):
             continue
         _exchange(layer, LeanRefinement, "lean refinement", done, verdicts)
-        if type(layer.filters) in (nn.Conv2d, PaddedConv2d):
-            _exchange(layer.filters, PaddedConv2d, "filters padded on small maps", done, verdicts)
+        if type(layer.filters) in (nn.Conv2d, SmallConv2d):
+            _exchange(layer.filters, SmallConv2d, "filters on small maps", done, verdicts)
         for linear in (layer.fc1, layer.fc2) if packable else ():
             if type(linear) in (nn.Linear, PackedLinear):
                 _exchange(linear, PackedLinear, "packed linear layer", done, verdicts)

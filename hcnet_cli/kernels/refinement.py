@@ -17,7 +17,7 @@ from hcnet_cli.models.hcnet import RefinementApproximation
 from .support import PlainWhenScripted, on_cpu
 
 CHUNK_ELEMENTS = 2**21  # of a hidden map; 8 MB in float32
-CHECKPOINT_ELEMENTS = 2**18  # smaller hidden maps are kept: recomputing them costs more than their memory is worth
+CHECKPOINT_ELEMENTS = 2**19  # hidden maps up to this size are not recomputed: that would cost more than their memory
 
 
 def images_per_chunk(u: Tensor, hidden: int) -> int:
@@ -49,7 +49,7 @@ class LeanRefinement(PlainWhenScripted, RefinementApproximation):
 
     def contract(self, hidden: Tensor) -> Tensor:
         recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling() and on_cpu(hidden)
-        if not recompute or hidden.numel() < CHECKPOINT_ELEMENTS:
+        if not recompute or hidden.numel() <= CHECKPOINT_ELEMENTS:
             return super().contract(hidden)
         # Non-reentrant: recomputation stops once fc2's input is there, so fc2 is not computed again.
         return checkpoint(super().contract, hidden, use_reentrant=False, preserve_rng_state=False)
