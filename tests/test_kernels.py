@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hcnet_cli import kernels, profile
 from hcnet_cli.kernels import refinement
-from hcnet_cli.models import HcNet, RefinementApproximation
+from hcnet_cli.models import HcNet, HeatConduction, RefinementApproximation
 from hcnet_cli.models.hcnet import HcBlock
 from hcnet_cli.models.literal import Block as LiteralBlock
 from hcnet_cli.sizes import COMPONENTS, ordered_components
@@ -177,6 +177,15 @@ def test_a_layer_that_chunks_or_recomputation_would_change_is_left_out(
     assert any("lean refinement left out" in line for line in kernels.accelerate(model))
     assert torch.equal(state, torch.get_rng_state())
     assert all(type(block.refinement) is RefinementApproximation for stage in model.stages for block in stage.blocks)
+
+
+def test_an_edited_flow_is_what_runs_on_small_maps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = HeatConduction.flow
+    monkeypatch.setattr(HeatConduction, "flow", lambda self, u: 10 * original(self, u))
+    model, x = small().train(), torch.randn(3, 3, 16, 16)
+    fast = copy.deepcopy(model)
+    assert any("heat conduction on small maps left out" in line for line in kernels.accelerate(fast))
+    assert_near(step(fast, x), step(model, x), 2e-5)
 
 
 def test_batch_norm_sees_the_whole_batch() -> None:

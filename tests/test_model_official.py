@@ -71,7 +71,7 @@ def test_unknown_names_are_left_for_the_loader_to_report() -> None:
 
 
 def test_timm_loads_a_translated_checkpoint_file(tmp_path: Path) -> None:
-    """timm reads a local file under this project's names."""
+    """A local file under this project's names."""
     official = randomized(ReferenceHcNet((2, 2, 4, 2), (32, 64, 128, 160), 1000)).state_dict()
     ours = remap_official_state_dict(official)
     file = str(tmp_path / "ours.safetensors")

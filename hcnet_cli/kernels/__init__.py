@@ -72,7 +72,9 @@ def _exchange(
     if type(layer) is form:  # accelerated before
         done[name] += 1
         return
-    configuration = (form, repr(layer), layer.training)
+    settings = {name: value for name, value in vars(layer).items() if isinstance(value, (bool, int, float, str, tuple))}
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items()]
+    configuration = (form, repr(layer), str(settings), str(shapes))
     if configuration not in verdicts:
         verdicts[configuration] = same_results(layer, form)
     if verdicts[configuration]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import refinement
 
-TOLERANCE = 1e-4  # of the largest value, in float32; rounding differs by about 1e-6
+TOLERANCE = 1e-5  # of the largest value, in float32; rounding differs by about 1e-6
 
 
 def same_results(layer: nn.Module, form: Any) -> bool:
