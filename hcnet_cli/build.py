@@ -27,7 +27,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import hcnet_cli.models  # registers the sizes with timm
-from hcnet_cli import dist, optim, rng
+from hcnet_cli import dist, kernels, optim, rng
 from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.splits import DataSplits
@@ -212,6 +212,7 @@ def build_job(recipe: Recipe, data: DataSplits, task: Task, device: torch.device
     train = recipe.train
     plan = steps(recipe, data)
     task.to(device)
+    faster = kernels.accelerate(task.model) if train.kernels else ["no kernels: train.kernels is false"]
     if train.compile:
         task.model.compile()  # in place: names in checkpoints stay as they are
     batches = loader.TrainLoader(
@@ -258,6 +259,7 @@ def build_job(recipe: Recipe, data: DataSplits, task: Task, device: torch.device
         seed=train.seed,
         ema=None if train.ema_decay is None else ModelEmaV3(task.model, decay=train.ema_decay),
         describe_weights=_weights_metadata(recipe, data),
+        kernels=faster,
     )
 
 

@@ -27,7 +27,8 @@ LAYERS = [
     ["task modules"],  # tasks/*/task.py
     ["task parts"],  # tasks/*/: data formats, heads, metrics
     ["engine"],
-    ["models", "kernels", "data", "optim", "profile", "checkpoint", "weights", "device", "pictures"],
+    ["kernels"],
+    ["models", "data", "optim", "profile", "checkpoint", "weights", "device", "pictures"],
     ["dist", "rng"],
     ["report"],
     ["study"],
