@@ -113,6 +113,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
         info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
     info = with_progress(info, state)
     info.metric_notes = protocols(job.evaluations)
+    info.kernels = list(job.kernels)
     _announce(run, info, state)
     seconds = rehearsal.rehearse(job, recipe, run.data, folder.path)
     _announce_time(run, info, state, seconds)
