@@ -124,7 +124,7 @@ def test_what_an_evaluation_raises_is_found_before_step_1(
         return real(self, *arguments)
 
     monkeypatch.setattr(Accuracy, method, fails)
-    more = ("--set", "evaluation.other.img_size=20")
+    more = ("--set", "evaluation.other.img_size=20", "--set", "evaluation.other.when=end")
     done = hcnet(*CLASSIFY, *more, "--data", folder_of_images, "--out", tmp_path)
     refused(done, f"The evaluation {name} fails.*IndexError: list index out of range", tmp_path)
 
