@@ -45,7 +45,7 @@ def rehearse(job: engine.Job, recipe: Recipe, data: DataSplits, folder: Path) ->
         finally:
             if dist.is_main():
                 shutil.rmtree(scratch, ignore_errors=True)
-    return max(dist.gather(seconds))
+    return float(max(dist.gather(seconds)))
 
 
 def _rehearse_evaluation(job: engine.Job, evaluation: engine.Evaluation, samples: int, scratch: Path) -> None:
