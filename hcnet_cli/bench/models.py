@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from hcnet_cli import files, kernels, optim, profile, rng
-from hcnet_cli.bench.turns import cpu_of_others, seconds, take_turns
+from hcnet_cli.bench.turns import cores_of_others, seconds, take_turns
 from hcnet_cli.console import UserError, did_you_mean, status_line, warn
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.models import HcNet, remap_official_state_dict
@@ -33,6 +32,7 @@ PLAIN = ":plain"  # after the name of an HcNet: without hcnet_cli.kernels
 NAMES = {size.timm_name for size in SIZES.values()}
 MODES = ("infer", "train")
 ENDINGS = (".md", ".json")
+Turn = Callable[[], "tuple[float, float | None] | None"]  # images/s, ms at batch 1 in inference; None once it failed
 SECONDS = {"rate": 0.5, "latency": 0.15}  # about what a contender gets of a round, but one pass at least
 WARM_UP = 3  # passes: compilation, choice of kernels, the optimizer's state
 
@@ -170,18 +170,9 @@ def literal(model: HcNet) -> ReferenceHcNet:
     return twin
 
 
-@dataclass
-class Runner:
-    """One pass or training step of a contender on a batch, and on one image."""
-
-    whole: Callable[[], None]
-    single: Callable[[], None] | None
-    repeats: dict[str, int]
-
-
 def prepare(
     contender: Contender, settings: Settings, literal_of: str, layouts: dict[tuple[str, ...], torch.memory_format]
-) -> Runner:
+) -> Turn:
     """Builds, compiles and warms up; fills in what needs no clock. Raises whatever the model or compiler raises.
 
     layouts: what was found fastest for the same model, shared between its eager and compiled forms.
@@ -207,22 +198,22 @@ def prepare(
 
     if isinstance(model, ReferenceHcNet):
         layout = torch.contiguous_format
-    elif isinstance(model, HcNet):  # converts images itself, as it must with those of a data loader
+    elif isinstance(model, HcNet):
         layout = torch.channels_last
-        model.to(memory_format=layout)
     else:
         key = (contender.model, contender.mode, contender.precision)
         if key not in layouts:
             layouts[key] = faster_layout(model, images, device, passes)
         layout = layouts[key]
-        model.to(memory_format=layout)
+    model.to(memory_format=layout)
+    if not isinstance(model, HcNet):  # HcNet converts images itself, as it must with those of a data loader
         images = images.contiguous(memory_format=layout)
     contender.layout = "channels_last" if layout is torch.channels_last else "contiguous"
 
     forward: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if contender.compiled else model
     whole = passes(forward, images)
     single = None if training or settings.batch_size == 1 else passes(forward, images[:1].clone())
-    runs_of = {"rate": whole, **({"latency": single} if single else {})}
+    runs_of = {"rate": whole} | ({"latency": single} if single else {})
     # Compilation happens at the first pass, and these settings matter only then. A model's graphs are kept for good.
     with (
         torch._inductor.config.patch(freezing=not training),
@@ -232,7 +223,35 @@ def prepare(
             run()
         contender.peak_bytes = profile.peak_allocation(whole, device)
     repeats = {kind: max(1, round(SECONDS[kind] / seconds(run, 1, device))) for kind, run in runs_of.items()}
-    return Runner(whole, single, repeats)
+    return turn_of(contender, settings, whole, single, repeats)
+
+
+def turn_of(
+    contender: Contender,
+    settings: Settings,
+    whole: Callable[[], None],
+    single: Callable[[], None] | None,
+    repeats: dict[str, int],
+) -> Turn:
+    """A contender's part of a round: passes or steps on a batch (`whole`), then passes on one image (`single`)."""
+    device = settings.device
+
+    def turn() -> tuple[float, float | None] | None:
+        if contender.error:
+            return None
+        try:
+            rate = settings.batch_size * repeats["rate"] / seconds(whole, repeats["rate"], device)
+            if contender.mode == "train":
+                return rate, None
+            if single is None:
+                return rate, 1000 / rate
+            return rate, 1000 * seconds(single, repeats["latency"], device) / repeats["latency"]
+        except Exception as error:
+            contender.error = reason(error)
+            contender.rates.clear()
+            return None
+
+    return turn
 
 
 def inference(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
@@ -312,8 +331,7 @@ def measure(asked: list[Contender], settings: Settings) -> Measurement:
             if not any(c.rates for c in asked):
                 raise
             made.stopped = True
-    if used:
-        made.others = sum(cpu for cpu, _ in used) / sum(wall for _, wall in used)
+    made.others = cores_of_others(used)
     return made
 
 
@@ -322,70 +340,28 @@ def _measure_mode(
 ) -> None:
     settings, asked = made.settings, made.of(mode)
     layouts: dict[tuple[str, ...], torch.memory_format] = {}
-    jobs: dict[Contender | str, Callable[[], tuple[float, float | None] | None]] = {}
+    jobs: dict[Contender | str, Turn] = {}
     for number, contender in enumerate(asked, 1):
         what = "compiling" if contender.compiled else "preparing"
         tell(f"{mode}: {what} {number} of {len(asked)}: {contender.model}, {contender.form}")
         try:
-            runner = prepare(contender, settings, literal_of, layouts)
+            jobs[contender] = prepare(contender, settings, literal_of, layouts)
         except Exception as error:  # a model or a compiler can raise anything; the others are still worth timing
             contender.error = reason(error)
             warn(f"{contender.model}, {contender.form}, {mode}: {contender.error}")
-        else:
-            jobs[contender] = _turn(contender, runner, settings)
     if not jobs:
         return
-    matmul: dict[str, list[float]] = {}
-    for precision in dict.fromkeys(c.precision for c in asked if c in jobs):
-        jobs[precision] = _matmul_turn(precision, settings.device)
-        matmul[precision] = []
-    made.matmul[mode] = matmul
-    turns = take_turns(jobs, settings.rounds)
-    for number in range(1, settings.rounds + 1):
-        tell(f"{mode}: round {number} of {settings.rounds}")
-        before, start = cpu_of_others(), time.perf_counter()
-        found = next(turns)
-        after, wall = cpu_of_others(), time.perf_counter() - start
-        if before is not None and after is not None:
-            used.append((after - before, wall))
-        for who, figures in found.items():
-            if figures is None:
-                continue
-            if isinstance(who, str):
-                matmul[who].append(figures[0])
-                continue
-            who.rates.append(figures[0])
-            if figures[1] is not None:
-                who.latencies.append(figures[1])
+    precisions = dict.fromkeys(c.precision for c in asked if c in jobs)
+    jobs |= {precision: _matmul_turn(precision, settings.device) for precision in precisions}
+    matmul = made.matmul[mode] = {precision: [] for precision in precisions}
+    for found in take_turns(jobs, settings.rounds, lambda text: tell(f"{mode}: {text}"), used):
+        for who, (rate, latency) in ((who, figures) for who, figures in found.items() if figures):
+            (matmul[who] if isinstance(who, str) else who.rates).append(rate)
+            if latency is not None and not isinstance(who, str):
+                who.latencies.append(latency)
 
 
-def _turn(contender: Contender, runner: Runner, settings: Settings) -> Callable[[], tuple[float, float | None] | None]:
-    """A contender's part of a round: images/s, and ms at batch 1 in inference; None once it has failed."""
-
-    def turn() -> tuple[float, float | None] | None:
-        if contender.error:
-            return None
-        try:
-            rate = (
-                settings.batch_size
-                * runner.repeats["rate"]
-                / seconds(runner.whole, runner.repeats["rate"], settings.device)
-            )
-            if contender.mode == "train":
-                return rate, None
-            if runner.single is None:
-                return rate, 1000 / rate
-            took = seconds(runner.single, runner.repeats["latency"], settings.device)
-            return rate, 1000 * took / runner.repeats["latency"]
-        except Exception as error:
-            contender.error = reason(error)
-            contender.rates.clear()
-            return None
-
-    return turn
-
-
-def _matmul_turn(precision: str, device: torch.device) -> Callable[[], tuple[float, None]]:
+def _matmul_turn(precision: str, device: torch.device) -> Turn:
     run, operations = matrix_product(precision, device)
     return lambda: (operations / seconds(run, 1, device) / 1e9, None)
 
