@@ -9,7 +9,7 @@ from pathlib import Path
 from hcnet_cli import console
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.report import text
-from hcnet_cli.results import Results, collect, tables
+from hcnet_cli.results import collect, tables
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.table import Table
 from hcnet_cli.tasks import FIRST_TASK, TASKS
@@ -50,7 +50,10 @@ def report(
             raise UserError(f"There is no file {file} with published numbers.")
     found = collect(results, published)
     made = [*tables(found, table), *(t for t in extra if table in ("all", t.name))]
-    notes = messages(found, made)
+    notes = [] if found.runs else [FIRST_RUN]
+    if not made:
+        notes.append("There is nothing for this table yet.")
+    notes += [*found.notes, *(f"Not read: {reason}" for _, reason in found.broken)]
     if fmt == "html":
         from hcnet_cli.report import page  # loads jinja2 and Pillow
 
@@ -78,14 +81,6 @@ def render(
     for note in notes:
         console.notice(note)
     return text.csv_text(made)
-
-
-def messages(found: Results, made: Sequence[Table]) -> list[str]:
-    """Notes on the whole report: how to begin, repeated runs, folders without a readable run."""
-    lines = [] if found.runs else [FIRST_RUN]
-    if not made:
-        lines.append("There is nothing for this table yet.")
-    return [*lines, *found.notes, *(f"Not read: {reason}" for _, reason in found.broken)]
 
 
 def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[Path] = (),
