@@ -155,7 +155,7 @@ def test_a_turn_gives_images_per_second_and_milliseconds(monkeypatch: pytest.Mon
     def single() -> None: ...
 
     took = {whole: 2.0, single: 0.1}
-    monkeypatch.setattr(bench, "seconds", lambda run, repeats, _: took[run])
+    monkeypatch.setattr(profile, "timed", lambda run, repeats, _: took[run])
     settings, repeats = Settings(8, 224, 3, CPU), {"rate": 4, "latency": 5}
     assert bench.turn_of(contender("a", []), settings, whole, single, repeats)() == (16.0, 20.0)
     one = bench.turn_of(contender("a", []), Settings(1, 224, 3, CPU), whole, None, repeats)
@@ -329,7 +329,7 @@ def test_a_contender_that_fails_on_the_way_leaves_the_others_their_rounds(monkey
 
     def sound() -> None: ...
 
-    monkeypatch.setattr(bench, "seconds", seconds)
+    monkeypatch.setattr(profile, "timed", seconds)
     runs = {"a": broken, "b": sound}
     monkeypatch.setattr(
         bench, "prepare", lambda c, settings, *_: bench.turn_of(c, settings, runs[c.model], None, {"rate": 1})

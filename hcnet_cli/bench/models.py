@@ -20,7 +20,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from hcnet_cli import files, kernels, optim, profile, rng
-from hcnet_cli.bench.turns import cores_of_others, seconds, take_turns
+from hcnet_cli.bench.turns import cores_of_others, take_turns
 from hcnet_cli.console import UserError, did_you_mean, status_line, warn
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.models import HcNet, remap_official_state_dict
@@ -222,7 +222,7 @@ def prepare(
         for run, _ in itertools.product(runs_of.values(), range(WARM_UP)):
             run()
         contender.peak_bytes = profile.peak_allocation(whole, device)
-    repeats = {kind: max(1, round(SECONDS[kind] / seconds(run, 1, device))) for kind, run in runs_of.items()}
+    repeats = {kind: max(1, round(SECONDS[kind] / profile.timed(run, 1, device))) for kind, run in runs_of.items()}
     return turn_of(contender, settings, whole, single, repeats)
 
 
@@ -240,12 +240,12 @@ def turn_of(
         if contender.error:
             return None
         try:
-            rate = settings.batch_size * repeats["rate"] / seconds(whole, repeats["rate"], device)
+            rate = settings.batch_size * repeats["rate"] / profile.timed(whole, repeats["rate"], device)
             if contender.mode == "train":
                 return rate, None
             if single is None:
                 return rate, 1000 / rate
-            return rate, 1000 * seconds(single, repeats["latency"], device) / repeats["latency"]
+            return rate, 1000 * profile.timed(single, repeats["latency"], device) / repeats["latency"]
         except Exception as error:
             contender.error = reason(error)
             contender.rates.clear()
@@ -287,7 +287,7 @@ def faster_layout(
     for layout in (torch.contiguous_format, torch.channels_last):
         run = passes(model.to(memory_format=layout), images.contiguous(memory_format=layout))
         run()
-        best[layout] = min(seconds(run, 1, device) for _ in range(3))
+        best[layout] = min(profile.timed(run, 1, device) for _ in range(3))
     return min(best, key=lambda layout: best[layout])
 
 
@@ -301,7 +301,7 @@ def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], o
             return torch.mm(a, b)
 
         run()
-        if size >= limit or seconds(run, 1, device) > 0.05:
+        if size >= limit or profile.timed(run, 1, device) > 0.05:
             return run, 2 * size**3
         size *= 2
 
@@ -363,7 +363,7 @@ def _measure_mode(
 
 def _matmul_turn(precision: str, device: torch.device) -> Turn:
     run, operations = matrix_product(precision, device)
-    return lambda: (operations / seconds(run, 1, device) / 1e9, None)
+    return lambda: (operations / profile.timed(run, 1, device) / 1e9, None)
 
 
 def reason(error: Exception) -> str:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 OTHER_LOAD = 0.2  # cores that other processes may take before a note says so
 Key = TypeVar("Key")
 Figure = TypeVar("Figure")
@@ -56,17 +54,6 @@ def cpu_of_others() -> float | None:
     except (OSError, ValueError):
         return None
     return used - time.process_time()
-
-
-def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Time of `repeats` calls, waiting for the device at both ends."""
-    synchronize: Callable[[], object] = getattr(torch, device.type).synchronize  # torch.cpu, torch.cuda, torch.mps
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    synchronize()
-    return time.perf_counter() - start
 
 
 def other_load_notes(others: float | None) -> list[str]:

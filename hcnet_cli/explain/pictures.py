@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 from hcnet_cli.explain.captions import ROUNDING, percent
 
 INK, MUTED, LINE = "#1f1b18", "#6a625a", "#d9d2c8"
-STAGE_COLOURS = ("#2b1e6b", "#85216b", "#cf4446", "#dd7a12")  # rising lightness, distinct in grey too
+COLOURS = {
+    1: "#2b1e6b",
+    2: "#85216b",
+    3: "#cf4446",
+    4: "#dd7a12",
+}  # of the stages: rising lightness, distinct in grey too
 COLD, NEUTRAL, HOT = "#2f6fab", "#e9e4dc", "#c8432c"
 DIVERGING, HEAT = "RdBu_r", "inferno"  # both safe for colour-blind readers
 WIDTH, MARGIN = 11.0, 0.35  # inches
@@ -58,7 +63,9 @@ def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
         for name, picture in sheets.items():
             sheet = picture(found)
             sheet.text(WIDTH, sheet.height + 0.05, label, ha="right", va="top", **NOTE)
-            made[name] = sheet.png()
+            file = io.BytesIO()
+            sheet.figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+            made[name] = file.getvalue()
     return made
 
 
@@ -114,18 +121,9 @@ class _Sheet:
                 axes.axvline(own[0] - 0.5, color=LINE, linewidth=0.8, zorder=0)
         return axes
 
-    def png(self) -> bytes:
-        file = io.BytesIO()
-        self.figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
-        return file.getvalue()
-
-
-def _colour(stage: int) -> str:
-    return STAGE_COLOURS[(stage - 1) % len(STAGE_COLOURS)]
-
 
 def _stage(number: int) -> dict[str, Any]:
-    return {"s": f"stage {number}", "fontsize": 11, "fontweight": "bold", "color": _colour(number)}
+    return {"s": f"stage {number}", "fontsize": 11, "fontweight": "bold", "color": COLOURS[number]}
 
 
 def _count(number: int, what: str) -> str:
@@ -218,7 +216,7 @@ def _rates(found: dict[str, Any]) -> _Sheet:
     left = 0.6
     axes = sheet.blocks(left, 0.05, 3.0, blocks)
     for i, block in enumerate(blocks):
-        rate, colour = block["rate"], _colour(block["stage"])
+        rate, colour = block["rate"], COLOURS[block["stage"]]
         width = 0.43 * rate["density"] / rate["density"].max()
         level = np.linspace(0, 1, len(width))
         axes.fill_betweenx(level, i - width, i + width, where=width > 1e-3, color=colour, alpha=0.35, linewidth=0)
@@ -253,7 +251,7 @@ def _transfer(found: dict[str, Any]) -> _Sheet:
     lowest = min(0.9, *(min(block["gain"]["radial_p10"]) for block in blocks))
     highest = max(1.1, *(max(block["gain"]["radial_p90"]) for block in blocks))
     for i, stage in enumerate(stages):
-        x, colour = left + pitch * i, _colour(stage["stage"])
+        x, colour = left + pitch * i, COLOURS[stage["stage"]]
         sheet.text(x, 0.12, **_stage(stage["stage"]))
         whole = np.pad(stage["mean_gain"], ((0, 1), (0, 1)), mode="wrap")  # frequencies 1/2 and -1/2 are the same
         at, edge = np.append(cycles, 0.5), 0.5 + 0.5 / len(cycles)

@@ -20,11 +20,9 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hcnet_cli import dist
 from hcnet_cli.models.backbone import Pyramid
-
-
-def _num_processes() -> int:
-    return td.get_world_size() if td.is_available() and td.is_initialized() else 1
+from hcnet_cli.tasks.segmentation import spec
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -50,13 +48,14 @@ class BatchNorm(nn.BatchNorm2d):
     sum of squared deviations and loses no digits to a large mean.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and _num_processes() > 1):
+        if not (self.training and dist.processes() > 1):
             return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
         full = x.to(self.running_mean.dtype)  # half precision under autocast, as torch's own batch norm does
         var, mean = torch.var_mean(full, dim=(0, 2, 3), correction=0)  # [B, C, h, w] -> [C], [C]
         count = mean.new_tensor([x.numel() / x.shape[1]])
@@ -173,31 +172,23 @@ class UPerNet(nn.Module):
     """Backbone, one norm per output, UPerHead and auxiliary FCNHead.
 
     `backbone` is any model with timm's `feature_info` and `forward_intermediates` (models/backbone.py); its last four
-    maps are used. Any image size works that the backbone takes.
+    maps are used. Any image size works that the backbone takes. `settings` are fields of the recipe's section,
+    `spec.UPerNet`, which has the defaults.
 
     In training the result is (logits, auxiliary logits) at strides 4 and 16; in evaluation the logits alone.
     Upsampling to the image is left to the caller, who knows the size wanted.
     """
 
-    def __init__(
-        self,
-        backbone: Any,
-        num_classes: int,
-        *,
-        channels: int = 512,
-        aux_channels: int = 256,
-        pool_scales: Sequence[int] = (1, 2, 3, 6),
-        dropout: float = 0.1,
-        init_std: float = 0.01,
-    ) -> None:
+    def __init__(self, backbone: Any, num_classes: int, **settings: Any) -> None:
         super().__init__()
+        use = spec.UPerNet(**settings)
         self.backbone = backbone
         self.pyramid = Pyramid.of(backbone)
-        in_chans = self.pyramid.channels
+        in_chans, ends = self.pyramid.channels, {"dropout": use.dropout, "init_std": use.init_std}
         self.num_classes = num_classes
         self.norms = self.pyramid.norms()
-        self.decode_head = UPerHead(in_chans, num_classes, channels, pool_scales, dropout, init_std)
-        self.auxiliary_head = FCNHead(in_chans[2], num_classes, aux_channels, dropout, init_std)
+        self.decode_head = UPerHead(in_chans, num_classes, use.channels, use.pool_scales, **ends)
+        self.auxiliary_head = FCNHead(in_chans[2], num_classes, use.aux_channels, **ends)
 
     @property
     def num_dropout(self) -> int:
@@ -220,7 +211,7 @@ class UPerNet(nn.Module):
         torch draws. Raises ValueError in training on a single image: a 1 x 1 pooled map of one image has no
         batch statistics.
         """
-        if self.training and x.shape[0] * _num_processes() < 2:
+        if self.training and x.shape[0] * dist.processes() < 2:
             raise ValueError(
                 "UPerNet trains on two or more images at a time (its batch norm sees 1 x 1 maps): "
                 "use a larger batch, fewer accumulation steps or more processes."
