@@ -181,11 +181,8 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        pipelines = [
-            ours(recipe, batch_size, workers),
-            timms(recipe, root, batch_size, workers, prefetcher=True),
-            timms(recipe, root, batch_size, workers, prefetcher=False),
-        ]
+        pipelines = [ours(recipe, batch_size, workers)]
+        pipelines += [timms(recipe, root, batch_size, workers, prefetcher) for prefetcher in (True, False)]
         made = Measurement(pipelines, data, batch_size, recipe.data.img_size, workers, rounds)
         for pipeline in pipelines:  # the files come from the disk once, before the clock runs
             for index in _sample(pipeline):
@@ -218,12 +215,12 @@ def _turn(pipeline: Pipeline, made: Measurement, numbers: Iterator[int]) -> Call
     """Images/s of the parts, one image after another, and of the loader once its first batches are there."""
 
     def turn() -> dict[str, float]:
-        rates = {}
+        rates, sample = {}, _sample(pipeline)
         for kind, part in (("decode", pipeline.decode), ("augment", pipeline.augment)):
             begun = time.perf_counter()
-            for index in _sample(pipeline):
+            for index in sample:
                 part(index)
-            rates[kind] = len(_sample(pipeline)) / (time.perf_counter() - begun)
+            rates[kind] = len(sample) / (time.perf_counter() - begun)
         processes = max(1, made.workers)
         count = processes * max(1, round(TURN / made.batch_size))
         batches = pipeline.batches(next(numbers))

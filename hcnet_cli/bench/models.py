@@ -9,6 +9,7 @@ import gc
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,21 +120,18 @@ def _words(text: str) -> list[str]:
 
 def model_name(word: str) -> str:
     """The name in timm's registry of a typed word (that name itself, or a size), with ":plain" kept; or "reference"."""
-    if word == "literal":
-        return REFERENCE
-    if word.endswith(PLAIN):
-        name = model_name(word.removesuffix(PLAIN))
-        if name not in NAMES:
-            raise UserError(f"{word}: only HcNets have kernels to leave out.", hint=f"Write {name} without {PLAIN}.")
-        return name + PLAIN
-    if word == REFERENCE or (word not in SIZES and timm.is_model(word)):
-        return word
-    if word in SIZES:
-        return SIZES[word].timm_name
-    raise UserError(
-        f'Unknown model "{word}".{did_you_mean(word, [REFERENCE, *SIZES, *timm.list_models()])}',
-        hint=f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, and every model of timm.",
-    )
+    name, plain = word.removesuffix(PLAIN), word.endswith(PLAIN)
+    if name in SIZES:
+        name = SIZES[name].timm_name
+    elif name == "literal":
+        name = REFERENCE
+    if name != REFERENCE and not timm.is_model(name):
+        hint = f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, and every model of timm."
+        like = did_you_mean(name, [REFERENCE, *SIZES, *timm.list_models()])
+        raise UserError(f'Unknown model "{name}".{like}', hint=hint)
+    if plain and name not in NAMES:
+        raise UserError(f"{word}: only HcNets have kernels to leave out.", hint=f"Write {name} without {PLAIN}.")
+    return name + PLAIN if plain else name
 
 
 def check_output(output: Path | None) -> None:
@@ -193,8 +191,10 @@ def prepare(
     if isinstance(model, HcNet) and not contender.model.endswith(PLAIN):
         contender.kernels = kernels.accelerate(model, inference=not training)
 
-    def passes(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
-        return training_step(model, forward, images, dtype) if training else inference(forward, images)
+    def passes(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], object]:
+        if training:
+            return training_step(model, forward, images, dtype)
+        return torch.inference_mode()(partial(forward, images))
 
     if isinstance(model, ReferenceHcNet):
         layout = torch.contiguous_format
@@ -229,8 +229,8 @@ def prepare(
 def turn_of(
     contender: Contender,
     settings: Settings,
-    whole: Callable[[], None],
-    single: Callable[[], None] | None,
+    whole: Callable[[], object],
+    single: Callable[[], object] | None,
     repeats: dict[str, int],
 ) -> Turn:
     """A contender's part of a round: passes or steps on a batch (`whole`), then passes on one image (`single`)."""
@@ -254,14 +254,6 @@ def turn_of(
     return turn
 
 
-def inference(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        with torch.inference_mode():
-            forward(images)
-
-    return run
-
-
 def training_step(
     model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype
 ) -> Callable[[], None]:
@@ -280,7 +272,7 @@ def training_step(
 
 
 def faster_layout(
-    model: nn.Module, images: Tensor, device: torch.device, passes: Callable[[nn.Module, Tensor], Callable[[], None]]
+    model: nn.Module, images: Tensor, device: torch.device, passes: Callable[[nn.Module, Tensor], Callable[[], object]]
 ) -> torch.memory_format:
     """Contiguous or channels_last, whichever a short eager trial finds faster."""
     best: dict[torch.memory_format, float] = {}
@@ -295,11 +287,7 @@ def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], o
     """A product of two large squares, and its floating point operations. Smaller squares where it is slow (fp16)."""
     size, limit = 256, 8192 if device.type == "cuda" else 2048
     while True:
-        a, b = (torch.randn(size, size).to(device, profile.DTYPES[precision]) for _ in range(2))
-
-        def run(a: Tensor = a, b: Tensor = b) -> Tensor:
-            return torch.mm(a, b)
-
+        run = partial(torch.mm, *(torch.randn(size, size).to(device, profile.DTYPES[precision]) for _ in range(2)))
         run()
         if size >= limit or profile.timed(run, 1, device) > 0.05:
             return run, 2 * size**3
@@ -315,9 +303,8 @@ def measure(asked: list[Contender], settings: Settings) -> Measurement:
     Ctrl-C ends it with the finished rounds, if there are any.
     """
     made = Measurement(settings, asked)
-    literal_of = next(
-        (c.model.removesuffix(PLAIN) for c in asked if c.model.removesuffix(PLAIN) in NAMES), SIZES["t"].timm_name
-    )
+    names = (contender.model.removesuffix(PLAIN) for contender in asked)
+    literal_of = next((name for name in names if name in NAMES), SIZES["t"].timm_name)
     used: list[tuple[float, float]] = []  # by others, in how many seconds
     with status_line() as tell:
         try:
@@ -368,6 +355,6 @@ def _matmul_turn(precision: str, device: torch.device) -> Turn:
 
 def reason(error: Exception) -> str:
     """What went wrong in one line."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    first, *_ = str(error).strip().splitlines() or [""]
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return f"{kind}{text}"[:200].rstrip(": ")
+    return f"{kind}{first.strip()}"[:200].rstrip(": ")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -114,26 +115,20 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        if found := re.search(r"^model name\s*:\s*(.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
     return platform.processor() or platform.machine()
 
 
 def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, str]:
     """Where figures come from, asked before the clock runs: command, machine, system, versions, commit, date."""
     commit, dirty = runs.git_state()
-    versions = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "hcnet": hcnet_cli.__version__,
-    }
+    libraries = f"torch {torch.__version__}, timm {timm.__version__}, hcnet {hcnet_cli.__version__}"
     return {
         "command": shlex.join(["hcnet", *argv[1:]]),
         "machine": f"{machine(device)}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)} used, {device}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": f"Python {platform.python_version()}, {libraries}",
         "environment": ", ".join(f"{name}={os.environ[name]}" for name in SPEED_ENVIRONMENT if name in os.environ)
         or "PyTorch's own allocator and threads",
         "commit": (commit or "unknown") + (" with changes" if dirty else ""),
@@ -150,12 +145,11 @@ def markdown(title: str, known: Mapping[str, str], made: Sequence[Table]) -> str
 def page(made: Measurement, known: Mapping[str, str]) -> str:
     """The Markdown file."""
     settings = made.settings
-    known = {
-        **known,
-        "protocol": f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, contenders alternating "
-        f"in {settings.rounds} round{'s' * (settings.rounds != 1)} after warm-up (docs/speed.md)",
-    }
-    text = markdown("Speed, side by side", known, tables(made))
+    protocol = (
+        f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, contenders alternating "
+        f"in {settings.rounds} round{'s' * (settings.rounds != 1)} after warm-up (docs/speed.md)"
+    )
+    text = markdown("Speed, side by side", {**known, "protocol": protocol}, tables(made))
     if settings.device.type == "cpu":
         text += f"\n## On a GPU\n\nNot measured here. This fills it:\n\n    {gpu_command(made)}\n"
     return text

@@ -111,7 +111,7 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
         images = _normalised(recipe.data, items)
     else:
         images = [item["images"][0] if "images" in item else item["image"] for item in items]
-    return images, f"{len(images)} validation image{'s' if len(images) > 1 else ''}"
+    return images, f"{len(images)} validation image{'s' * (len(images) > 1)}"
 
 
 def _normalised(config: ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from hcnet_cli import console
@@ -59,10 +60,9 @@ def report(
 
         return page.html(made, notes, found, refresh)
     if fmt == "rich" and table == "all" and found.runs:
-        hidden = dict.fromkeys(t.name for t in made if not t.measured)
-        made = [t for t in made if t.measured]
-        if hidden:
+        if hidden := dict.fromkeys(t.name for t in made if not t.measured):
             notes.insert(0, f"Published numbers alone: hcnet report --table {' or '.join(hidden)}.")
+        made = [t for t in made if t.measured]
     return render(made, fmt, notes, base=output.absolute().parent if output else None, width=width)
 
 
@@ -103,8 +103,8 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
         now = report(results, table=match[1], fmt=fmt, published=published, extra=extra, output=path, width=80)
         then = path.read_text(encoding="utf-8")
         if now != then:
-            pairs = zip(now.splitlines(), then.splitlines(), strict=False)
-            line = next((n for n, (a, b) in enumerate(pairs, 1) if a != b), min(now.count("\n"), then.count("\n")) + 1)
+            pairs = zip_longest(now.split("\n"), then.split("\n"))
+            line = next(n for n, (a, b) in enumerate(pairs, 1) if a != b)
             lines.append(f"{path} differs from what the runs give, from line {line} on.")
     return lines
 

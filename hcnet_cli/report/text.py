@@ -25,11 +25,8 @@ NOT_IN_LATEX = ("source", "recipe", "init", "seeds", "schedule")  # the caption 
 
 def run_lines(table: Table) -> list[tuple[str, Row]]:
     """(label, row) of the rows that come from runs, for the list under the table."""
-    return [
-        (f"{table.label(row)}, {'seeds' if len(row.runs) > 1 else 'seed'} {row.values.get('seeds')}", row)
-        for row in table.rows
-        if row.runs
-    ]
+    rows = [row for row in table.rows if row.runs]
+    return [(f"{table.label(row)}, seed{'s' * (len(row.runs) > 1)} {row.values.get('seeds')}", row) for row in rows]
 
 
 def provenance(values: Mapping[str, Value]) -> list[tuple[str, str]]:

@@ -13,7 +13,6 @@ Letters: B images, G ground-truth boxes, N anchors or boxes, C classes, A anchor
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -224,7 +223,7 @@ class MaskRCNN(nn.Module):
     def features(self, x: Tensor, noise: Tensor | None = None) -> list[Tensor]:
         """[B, 3, H, W] -> P2..P6, [B, fpn_channels, H / stride, W / stride]."""
         maps = self.pyramid.maps(self.backbone, self.norms, x, noise)
-        return list(self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(maps))).values())
+        return list(self.fpn({str(i): feature for i, feature in enumerate(maps)}).values())
 
     # --- region proposals ---
 

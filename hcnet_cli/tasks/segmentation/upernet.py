@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,15 +29,11 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        td.all_reduce(x)
-        return x
+        return dist.all_reduce_sum(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
-        td.all_reduce(grad)
-        return grad
+        return dist.all_reduce_sum(grads[0])
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -195,28 +190,21 @@ class UPerNet(nn.Module):
         """Rows of `dropout_noise` that `forward` takes: one number per channel of either head."""
         return self.decode_head.channels + self.auxiliary_head.channels
 
-    def forward_features(self, x: Tensor, noise: Tensor | None = None) -> list[Tensor]:
-        """Image [B, 3, H, W] -> four normalised maps at strides 4, 8, 16, 32.
-
-        `noise` [num_blocks, B] decides the backbone's drop path, where the backbone takes it.
-        """
-        return self.pyramid.maps(self.backbone, self.norms, x, noise)
-
     def forward(
         self, x: Tensor, noise: Tensor | None = None, dropout_noise: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Image [B, 3, H, W] -> logits [B, K, H/4, W/4]; in training also auxiliary ones [B, K, H/16, W/16].
 
-        `noise` [num_blocks, B] and `dropout_noise` [num_dropout, B] are uniform in [0, 1); without them
-        torch draws. Raises ValueError in training on a single image: a 1 x 1 pooled map of one image has no
-        batch statistics.
+        `noise` [num_blocks, B], of the backbone's drop path where it takes it, and `dropout_noise` [num_dropout, B] are
+        uniform in [0, 1); without them torch draws. Raises ValueError in training on a single image: a 1 x 1 pooled map
+        of one image has no batch statistics.
         """
         if self.training and x.shape[0] * dist.processes() < 2:
             raise ValueError(
                 "UPerNet trains on two or more images at a time (its batch norm sees 1 x 1 maps): "
                 "use a larger batch, fewer accumulation steps or more processes."
             )
-        features = self.forward_features(x, noise)
+        features = self.pyramid.maps(self.backbone, self.norms, x, noise)  # strides 4, 8, 16, 32
         if not self.training:
             return self.decode_head(features)
         main = aux = None
