@@ -436,7 +436,7 @@ def test_both_pipelines_augment_with_the_same_settings(folder_of_images: Path) -
     recipe = bench_data.read_recipe("imagenet", str(folder_of_images), 32)
     unusual = {"scale": (0.3, 0.9), "ratio": (0.5, 1.5), "hflip": 0.3, "vflip": 0.2, "re_mode": "rand", "re_count": 3}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=unusual)})
-    ours = bench_data.build.build_data(recipe).train.transform
+    ours = bench_data.build.open_data(recipe).train.transform
     images = create_dataset("", root=str(folder_of_images), split="train", is_training=True)
     bench_data.timm_loader(images, recipe, batch_size=8, workers=0, prefetcher=False)
     timms = images.transform.transforms

@@ -102,8 +102,8 @@ def make_pictures(root: Path, count: int) -> int:
     for scale, light, colour in ((128, 45, 20), (32, 25, 8), (8, 14, 3), (2, 18, 3), (1, 28, 5)):
         for channels, strength in ((1, light), (3, colour)):
             noise = random.randn(height // scale + 1, width // scale + 1, channels).astype(np.float32)
-            planes = [Image.fromarray(noise[..., c]).resize((width, height), BICUBIC) for c in range(channels)]
-            canvas += strength * np.stack(planes, axis=-1)
+            planes = (Image.fromarray(noise[..., c]).resize((width, height), BICUBIC) for c in range(channels))
+            canvas += strength * np.stack([np.asarray(plane) for plane in planes], axis=-1)
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
     total = 0
     for number in range(count + 2):
@@ -124,8 +124,9 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
     assert isinstance(recipe.data, ImageFolder)
     data = build.open_data(recipe)
     images, normalise = data.train, augment.Normalise(recipe.data.mean, recipe.data.std)
-    size: dict[str, int] = {"batch_size": batch_size, "accumulate": 1, "total_steps": ENDLESS}
-    batches = loader.TrainLoader(images, **size, seed=0, workers=workers, collate=data.collate)
+    batches = loader.TrainLoader(
+        images, batch_size=batch_size, accumulate=1, total_steps=ENDLESS, seed=0, workers=workers, collate=data.collate
+    )
 
     def start(number: int) -> Iterator[Tensor]:
         for batch in batches.iterate(number * batches.steps_per_epoch):

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -57,9 +57,7 @@ def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
     if found["blocks"]:
         sheets = {"1-stencils": _stencils, "2-rates": _rates, "3-transfer": _transfer, **sheets}
     made = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
-        matplotlib.rcParams.update(STYLE)
+    with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         for name, picture in sheets.items():
             sheet = picture(found)
             sheet.text(WIDTH, sheet.height + 0.05, label, ha="right", va="top", **NOTE)
@@ -83,9 +81,8 @@ class _Sheet:
         self.figure.text((left + MARGIN) / self.size[0], 1 - (self.head + top) / self.size[1], s, **style)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Any:
-        bottom = self.size[1] - self.head - top - height
         x, y = self.size
-        return self.figure.add_axes(((left + MARGIN) / x, bottom / y, width / x, height / y))
+        return self.figure.add_axes(((left + MARGIN) / x, (y - self.head - top - height) / y, width / x, height / y))
 
     def field(self, left: float, top: float, side: float, values: Any, **style: Any) -> Any:
         """A framed picture of a [H, W] array in a square; its axes."""
@@ -280,12 +277,11 @@ def _transfer(found: dict[str, Any]) -> _Sheet:
     )
     sheet.text(left, 3.02, note, **NOTE)
     axes = sheet.blocks(left, 5.3, 1.75, blocks)
-    for i, block in enumerate(blocks):
-        damped, amplified = block["gain"]["damped"], block["gain"]["amplified"]
+    for i, gain in enumerate(block["gain"] for block in blocks):
         axes.bar(i, 1, 0.72, color=NEUTRAL)
-        axes.bar(i, damped, 0.72, color=COLD)
-        axes.bar(i, amplified, 0.72, bottom=1 - amplified, color=HOT)
-        axes.plot(i, block["gain"]["stable_channels"], "D", color="white", markeredgecolor=INK, markersize=5)
+        axes.bar(i, gain["damped"], 0.72, color=COLD)
+        axes.bar(i, gain["amplified"], 0.72, bottom=1 - gain["amplified"], color=HOT)
+        axes.plot(i, gain["stable_channels"], "D", color="white", markeredgecolor=INK, markersize=5)
     axes.set(ylim=(0, 1), yticks=(0, 0.5, 1), yticklabels=("0", "50 %", "100 %"))
     diamond: dict[str, Any] = {"color": "none", "marker": "D", "markerfacecolor": "white", "markeredgecolor": INK}
     handles = [
