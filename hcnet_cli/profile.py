@@ -44,7 +44,7 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
 
 def throughput(
     model: nn.Module,
-    image_size: int | tuple[int, int],
+    image_size: int,
     *,
     batch_size: int = 64,
     seconds: float = 5.0,
@@ -56,9 +56,8 @@ def throughput(
     precision: "fp32", or "bf16" / "fp16" under autocast. The model is moved to `device` and stays there.
     """
     device = torch.device(device)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     model.to(device)
-    images = torch.randn(batch_size, getattr(model, "in_chans", 3), height, width, device=device)
+    images = torch.randn(batch_size, getattr(model, "in_chans", 3), image_size, image_size, device=device)
     dtype = DTYPES[precision]
     with (
         evaluating(model),
