@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
 PANEL = 640  # pixels, the longer side of a panel
@@ -51,8 +51,7 @@ def palette(num_classes: int) -> Pixels:
 
 def enlarged(image: Image.Image) -> Image.Image:
     """The image with a longer side of PANEL pixels."""
-    scale = PANEL / max(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return ImageOps.scale(image, PANEL / max(image.size), Image.Resampling.BICUBIC)
 
 
 def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:

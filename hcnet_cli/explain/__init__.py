@@ -81,9 +81,8 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
     if info is None:
         raise UserError(f"{run} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
     if not folder.best.is_file():
-        raise UserError(
-            f"{run} has no best.safetensors yet.", hint="Training writes it at the first evaluation: go on with it."
-        )
+        hint = "Training writes it at the first evaluation: go on with it."
+        raise UserError(f"{run} has no best.safetensors yet.", hint=hint)
     recipe = rcp.resolve(folder.recipe_file).recipe
     if recipe.model.name:
         raise UserError(f"{run} is of {recipe.model.name}: only HcNet has heat layers to explain.")
@@ -91,9 +90,8 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
     report = load_into(backbone, build.read_init(str(run))[1], str(folder.best))
     lacking = [name for name in (*report.missing, *report.reinitialised) if not name.startswith("norm.")]
     if lacking:  # apart from the classifier's final norm, which nothing here uses
-        raise UserError(
-            f"{folder.best} does not fit the model in {folder.recipe_file}: it lacks {', '.join(lacking[:3])}."
-        )
+        what = ", ".join(lacking[:3])
+        raise UserError(f"{folder.best} does not fit the model in {folder.recipe_file}: it lacks {what}.")
     backbone.set_grad_checkpointing(False)
     return info, recipe, backbone.eval().requires_grad_(False)
 
@@ -113,7 +111,7 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
         images = _normalised(recipe.data, items)
     else:
         images = [item["images"][0] if "images" in item else item["image"] for item in items]
-    return images, f"{len(images)} validation image{'s' if len(images) > 1 else ''}"
+    return images, f"{len(images)} validation image{'s' * (len(images) > 1)}"
 
 
 def _normalised(config: ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:

@@ -237,7 +237,7 @@ def build_task(
             f"UPerNet trains on two or more images at a time (its batch norm sees 1 x 1 maps), not on {micro_batch}.",
             hint="Choose a larger --batch-size or fewer micro-batches (--accumulate).",
         )
-    model = UPerNet(backbone(0), data.info.num_classes, **head.model_dump(exclude={"kind", "aux_weight"}))
+    model = UPerNet(backbone(0), data.info.num_classes, **head.model_dump())
     return _task(model, head.aux_weight, config, evaluation, evaluation, data)
 
 
