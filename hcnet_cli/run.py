@@ -113,6 +113,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
         info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
     info = with_progress(info, state)
     info.metric_notes = protocols(job.evaluations)
+    info.kernels = list(job.kernels)
     if dist.is_main():
         files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
         folder.rewind(state.step)

@@ -104,6 +104,7 @@ class Job:
     seed: int
     ema: ModelEmaV3 | None = None
     describe_weights: Mapping[str, str] = field(default_factory=dict)  # safetensors metadata of best.safetensors
+    kernels: Sequence[str] = ()  # the faster forms of layers that were applied, in words, for the record
 
     @property
     def weights(self) -> nn.Module:

@@ -301,8 +301,9 @@ def degenerate(index: Index) -> str:
     return ""
 
 
-def splits(config: spec.ImageFolder, index: Index) -> DataSplits:
-    """Both data sets of an index, with the augmentation of the recipe."""
+def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | None = None) -> DataSplits:
+    """Both data sets of an index, with the augmentation of the recipe. `images`: the class that finds the files."""
+    images = images or ImageFolder
     shared: dict[str, Any] = {"img_size": config.img_size, "interpolation": config.interpolation}
     names = {
         *("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment"),
@@ -322,8 +323,8 @@ def splits(config: spec.ImageFolder, index: Index) -> DataSplits:
             left_out=counted(index.left_out),
             notes=list(index.notes),
         ),
-        train=ImageFolder(index, "train", train),
-        val=ImageFolder(index, "val", eval_transform(**shared, crop_pct=config.crop_pct)),
+        train=images(index, "train", train),
+        val=images(index, "val", eval_transform(**shared, crop_pct=config.crop_pct)),
         class_names=list(index.classes),
         img_size=(config.img_size, config.img_size),
         collate=collate,
