@@ -30,6 +30,7 @@ NAMES_NOTE = "The data were told apart by names and sizes alone (--data-trust na
 CACHE_MAGIC = b"hcnet identity 1\n"
 DIGEST = 16  # bytes
 RECORD = struct.Struct(f"<{DIGEST}s{DIGEST}sq")  # key, content, largest deep value
+STAT = struct.Struct("<qqqQ")  # size, times of modification and of change, inode
 HEAD = 64  # bytes of a file that tell its format
 THREADS = min(32, 4 * (os.cpu_count() or 1))  # reading waits for the disk more than for the processor
 CHUNK = 256  # files handed to a thread at a time
@@ -119,10 +120,9 @@ class _Reader:
     known: dict[bytes, Record] = field(default_factory=dict)  # from the cache
     fresh: dict[bytes, Record] = field(default_factory=dict)  # for the cache
     changed: list[str] = field(default_factory=list)
-    num_read: int = 0
 
     def __post_init__(self) -> None:
-        self.base = os.fsencode(self.root)
+        self.base = os.path.join(os.fsencode(self.root), b"")
         place = f"{self.trust} {os.fsdecode(os.path.realpath(self.base))} {self.images == ()}"
         key = hashlib.blake2b(place.encode("utf-8", "surrogateescape"), digest_size=DIGEST).hexdigest()
         self.cache = cache_dir() / "identity" / f"{key}.bin"
@@ -146,26 +146,25 @@ class _Reader:
                     tell(f"Reading the data's contents: {done:,} of {len(names):,} files, about {left:.0f} s left")
 
     def _record(self, name: bytes) -> Record:
-        path = os.path.join(self.base, name)
+        path = self.base + name
         try:
             stat = os.stat(path)
-            numbers = struct.pack("<qqqQ", stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            numbers = STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
             key = hashlib.blake2b(numbers + name, digest_size=DIGEST).digest()
             known = self.known.get(key)
             if known is not None and not self.verify:
-                record = known
-            else:
-                record = self._read(name, path, stat.st_size)
-                if known is not None and known.content != record.content:
-                    self.changed.append(os.fsdecode(name))
-        except OSError:  # said by whatever reads the file for its content; here it must only differ from a whole file
+                self.fresh[key] = known
+                return known
+            record = self._read(name, path, stat.st_size)
+        except OSError:  # whatever needs the image says so; here it must only differ from a whole file
             return Record(b"unreadable".ljust(DIGEST), 0)
-        if time.time() - max(stat.st_mtime, stat.st_ctime) > UNSETTLED_SECONDS or known is not None:
+        if known is not None and known.content != record.content:
+            self.changed.append(os.fsdecode(name))
+        if known is not None or time.time() - max(stat.st_mtime, stat.st_ctime) > UNSETTLED_SECONDS:
             self.fresh[key] = record
         return record
 
     def _read(self, name: bytes, path: bytes, size: int) -> Record:
-        self.num_read += 1
         image = self.images is None or name in self.images
         if self.trust == "names":
             content = struct.pack("<q", size).ljust(DIGEST)
