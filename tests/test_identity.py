@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,15 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SMALL_MODEL, Hcnet, only_run
 from PIL import Image
+from small_data import MAKERS, classes, coco, opened, save, scenes
 
 from hcnet_cli import runs
 from hcnet_cli.data import embedded, identity
 from hcnet_cli.data.folders import cache_dir
-from hcnet_cli.tasks import TASKS
-from conftest import SMALL_MODEL, Hcnet, only_run
-
-CATEGORIES = [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}]
 
 
 @pytest.fixture(autouse=True)
@@ -28,54 +25,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HCNET_CACHE", str(tmp_path / "cache"))
 
 
-def save(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.RandomState(seed).randint(0, 255, (40, 40, 3)).astype(np.uint8)).save(path)
-
-
-def classes(root: Path) -> Path:
-    for split, count in (("train", 4), ("val", 2)):
-        for number in range(count):
-            save(root / split / "ab"[number % 2] / f"{number}.bmp", number + 10 * count)
-    return root
-
-
-def coco(root: Path) -> Path:
-    (root / "annotations").mkdir(parents=True)
-    for split, count in (("train", 4), ("val", 2)):
-        images, objects = [], []
-        for i in range(count):
-            save(root / f"{split}2017/{i}.bmp", i + 10 * count)
-            images.append({"id": i, "file_name": f"{i}.bmp", "width": 40, "height": 40})
-            objects.append({"id": i + 1, "image_id": i, "category_id": 1 + i % 2, "bbox": [4, 4, 9, 9], "area": 81})
-        content = {"images": images, "annotations": objects, "categories": CATEGORIES}
-        (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
-    return root
-
-
-def scenes(root: Path) -> Path:
-    for split, count in (("training", 4), ("validation", 2)):
-        for i in range(count):
-            save(root / f"images/{split}/{i}.bmp", i + 10 * count)
-            label = root / f"annotations/{split}/{i}.png"
-            label.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.random.RandomState(i).randint(1, 4, (40, 40)).astype(np.uint8)).save(label)
-    (root / "classes.txt").write_text("road\ntree\ncar\n")
-    return root
-
-
 def digest(root: Path, **data: object) -> str:
     """As training has it."""
-    from hcnet_cli import build
-    from hcnet_cli import recipe as rcp
-    from hcnet_cli.check import task_of
-
-    task = task_of(str(root))
-    file = rcp.recipe_file(TASKS[task].embedded, task)
-    settings = {"data.path": str(root), "head.with_masks": False if "coco" in root.name else None}
-    settings |= {f"data.{key}": value for key, value in data.items()}
-    given = [(key, value, "test") for key, value in settings.items() if value is not None]
-    return build.open_data(rcp.resolve(file, given).recipe).info.digest
+    return opened(root, **data).info.digest
 
 
 def in_place(file: Path, change: Callable[[bytearray], None]) -> None:
@@ -91,9 +43,6 @@ def in_place(file: Path, change: Callable[[bytearray], None]) -> None:
 
 def flip_last(content: bytearray) -> None:
     content[-1] ^= 1
-
-
-MAKERS = {"classes": classes, "coco": coco, "scenes": scenes}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -213,7 +162,7 @@ def test_names_alone_are_trusted_where_asked_and_it_is_said(tmp_path: Path, hcne
     info = runs.read_record(only_run(tmp_path / "o") / "run.json")
     assert info.data.trust == "names"
     assert "names and sizes alone" in done.err
-    assert "names and sizes alone" in hcnet("report", tmp_path / "o").out
+    assert "names and sizes alone" in hcnet("report", "--results", tmp_path / "o").out
 
 
 def test_mended_data_are_another_run(tmp_path: Path, hcnet: Hcnet) -> None:

@@ -49,8 +49,8 @@ class Record(NamedTuple):
 class Identity:
     """`digest` names the data. `bits`: how many bits its 16-bit grey images use; None where there are none.
 
-    `num_distinct`: how many different contents the files have. `changed`: files whose content is not what the cache
-    said although size, times and inode are (only looked for with `verify`).
+    `num_distinct`: how many different contents the files have; with trust "names", their number. `changed`: files
+    whose content is not what the cache said although size, times and inode are; only looked for with `verify`.
     """
 
     digest: str
@@ -104,7 +104,7 @@ def _identify(
     return Identity(
         digest=PREFIXES[trust] + total.hexdigest(),
         bits=(bits or measured) if peak else None,
-        num_distinct=len(distinct),
+        num_distinct=len(distinct) if trust == "content" else len(names),
         changed=tuple(reader.changed),
     )
 
