@@ -107,8 +107,8 @@ def grid(*values: int) -> Any:
     [
         ((0, 1), "", "one class alone"),
         ((2, 2), "road\ntree\ncar", 'hold one class alone ("tree")'),
-        ((1, 2), "background\nperson", "--set data.reduce_zero_label=false"),
-        ((1, 2), "__Background__\nperson", "--set data.reduce_zero_label=false"),
+        ((0, 1, 2), "background\nperson\ncar", "--set data.reduce_zero_label=false"),
+        ((0, 1, 2), "__Background__\nperson\ncar", "--set data.reduce_zero_label=false"),
         ((0, 0, 1, 2), "", "of the pixels are 0 and ignored. If 0 is a class, give --set data.reduce_zero_label=false"),
     ],
 )
