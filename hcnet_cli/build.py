@@ -1,6 +1,6 @@
 """The only translator from a recipe to objects: data, model, task, evaluations, loaders, optimizer, an engine.Job.
 
-What is particular to a task lies in the module that its spec names (tasks/*/task.py), which provides
+Each task's module (Spec.module, tasks/*/task.py) provides
 
     build_task(head, config, evaluation, data, backbone, micro_batch) -> Task
         The task with fresh weights on the CPU. `head`, `config` and `evaluation` are sections of the recipe (the first
@@ -8,7 +8,7 @@ What is particular to a task lies in the module that its spec names (tasks/*/tas
     build_evaluation(task, config, entry, first, data) -> (Task, data set, collate)
         What scores the task's model as the entry of `evaluation` says; `first` is the first entry.
     count_macs(task, size) -> int
-        Multiply-accumulates for one image of `size`, counted as the tables of the task count.
+        Multiply-accumulates for one image of `size`, as the task's tables report them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Evaluation, Job, Task
 from hcnet_cli.models import backbone as backbones
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.schema import DataPart, EvaluationPart, Part
+from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Part
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.weights import LoadReport, load_into, read_weights
 
@@ -80,16 +80,16 @@ def open_data(recipe: Recipe) -> DataSplits:
     return module.open_data(recipe.data, recipe.head, root)
 
 
-def build_backbone(recipe: Recipe, num_classes: int, *, maps: bool = False) -> nn.Module:
+def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
     """The model of the recipe, initialised from the seed; a field left at null is the size's own.
 
-    `maps`: for a head that takes the four feature maps.
+    num_classes: 0 for a head that takes the four feature maps.
     """
     model = recipe.model
     with rng.seeded(rng.derive(recipe.train.seed, "init")):
         if model.name:
-            return backbones.create(model.name, num_classes, model.args, drop_path_rate=model.drop_path_rate, maps=maps)
-        shape = model.model_dump(include={"depths", "dims", "kernel_size", "mlp_ratio", "drop_path_rate"})
+            return backbones.create(model.name, num_classes, model.args, drop_path_rate=model.drop_path_rate)
+        shape = model.model_dump(include={*SHAPE_FIELDS, "drop_path_rate"})
         given = {name: value for name, value in shape.items() if value is not None}
         try:
             made: Any = timm.create_model(
@@ -103,14 +103,13 @@ def build_backbone(recipe: Recipe, num_classes: int, *, maps: bool = False) -> n
 
 def build_task(recipe: Recipe, data: DataSplits) -> Task:
     """The task with freshly initialised weights, on the CPU, channels-last."""
-    maps = bool(recipe.spec.starts_from)
     with rng.seeded(rng.derive(recipe.train.seed, "head")):
         task = task_module(recipe).build_task(
             recipe.head,
             recipe.data,
             next(iter(recipe.evaluation.values())),
             data,
-            functools.partial(build_backbone, recipe, maps=maps),
+            functools.partial(build_backbone, recipe),
             recipe.train.batch_size // recipe.train.accumulate,
         )
     return task.to(memory_format=torch.channels_last)
@@ -130,7 +129,7 @@ def build_evaluations(
 
 
 def count_macs(recipe: Recipe, task: Task, data: DataSplits) -> int:
-    """Multiply-accumulates for one image of `data.img_size`, counted as the tables of the task count."""
+    """Multiply-accumulates for one image of `data.img_size`, as the task's tables report them."""
     return task_module(recipe).count_macs(task, data.img_size)
 
 
@@ -250,7 +249,7 @@ def build_job(recipe: Recipe, data: DataSplits, task: Task, device: torch.device
         workers=train.workers,
         collate=data.collate,
         groups=data.groups,
-        **_place(),
+        **_rank_and_world_size(),
     )
     return Job(
         task=task,
@@ -302,11 +301,11 @@ def _weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, str]:
     }
 
 
-def _place() -> dict[str, int]:
+def _rank_and_world_size() -> dict[str, int]:
     return {"rank": dist.rank() if dist.is_distributed() else 0, "world_size": dist.processes()}
 
 
 def _eval_loader(recipe: Recipe, images: loader.RequestDataset, collate: loader.Collate | None) -> loader.EvalLoader:
     train = recipe.train
     size = train.eval_batch_size or train.batch_size // (train.accumulate * dist.processes())
-    return loader.EvalLoader(images, batch_size=size, workers=train.workers, collate=collate, **_place())
+    return loader.EvalLoader(images, batch_size=size, workers=train.workers, collate=collate, **_rank_and_world_size())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
@@ -102,7 +102,7 @@ def from_main(compute: Callable[[], T]) -> T:
     value, raised = broadcast((value, raised))
     if raised is not None:
         raise raised
-    return value
+    return cast(T, value)
 
 
 @contextlib.contextmanager

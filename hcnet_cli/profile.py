@@ -40,7 +40,7 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
     meta_inputs = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
     with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
         torch.func.functional_call(model, state, meta_inputs)
-    return counter.get_total_flops() // 2  # the counter's convention is two operations per multiply-accumulate
+    return int(counter.get_total_flops()) // 2  # the counter's convention is two operations per multiply-accumulate
 
 
 def throughput(

@@ -59,18 +59,18 @@ EvalOnly = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--output", help="Also write a .md or .json file.")]
 
-# Parameter of a training command -> the recipe field it sets.
+# Parameter of a training command -> its flag, and the recipe field it sets.
 RECIPE_KEYS = {
-    "size": "model.size",
-    "epochs": "schedule.length",
-    "steps": "schedule.length",
-    "batch_size": "train.batch_size",
-    "accumulate": "train.accumulate",
-    "lr": "optim.lr",
-    "seed": "train.seed",
-    "init": "init",
-    "precision": "train.precision",
-    "compile_model": "train.compile",
-    "workers": "train.workers",
-    "data_trust": "data.trust",
+    "size": ("--size", "model.size"),
+    "epochs": ("--epochs", "schedule.length"),
+    "steps": ("--steps", "schedule.length"),
+    "batch_size": ("--batch-size", "train.batch_size"),
+    "accumulate": ("--accumulate", "train.accumulate"),
+    "lr": ("--lr", "optim.lr"),
+    "seed": ("--seed", "train.seed"),
+    "init": ("--init", "init"),
+    "precision": ("--precision", "train.precision"),
+    "compile_model": ("--compile", "train.compile"),
+    "workers": ("--workers", "train.workers"),
+    "data_trust": ("--data-trust", "data.trust"),
 }

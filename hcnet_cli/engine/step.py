@@ -106,7 +106,7 @@ class Stepper:
             with nullcontext() if synced else cast(DistributedDataParallel, self.net).no_sync():
                 with autocast(self.job):
                     losses: dict[str, Tensor] = self.net(batch)
-                self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()
             for name, loss in losses.items():
                 share = loss.detach() / len(batches)
                 parts[name] = parts[name] + share if name in parts else share
