@@ -46,6 +46,26 @@ def palette(num_classes: int) -> Pixels:
     return np.asarray(np.rint(255 * srgb), dtype=np.uint8)
 
 
+def file_names(images: Sequence[str]) -> list[str]:
+    """A file name for the picture of each image, no two alike: NAME.png, with its folders where names repeat."""
+    places = [Path(image).with_suffix("").parts for image in images]
+    depth = 1
+    names = [place[-1] for place in places]
+    while len({name.lower() for name in names}) < len(names) and depth < max(map(len, places)):
+        depth += 1
+        names = ["_".join(part.strip("/\\") for part in place[-depth:]).lstrip("_") for place in places]
+    made: list[str] = []
+    taken: set[str] = set()
+    for name in names:  # a.jpg and a.png, and a/b_c and a_b/c, are still alike
+        own, number = name, 1
+        while own.lower() in taken:
+            number += 1
+            own = f"{name} ({number})"
+        taken.add(own.lower())
+        made.append(f"{own}.png")
+    return made
+
+
 # --- panels and sheets ------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
-from hcnet_cli.tasks.detection.annotations import decode_mask
+from hcnet_cli.data.audit import distinct
+from hcnet_cli.tasks.detection.annotations import decode_mask, normalise_entry
 
 Backend = Literal["faster-coco-eval", "pycocotools"]
 # COCO's twelve numbers in the order of COCOeval.stats
@@ -63,7 +64,7 @@ class CocoAP:
         num_pictures: int = 8,
     ) -> None:
         self.annotation_file = annotation_file
-        self.category_ids, self.class_names = list(category_ids), list(class_names)
+        self.category_ids, self.class_names = list(category_ids), distinct(class_names)
         self.kinds = ["box", "mask"] if masks else ["box"]
         self.backend = backend
         self.load_image, self.num_pictures = load_image, num_pictures
@@ -156,7 +157,8 @@ class CocoAP:
         for annotation in truth["annotations"]:
             if annotation["image_id"] in objects:
                 objects[annotation["image_id"]].append(annotation)
-        for entry in entries:
+        files = pictures.file_names([entry["file_name"] for entry in entries])
+        for entry, file in zip(entries, files, strict=True):
             image = self.load_image(entry["id"])
             found = self._results(entry["id"]) if entry["id"] in self.found else []
             confident = [item for item in found if item["score"] >= DRAW_THRESHOLD]
@@ -168,8 +170,7 @@ class CocoAP:
                 canvas = pictures.draw_objects(image, [self._drawn(item, image) for item in items])
                 count = f"{len(items)} object{'' if len(items) == 1 else 's'}"
                 panels.append(pictures.panel(canvas, title, count))
-            file = folder / f"{Path(entry['file_name']).stem}.png"
-            pictures.sheet(panels, entry["file_name"]).save(file)
+            pictures.sheet(panels, entry["file_name"]).save(folder / file)
 
     def _drawn(self, item: dict[str, Any], image: Image.Image) -> pictures.DrawnObject:
         """A result or an annotation in COCO's format, to be drawn."""
@@ -197,6 +198,7 @@ def read_truth(annotation_file: Path, *, masks: bool = True) -> dict[str, Any]:
     data = json.loads(annotation_file.read_bytes())
     annotations: list[dict[str, Any]] = []
     for entry in data["annotations"]:
+        normalise_entry(entry, annotation_file)
         entry = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": len(annotations) + 1}
         if masks and isinstance(entry["segmentation"], list):
             entry["segmentation"] = [ring for ring in entry["segmentation"] if len(ring) >= 6]
