@@ -58,7 +58,7 @@ def evaluate(
                 _compare(info, scores)
                 continue
             if dist.is_main():
-                run.keep(evaluator, folder.path / "final" / evaluation.name)
+                engine.save_final(evaluator, folder.path / "final" / evaluation.name)
             settings = recipe.evaluation[evaluation.name].model_dump(mode="json")
             info.metrics |= scores
             info.metric_notes |= notes

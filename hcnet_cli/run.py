@@ -16,12 +16,12 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, files, optim, plan, profile, runs
+from hcnet_cli import build, dist, engine, files, optim, plan, profile, rehearsal, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, duration, notice, out, warn
+from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision
-from hcnet_cli.engine import Evaluation, Evaluator, Task
+from hcnet_cli.engine import Evaluation, Task
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.weights import LoadReport
@@ -98,7 +98,7 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
 
 def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
     folder, recipe = run.folder, run.recipe
-    if options.fresh:
+    if options.fresh and not dist.from_main(lambda: folder.waited):  # what was waited for is fresh
         dist.from_main(folder.clear)
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
@@ -114,17 +114,20 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info = with_progress(info, state)
     info.metric_notes = protocols(job.evaluations)
     info.kernels = list(job.kernels)
+    _announce(run, info, state)
+    seconds = rehearsal.rehearse(job, recipe, run.data, folder.path)
+    _announce_time(run, info, state, seconds)
     if dist.is_main():
         files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
-    _announce(run, info, state)
 
     def on_evaluation(state: engine.State) -> None:
         folder.write(with_progress(info, state))
 
     try:
         stopped_by = engine.fit(job, folder, state, on_evaluation)
+        further = {} if stopped_by else _score_best_weights(job, folder)
     except BaseException as error:
         failed = not isinstance(error, KeyboardInterrupt)
         update = {"status": "failed" if failed else "interrupted", "error": str(error) if failed else ""}
@@ -135,7 +138,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info.peak_memory_mb = round(profile.peak_memory_mb(run.device), 1)
     info.status = "interrupted" if stopped_by else "finished"
     if not stopped_by:
-        info.metrics |= _score_best_weights(job, folder)
+        info.metrics |= further
         _measure_speed(info, run)
     info.finished = runs.now()
     if dist.is_main():
@@ -209,7 +212,7 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         init=vars(run.init) if run.init else {},
         git_commit=commit,
         git_dirty=dirty,
-        argv=list(options.argv),
+        argv=[one.encode("utf-8", "backslashreplace").decode() for one in options.argv],
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -245,6 +248,17 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         notice(f"Going on from step {state.step}.")
 
 
+def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: float) -> None:
+    """How long the training takes, from the rehearsed step, and what would fit the data better."""
+    left = plan.training_time(run.recipe, seconds, info.steps_total - state.step)
+    if state.step < info.steps_total:
+        to_go = " to go" if state.step else ""
+        by = f", {dist.processes()} processes" if dist.processes() > 1 else ""
+        notice(f"About {about(left)}{to_go} on this {run.device.type}{by}, evaluation not counted.")
+    if not state.step and dist.is_main():
+        plan.notice_what_fits(run.recipe, run.data, left)
+
+
 # --- after ------------------------------------------------------------------------------------------------------------
 
 
@@ -273,9 +287,13 @@ def _measure_speed(info: RunInfo, run: RunSetup) -> None:
     assert info.img_size is not None
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(False)
-    rate = profile.throughput(
-        model, info.img_size, batch_size=batch, seconds=1.0, device=run.device, precision=info.precision
-    )
+    try:
+        rate = profile.throughput(
+            model, info.img_size, batch_size=batch, seconds=1.0, device=run.device, precision=info.precision
+        )
+    except Exception as error:  # too little memory for the batch, say: a column stays empty, the run is whole
+        warn(f"The speed of inference could not be measured: {str(error).splitlines()[0] if str(error) else error!r}.")
+        return
     info.images_per_second = round(rate, 1)
     info.speed_notes = f"inference, batch {batch}, {info.precision}, {info.device}, {torch.get_num_threads()} threads"
 
@@ -326,15 +344,8 @@ def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
         metrics, evaluator = engine.evaluate(dataclasses.replace(job, ema=None), evaluation)
         scores |= suffixed(metrics, evaluation, first=False)
         if dist.is_main():
-            keep(evaluator, folder.path / "final" / evaluation.name)
+            engine.save_final(evaluator, folder.path / "final" / evaluation.name)
     return scores
-
-
-def keep(evaluator: Evaluator, place: Path) -> None:
-    """Saves what is worth keeping of the predictions (main process)."""
-    with files.writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-        evaluator.save(place)
 
 
 def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
@@ -376,6 +387,6 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
             if dist.is_main():
                 files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
                 for number, (one, _, evaluator) in enumerate(scored):
-                    keep(evaluator, folder.path / "final" / (one.name if number else ""))
+                    engine.save_final(evaluator, folder.path / "final" / (one.name if number else ""))
                 folder.write(info)
     return info

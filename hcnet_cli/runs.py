@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -23,6 +24,8 @@ from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import TASKS
 
 SCHEMA = 1
+WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process trains is waited for, not refused
+WAITING = "Waiting for another process that is working"
 
 
 class DataInfo(BaseModel):
@@ -127,7 +130,10 @@ def now() -> str:
 
 
 class RunFolder:
-    """One run's folder. Only the main process writes; `lock` keeps a second command out."""
+    """One run's folder. Only the main process writes; `lock` keeps a second command out.
+
+    `waited`: another process was at work here, and this one has waited for it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -135,20 +141,28 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.log_file = path / "metrics.jsonl"
         self.best = path / "best.safetensors"
+        self.waited = False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a command works in the folder; a second one gets a UserError at once."""
+        """Held while a command works in the folder; a second one gets a UserError at once.
+
+        With WAIT_VARIABLE in the environment it waits instead, as the cells of studies do that share a run.
+        """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             try:
                 lock.acquire(timeout=1)  # `is_locked` holds it for a moment
             except Timeout:
-                raise UserError(
-                    f"Another process is working in {self.path}.",
-                    hint="Wait for it, stop it, or give this run another --name.",
-                ) from None
+                self.waited = bool(os.environ.get(WAIT_VARIABLE))
+                if not self.waited:
+                    raise UserError(
+                        f"Another process is working in {self.path}.",
+                        hint="Wait for it, stop it, or give this run another --name.",
+                    ) from None
+                notice(f"{WAITING} in {self.path}.")
+                lock.acquire(poll_interval=0.5)
         try:
             yield
         finally:

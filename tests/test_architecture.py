@@ -22,6 +22,7 @@ LAYERS = [
     ["bench"],
     ["evaluate", "explain", "check"],
     ["run"],
+    ["rehearsal"],
     ["plan"],
     ["build"],
     ["task modules"],  # tasks/*/task.py

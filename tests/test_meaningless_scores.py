@@ -21,7 +21,6 @@ from torch import nn
 from hcnet_cli.console import UserError
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.tasks.detection.annotations import read_annotations
-from hcnet_cli.tasks.detection.metric import read_truth
 from hcnet_cli.tasks.segmentation import labels
 from hcnet_cli.weights import load_into
 
@@ -154,7 +153,7 @@ def test_a_flag_means_what_it_says(value: object, tmp_path: Path) -> None:
 
     root = coco(tmp_path / "coco", change=change)
     assert opened(root).info.left_out == {}
-    truth = read_truth(root / "annotations/instances_val2017.json", masks=False)
+    truth = read_annotations(root / "annotations/instances_val2017.json", masks=False, scoring=True).coco()
     assert [entry["iscrowd"] for entry in truth["annotations"]] == [0, 0]
 
 

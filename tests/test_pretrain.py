@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hcnet_cli.models  # noqa: F401  (registers the sizes with timm)
-from hcnet_cli import build, runs
+from hcnet_cli import plan, runs
 
 Hcnet = Callable[..., Done]
 SMALL = (
@@ -226,14 +226,15 @@ def test_time_is_estimated_with_whole_batches_where_two_images_are_quick(
 ) -> None:
     """Two images at a time take a small model's GPU or CPU several times as long an image as its batch does."""
     seen: list[int] = []
-    real = build.loader.TrainLoader
+    real = plan.loader.sample_batch
 
-    def noting(*arguments: Any, batch_size: int, **more: Any) -> Any:
-        seen.append(batch_size)
-        return real(*arguments, batch_size=batch_size, **more)
+    def noting(images: Any, indices: Any, *more: Any) -> Any:
+        seen.append(len(indices))
+        return real(images, indices, *more)
 
-    monkeypatch.setattr(build, "TRIAL", trial)
-    monkeypatch.setattr(build.loader, "TrainLoader", noting)
+    monkeypatch.setattr(plan, "TRIAL_SECONDS", trial)
+    monkeypatch.setattr(plan, "QUICK_SECONDS", 0)
+    monkeypatch.setattr(plan.loader, "sample_batch", noting)
     assert hcnet("pretrain", *SMALL, "--data", folder_of_images, "--dry-run").code == 0
     assert seen == sizes
 

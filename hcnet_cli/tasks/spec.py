@@ -94,6 +94,7 @@ class Spec:
     embedded: str = ""
     embedded_note: str = ""
     default_recipe: str = ""  # for data of the user's own
+    small_recipe: str = ""  # for small images and small data, proposed where the recipe does not fit
     data_variable: str = ""  # the environment variable that stands in for --data
     ablation_length: int | None = None  # schedule.length of a study's runs on the embedded data
     # results

@@ -88,7 +88,7 @@ def find_images(annotations: Annotations, folders: Sequence[Path]) -> Path:
 def load_split(root: Path, split: str, *, masks: bool = True) -> tuple[Annotations, Path]:
     """(annotations, image folder) of "train" or "val" in a COCO folder; UserError for what is missing or broken."""
     file, folders = find_split(root, split)
-    annotations = read_annotations(file, masks=masks)
+    annotations = read_annotations(file, masks=masks, scoring=split == "val")
     return annotations, find_images(annotations, folders)
 
 
@@ -202,6 +202,17 @@ def _left_out(
         if unnamed:
             left_out.setdefault("images that no annotation file names", []).extend(sorted(unnamed))
     return left_out
+
+
+def check_scorable(val: Annotations) -> None:
+    """UserError unless there is an object to measure AP on."""
+    assert val.truth is not None
+    if not (~val.truth.crowds).any():
+        objects = f"only crowds ({len(val.truth)})" if len(val.truth) else "no objects"
+        raise UserError(
+            f"{val.file} has {objects}: there is nothing to measure AP on.",
+            hint="The validation images need annotated objects, as those for training do.",
+        )
 
 
 # --- images and their objects -----------------------------------------------------------------------------------------
@@ -360,6 +371,7 @@ def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
     splits = {split: load_split(root, split, masks=head.with_masks) for split in ("train", "val")}
     (train, train_images), (val, val_images) = splits["train"], splits["val"]
     check_same_classes(train, val)
+    check_scorable(val)
     check_sizes(val, val_images)  # what evaluation cannot do without must not be found after hours of training
     check_objects(train, val)
     folder = identify_folder(root, splits["train"], splits["val"], config)

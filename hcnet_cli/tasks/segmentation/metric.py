@@ -25,6 +25,7 @@ from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.audit import distinct
 from hcnet_cli.data.images import read_image
+from hcnet_cli.files import optional, write_text
 
 Pixels = NDArray[np.uint8]
 MAX_LEGEND = 23  # classes in the legend of a picture
@@ -40,6 +41,9 @@ def scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: an absent class
         iou = 100 * hits / (labelled + predicted - hits)
         acc = 100 * hits / labelled
+    if not labelled.any():
+        nothing = dict.fromkeys(("mIoU", "mAcc", "aAcc"), float("nan"))
+        return {**nothing, "num_present": 0, "iou": iou, "acc": acc}
     return {
         "mIoU": float(np.nanmean(iou)),
         "mAcc": float(np.nanmean(acc)),
@@ -72,6 +76,7 @@ class MeanIoU:
         self.num_pictures = num_pictures
         self.suffix = suffix
         self.protocol = protocol
+        self.partial = False
         self._confusion: Tensor | None = None
         self._kept: dict[int, tuple[str, Pixels, Pixels]] = {}
         self._result: dict[str, Any] = {}
@@ -96,11 +101,11 @@ class MeanIoU:
         confusion = dist.all_reduce_sum(mine.cpu()).numpy()
         for kept in dist.gather(self._kept):
             self._kept |= kept
-        if not confusion.any():
+        if not confusion.any() and not self.partial:
             raise UserError("No pixel of the validation set has a label: there is no mIoU.")
         self._result = scores(confusion) | {"pixels": confusion.sum(1)}
         present = self._result["num_present"]
-        if present < num_classes:
+        if present < num_classes and not self.partial:
             absent = [name for name, iou in zip(self.class_names, self._result["iou"], strict=True) if np.isnan(iou)]
             some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
             notice(f"mIoU over {present} of {num_classes} classes (absent: {some}).")
@@ -111,7 +116,7 @@ class MeanIoU:
         folder.mkdir(parents=True, exist_ok=True)
         result = self._result
         rows = zip(self.class_names, result["iou"], result["acc"], result["pixels"], strict=True)
-        summary = {name: round(result[name], 4) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
+        summary = {name: _rounded(result[name]) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
         content = summary | {
             "num_classes": len(self.class_names),
             "protocol": self.protocol,
@@ -120,15 +125,19 @@ class MeanIoU:
                 for name, iou, acc, pixels in rows
             ],
         }
-        (folder / f"per_class{self.suffix}.json").write_text(json.dumps(content, indent=1) + "\n")
+        file = folder / f"per_class{self.suffix}.json"
+        with optional(file):
+            write_text(file, json.dumps(content, indent=1) + "\n")
         target = folder / f"pictures{self.suffix}"
-        target.mkdir(exist_ok=True)
-        samples = sorted(self._kept)
-        files = pictures.file_names([self._kept[sample][0] for sample in samples])
-        for sample, file in zip(samples, files, strict=True):
+        with optional(target):
+            target.mkdir(parents=True, exist_ok=True)
+        samples = sorted(self._kept)[: 1 if self.partial else None]
+        names = pictures.file_names([self._kept[sample][0] for sample in samples])
+        for sample, name in zip(samples, names, strict=True):
             path, label, prediction = self._kept[sample]
-            picture = draw(self.read(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
-            picture.save(target / file)
+            with optional(target / name):
+                picture = draw(self.read(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
+                picture.save(target / name)
 
 
 def _rounded(x: float) -> float | None:
