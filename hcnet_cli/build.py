@@ -167,6 +167,32 @@ def load_init(task: Task, name: str, state: dict[str, Tensor]) -> LoadReport:
     return load_into(target, state, name, remap)
 
 
+def lacking(init: LoadReport, task: Task) -> str:
+    """What weights that were loaded lack of the task's, for people; "" where they are whole."""
+    names = sorted({*init.missing, *init.reinitialised})
+    if init.total < len(task.model.state_dict()):
+        names.insert(0, "the head")
+    return ", ".join(names[:5])
+
+
+def load_own(task: Task, folder: Path) -> LoadReport:
+    """Loads a run's best weights into its task. UserError unless each tensor of one is in the other.
+
+    Whatever scores or shows the weights of a run loads them here: a head that is left random has a score, too.
+    """
+    report = load_init(task, *read_init(str(folder)))
+    if missing := lacking(report, task):
+        problem = f"it lacks {missing}"
+    elif report.unexpected:
+        problem = f"the model has no {', '.join(report.unexpected[:3])}"
+    else:
+        return report
+    raise UserError(
+        f"{report.source} is not of the model in {folder / 'recipe.yaml'}: {problem}.",
+        hint="The model, its head or the number of classes are others than those it was trained with.",
+    )
+
+
 # --- the job ----------------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ err = ErrorConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: shown as one sentence (and a hint), exit code 2, never a traceback."""
+    """A mistake the user can correct: shown as one sentence (and a hint), exit code 2, never a traceback."""
 
     exit_code = 2
 

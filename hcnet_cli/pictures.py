@@ -7,12 +7,12 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
 PANEL = 640  # pixels, the longer side of a panel
@@ -57,21 +57,29 @@ def one_line(text: str) -> str:
     return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in plain).split())
 
 
-class FileNames:
-    """Names for pictures of images: no two are equal, and each can be a file name everywhere."""
+def _plain(part: str) -> str:
+    """A part of a path that can stand in a file name everywhere."""
+    return re.sub(r'[\\/:*?"<>|]', "_", one_line(part)).encode()[:80].decode(errors="ignore")
 
-    def __init__(self) -> None:
-        self.taken: set[str] = set()
 
-    def png(self, image: str) -> str:
-        stem = re.sub(r'[\\/:*?"<>|]', "_", one_line(PurePath(image).stem))
-        stem = stem.encode()[:200].decode(errors="ignore") or "picture"
-        name, number = stem, 1
-        while name.casefold() in self.taken:
+def file_names(images: Sequence[str]) -> list[str]:
+    """A file name for the picture of each image, no two alike: NAME.png, with its folders where names repeat."""
+    places = [[_plain(part) for part in Path(image).with_suffix("").parts] for image in images]
+    depth = 1
+    names = [place[-1] for place in places]
+    while len({name.lower() for name in names}) < len(names) and depth < max(map(len, places)):
+        depth += 1
+        names = ["_".join(part for part in place[-depth:]).lstrip("_") for place in places]
+    made: list[str] = []
+    taken: set[str] = set()
+    for name in names:  # a.jpg and a.png, and a/b_c and a_b/c, are still alike
+        own, number = name, 1
+        while own.lower() in taken:
             number += 1
-            name = f"{stem}-{number}"
-        self.taken.add(name.casefold())
-        return f"{name}.png"
+            own = f"{name} ({number})"
+        taken.add(own.lower())
+        made.append(f"{own}.png")
+    return made
 
 
 # --- panels and sheets ------------------------------------------------------------------------------------------------
@@ -79,8 +87,7 @@ class FileNames:
 
 def enlarged(image: Image.Image) -> Image.Image:
     """The image with a longer side of PANEL pixels."""
-    scale = PANEL / max(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return ImageOps.scale(image, PANEL / max(image.size), Image.Resampling.BICUBIC)
 
 
 def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:

@@ -62,9 +62,11 @@ def _lines(
     size = "x".join(map(str, data.img_size))
     shortened = " (shortened to half of the run)" if plan.shortened else ""
     evaluated = f"every {plan.eval_every}" if plan.eval_every < plan.total else "at the end"
+    remarks = {"data notes": " ".join(info.remarks())} if info.remarks() else {}
     lines = {
         "data": f"{info.name}: {info.num_train} training, {info.num_val} validation images, {info.num_classes} classes "
         f"({info.path})",
+        **remarks,
         "model": f"{params / 1e6:.2f} M parameters, {macs / 1e9:.2f} G MACs at {size} (convolutions, linear layers, "
         "matrix products)",
         "batch": f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes",

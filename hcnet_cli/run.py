@@ -235,6 +235,8 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
+    for line in info.data.remarks():
+        notice(line)
     plan.notice_many_passes(info.steps_total, info.batch_size, info.data.num_train)
     if run.recipe.train.compile and info.device == "cpu":
         notice("On a CPU, training is not faster compiled (docs/speed.md).")
@@ -335,7 +337,7 @@ def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
     further = job.evaluations[1:]
     if not further:
         return {}
-    build.load_init(job.task, *build.read_init(str(folder.path)))
+    build.load_own(job.task, folder.path)
     scores: dict[str, float] = {}
     for evaluation in further:
         notice(f"Evaluating the best weights as {evaluation.name}: {evaluation.task.protocol}.")
@@ -346,14 +348,6 @@ def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
     return scores
 
 
-def lacking(init: LoadReport, task: Task) -> str:
-    """What weights that were loaded lack of the task's, for people; "" where they are whole."""
-    names = sorted({*init.missing, *init.reinitialised})
-    if init.total < len(task.model.state_dict()):
-        names.insert(0, "the head")
-    return ", ".join(names[:5])
-
-
 def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
     """Metrics, on the validation data, of the run's best weights; where nothing was trained, of those of --init.
 
@@ -361,8 +355,8 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
     """
     folder, recipe, task, init = run.folder, run.recipe, run.task, run.init
     if folder.best.is_file():
-        init = build.load_init(task, *build.read_init(str(folder.path)))
-    elif init is None or (missing := lacking(init, task)):
+        init = build.load_own(task, folder.path)
+    elif init is None or (missing := build.lacking(init, task)):
         why = f", and {init.source} lacks {missing}" if init else ""
         raise UserError(
             f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",

@@ -54,6 +54,17 @@ class DataPart(Part):
     path: str | None = field(None, "Data folder, or the name of an embedded set.", fingerprint="never")
     mean: Triple = field(IMAGENET_MEAN, "Mean of the channels, of values in 0..1.")
     std: Triple = field(IMAGENET_STD, "Standard deviation of the channels, of values in 0..1.")
+    bits: Annotated[int, Field(ge=8, le=32)] | None = field(
+        None,
+        "Bits that grey images of more than 8 bits use: 8, 10, 12, 16; null: measured over the data.",
+        fingerprint="changed",
+    )
+    trust: Literal["content", "names"] = field(
+        "content",
+        "`content`: the data are known by the contents of their files; `names`: by names and sizes alone, which misses "
+        "what is changed in place.",
+        fingerprint="never",
+    )
 
 
 class EvaluationPart(Part):

@@ -106,6 +106,7 @@ def test_the_fingerprint_covers_what_can_change_a_number_and_nothing_else() -> N
     base = resolve()
     free = {
         "data.path": "/elsewhere",
+        "data.trust": "names",
         "train.workers": 7,
         "train.accumulate": 2,
         "train.compile": True,

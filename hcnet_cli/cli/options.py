@@ -11,6 +11,13 @@ from hcnet_cli.sizes import SIZES
 
 Size = Annotated[str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.")]
 DataPath = Annotated[str | None, typer.Option("--data", help="A data folder, or the name of an embedded set.")]
+DataTrust = Annotated[
+    str | None,
+    typer.Option(
+        "--data-trust",
+        help="How data are told apart: content (default: every file is read once), or names: names and sizes alone.",
+    ),
+]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped recipe (hcnet recipes ls) or a YAML file.")]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
@@ -65,4 +72,5 @@ RECIPE_KEYS = {
     "precision": ("--precision", "train.precision"),
     "compile_model": ("--compile", "train.compile"),
     "workers": ("--workers", "train.workers"),
+    "data_trust": ("--data-trust", "data.trust"),
 }

@@ -46,6 +46,7 @@ def _parameters(spec: Spec) -> Parameters:
     return {
         "size": (options.Size, None),
         "data": (options.DataPath, None),
+        "data_trust": (options.DataTrust, None),
         "recipe": (options.RecipeName, None),
         spec.length_flag: (length, None),
         "batch_size": (options.BatchSize, None),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError
+from hcnet_cli.data.audit import distinct
 from hcnet_cli.files import optional, write_text
 
 
@@ -24,7 +25,7 @@ class Accuracy:
     def __init__(self, num_classes: int, class_names: Sequence[str]) -> None:
         assert num_classes == len(class_names)
         self.partial = False
-        self.class_names = list(class_names)
+        self.class_names = distinct(class_names)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [truth, prediction]
         self.top5 = torch.zeros(num_classes, dtype=torch.int64)  # by truth
 

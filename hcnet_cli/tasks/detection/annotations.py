@@ -26,6 +26,8 @@ from pycocotools import mask as rle
 from hcnet_cli.console import UserError
 from hcnet_cli.data.folders import Packed
 
+FLAGS = ("iscrowd", "ignore")  # of an annotation
+FLAG_VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "": 0}
 NO_MASKS_HINT = "Add --no-masks to train Faster R-CNN, without masks."
 
 
@@ -65,6 +67,8 @@ class Annotations:
     segments: Packed | None  # [A], see _pack_segment
     dropped: dict[str, list[int]] = field(default_factory=dict)
     clipped: list[int] = field(default_factory=list)
+    num_annotations: int = 0  # in the file, crowds and dropped ones included
+    num_as_text: int = 0  # annotations whose `iscrowd` or `ignore` is written as text
     truth: Truth | None = None  # of a file that predictions are scored against
 
     def __len__(self) -> int:
@@ -130,7 +134,7 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False) -
     categories = sorted(data["categories"], key=lambda c: c["id"])
     label_of = {c["id"]: label for label, c in enumerate(categories, start=1)}
     place = {image["id"]: i for i, image in enumerate(images)}
-    sizes = np.array([[_value(i, key, file, "image") for key in ("height", "width")] for i in images], dtype=np.int32)
+    sizes = np.array([[_side(i, key, file) for key in ("height", "width")] for i in images], dtype=np.int32)
     annotated = np.zeros(len(images), dtype=bool)
 
     rows: list[tuple[int, list[float], int, bytes]] = []  # image, box, label, segment
@@ -138,12 +142,15 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False) -
     dropped: dict[str, list[int]] = {}
     clipped: list[int] = []
     maskless: list[int] = []
+    num_as_text = 0
     for entry in data["annotations"]:
+        num_as_text += any(isinstance(entry.get(key), str) for key in FLAGS)
+        normalise_entry(entry, file)
         i, label = (_find(entry, kind, known, file) for kind, known in (("image", place), ("category", label_of)))
         annotated[i] = True
         height, width = sizes[i].tolist()
         box, inside = _box(entry, height, width, file)
-        reason = _reason_to_drop(entry, inside, file)
+        reason = _reason_to_drop(entry, inside)
         segmentation = entry.get("segmentation")
         segment = b""
         if masks:
@@ -154,9 +161,9 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False) -
             reason = reason or ("" if segment else "polygon of fewer than 3 points")
         if scoring and reason not in NO_BOX and (segment or not masks):
             bbox = entry["bbox"]
-            area = _area(entry, file)
+            area = entry.get("area")
             area = bbox[2] * bbox[3] if area is None else area
-            scored.append((i, label, bbox, area, _is_crowd(entry, file), segment))
+            scored.append((i, label, bbox, area, bool(entry.get("iscrowd")), segment))
         if reason:
             dropped.setdefault(reason, []).append(entry["id"])
             continue
@@ -187,6 +194,8 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False) -
         segments=Packed([row[3] for row in rows]) if masks else None,
         dropped=dropped,
         clipped=clipped,
+        num_annotations=len(data["annotations"]),
+        num_as_text=num_as_text,
         truth=_truth(scored, masks) if scoring else None,
     )
 
@@ -223,7 +232,7 @@ def _check_lists(data: Any, file: Path) -> None:
     if not isinstance(data, dict) or not all(isinstance(data.get(kind), list) for kind in kinds):
         raise UserError(f"{file} is not a COCO instances file: it needs the lists images, annotations, categories.")
     for kind in kinds:
-        if not all(isinstance(entry, dict) and isinstance(entry.get("id"), int) for entry in data[kind]):
+        if not all(isinstance(entry, dict) and type(entry.get("id")) is int for entry in data[kind]):
             raise UserError(f'{file}: every one of its {kind} must be an object with an integer "id".')
         repeated = [i for i, n in Counter(entry["id"] for entry in data[kind]).items() if n > 1]
         if repeated:
@@ -239,6 +248,34 @@ def _value(entry: dict[str, Any], key: str, file: Path, kind: str) -> Any:
     return entry[key]
 
 
+def _side(image: dict[str, Any], key: str, file: Path) -> int:
+    value = _value(image, key, file, "image")
+    if not _is_number(value) or not 1 <= value < 2**31 or value != int(value):
+        raise UserError(f"{file}: the {key} of image id {image['id']} is {value!r}, not a number of pixels.")
+    return int(value)
+
+
+def normalise_entry(annotation: dict[str, Any], file: Path) -> None:
+    """Makes the flags of an annotation 0 or 1 and its area a number; UserError for values that mean neither.
+
+    COCO has 0 and 1. Text is true in Python whatever it says, so "0" would make every object a crowd.
+    """
+    for key in FLAGS:
+        value = annotation.get(key)
+        if value is None:
+            annotation.pop(key, None)
+            continue
+        known = FLAG_VALUES.get(value.strip().lower()) if isinstance(value, str) else value
+        if not isinstance(known, bool | int | float) or known not in (0, 1):
+            raise UserError(f'{file}: "{key}" of annotation id {annotation["id"]} is {value!r}, neither 0 nor 1.')
+        annotation[key] = int(known)
+    area = annotation.get("area")
+    if area is None:
+        annotation.pop("area", None)
+    elif not _is_number(area) or not math.isfinite(area):
+        raise UserError(f'{file}: "area" of annotation id {annotation["id"]} is {area!r}, not a number.')
+
+
 def _find(annotation: dict[str, Any], kind: str, known: dict[int, int], file: Path) -> int:
     """The place of an annotation's image or category among those of the file."""
     number = _value(annotation, f"{kind}_id", file, "annotation")
@@ -252,10 +289,14 @@ def _find(annotation: dict[str, Any], kind: str, known: dict[int, int], file: Pa
 def _box(annotation: dict[str, Any], height: int, width: int, file: Path) -> tuple[list[float], list[float]]:
     """The box (x1, y1, x2, y2) as the file has it, and clipped to the image."""
     bbox = _value(annotation, "bbox", file, "annotation")
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(v, int | float) for v in bbox):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(_is_number(v) for v in bbox):
         raise UserError(f"{file}: the bbox of annotation id {annotation['id']} is not [x, y, width, height].")
     box = [bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3]]
     return box, [max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # boxes that cannot be scored either
@@ -263,39 +304,21 @@ NOT_A_NUMBER, NEGATIVE = "box with a value that is not a number", "box of negati
 NO_BOX = (NOT_A_NUMBER, NEGATIVE)
 
 
-def _reason_to_drop(annotation: dict[str, Any], inside: list[float], file: Path) -> str:
+def _reason_to_drop(annotation: dict[str, Any], inside: list[float]) -> str:
     """Why training leaves an object out; "" if it does not. `inside` is the clipped box."""
     bbox = annotation["bbox"]
     if not all(map(math.isfinite, bbox)):
         return NOT_A_NUMBER
     if bbox[2] < 0 or bbox[3] < 0:
         return NEGATIVE
-    if _is_crowd(annotation, file) or annotation.get("ignore"):
+    if annotation.get("iscrowd") or annotation.get("ignore"):
         return "crowd"
     if bbox[2] < 1 or bbox[3] < 1:
         return "box thinner than a pixel"
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
         return "box outside the image"
-    area = _area(annotation, file)
-    return "area of 0" if area is not None and area <= 0 else ""
-
-
-def _is_crowd(annotation: dict[str, Any], file: Path) -> bool:
-    crowd = annotation.get("iscrowd")
-    if crowd not in (None, 0, 1):
-        raise UserError(f'{file}: "iscrowd" of annotation id {annotation["id"]} is {json.dumps(crowd)}, not 0 or 1.')
-    return bool(crowd)
-
-
-def _area(annotation: dict[str, Any], file: Path) -> float | None:
-    """None where the file says none."""
     area = annotation.get("area")
-    if area is not None and not (isinstance(area, int | float) and math.isfinite(area)):
-        raise UserError(f'{file}: "area" of annotation id {annotation["id"]} is {json.dumps(area)}, not a number.')
-    return area
-
-
-# --- segments ---------------------------------------------------------------------------------------------------------
+    return "area of 0" if area is not None and area <= 0 else ""
 
 
 def _rings(segmentation: Any) -> list[list[float]]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
+from hcnet_cli.data.audit import distinct
 from hcnet_cli.files import optional, write_text
 from hcnet_cli.tasks.detection.annotations import Annotations, decode_mask
 
@@ -63,7 +64,7 @@ class CocoAP:
     ) -> None:
         self.truth = truth
         self.partial = False
-        self.category_ids, self.class_names = truth.category_ids, truth.class_names
+        self.category_ids, self.class_names = truth.category_ids, distinct(truth.class_names)
         self.kinds = ["box", "mask"] if masks else ["box"]
         self.backend = backend
         self.load_image, self.num_pictures = load_image, num_pictures
@@ -156,11 +157,10 @@ class CocoAP:
         objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in truth["images"]}
         for annotation in truth["annotations"]:
             objects[annotation["image_id"]].append(annotation)
-        name = pictures.FileNames()
-        for entry in truth["images"]:
-            file = folder / name.png(entry["file_name"])
-            with optional(file):
-                self._draw(entry, objects[entry["id"]]).save(file)
+        names = pictures.file_names([entry["file_name"] for entry in truth["images"]])
+        for entry, name in zip(truth["images"], names, strict=True):
+            with optional(folder / name):
+                self._draw(entry, objects[entry["id"]]).save(folder / name)
 
     def _draw(self, entry: dict[str, Any], objects: Sequence[dict[str, Any]]) -> Image.Image:
         """The ground truth and the confident detections of an image, side by side."""

@@ -138,7 +138,7 @@ def build_task(
     """See hcnet_cli/build.py."""
     assert isinstance(head, Head)
     assert isinstance(data, CocoSplits)
-    model = MaskRCNN(backbone(0), data.info.num_classes, **head.model_dump(exclude={"kind"}))
+    model = MaskRCNN(backbone(0), data.info.num_classes, **head.model_dump())
     return _task(model, evaluation, data)
 
 

@@ -11,7 +11,7 @@ out with a notice, never counted as 0 or 1 (mmsegmentation's nanmean does the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.audit import distinct
 from hcnet_cli.data.images import read_image
 from hcnet_cli.files import optional, write_text
 
@@ -54,7 +55,10 @@ def scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
 
 
 class MeanIoU:
-    """Evaluator of label maps. Names of metrics end in `suffix`; the first `num_pictures` images are drawn."""
+    """Evaluator of label maps. Names of metrics end in `suffix`; the first `num_pictures` images are drawn.
+
+    `read` gives an image by its path, as training sees it.
+    """
 
     def __init__(
         self,
@@ -64,8 +68,10 @@ class MeanIoU:
         num_pictures: int = 8,
         suffix: str = "",
         protocol: str = "",
+        read: Callable[[str], Image.Image] = read_image,
     ) -> None:
-        self.class_names = tuple(class_names)
+        self.class_names = tuple(distinct(class_names))
+        self.read = read
         self.ignore_index = ignore_index
         self.num_pictures = num_pictures
         self.suffix = suffix
@@ -125,13 +131,13 @@ class MeanIoU:
         target = folder / f"pictures{self.suffix}"
         with optional(target):
             target.mkdir(parents=True, exist_ok=True)
-        name = pictures.FileNames()
-        for sample in sorted(self._kept)[: 1 if self.partial else None]:
+        samples = sorted(self._kept)[: 1 if self.partial else None]
+        names = pictures.file_names([self._kept[sample][0] for sample in samples])
+        for sample, name in zip(samples, names, strict=True):
             path, label, prediction = self._kept[sample]
-            file = target / name.png(path)
-            with optional(file):
-                image = read_image(path)
-                draw(image, label, prediction, self.class_names, self.ignore_index, Path(path).name).save(file)
+            with optional(target / name):
+                picture = draw(self.read(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
+                picture.save(target / name)
 
 
 def _rounded(x: float) -> float | None:
