@@ -161,7 +161,7 @@ def test_validation_without_anything_to_score_is_refused(hcnet: Hcnet, tmp_path:
         refused(hcnet(*DETECT, "--data", root, "--out", tmp_path / "out"), words, tmp_path / "out")
     root = scenes(tmp_path / "ignored", label=lambda split: int(split == "training"))
     done = hcnet(*SEGMENT, "--data", root, "--out", tmp_path / "out")
-    refused(done, "nothing to measure mIoU on", tmp_path / "out")
+    refused(done, "No pixel of the validation labels has a class", tmp_path / "out")
 
 
 def test_a_part_without_anything_to_score_is_no_mistake() -> None:
@@ -188,7 +188,8 @@ def test_a_part_without_anything_to_score_is_no_mistake() -> None:
         ({"segmentation": {"size": [64, 64], "counts": [-1, 64 * 64 + 1]}}, 2),
         ({"area": None}, 0),
         ({"area": "large"}, 2),
-        ({"iscrowd": "0"}, 2),
+        ({"iscrowd": "0"}, 0),  # read as a number, in training and in scoring
+        ({"iscrowd": "many"}, 2),
     ],
 )
 def test_training_and_scoring_have_one_verdict_on_an_annotation(

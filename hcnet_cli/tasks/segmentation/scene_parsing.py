@@ -375,17 +375,6 @@ class SceneSplits(DataSplits):
     folder: SceneFolder
 
 
-def check_scorable(folder: SceneFolder) -> None:
-    """UserError unless a validation label has a pixel to measure mIoU on. Reads labels up to the first that has."""
-    for path in folder.labels["validation"].tolist():
-        if (read_label(path, folder.table) != folder.ignore_index).any():
-            return
-    raise UserError(
-        f"No pixel of the validation labels in {folder.root} has a class: there is nothing to measure mIoU on.",
-        hint="Ignored are the label 255 and, with data.reduce_zero_label, the label 0.",
-    )
-
-
 def _open(config: spec.SceneParsing, root: Path, verify: bool = False) -> SceneFolder:
     return open_folder(
         root,
@@ -404,7 +393,6 @@ def open_data(config: spec.SceneParsing, head: Part, root: Path) -> SceneSplits:
     folder = _open(config, root)
     for problem in folder.problems:
         warn(f"{root}: {problem}")
-    check_scorable(folder)
     shared: dict[str, Any] = {"img_scale": config.img_scale, "mean": config.mean, "std": config.std}
     names = {"ratio_range", "crop_size", "cat_max_ratio", "hflip", "photometric"}
     train = TrainScenes(folder, **shared, **config.model_dump(include=names))
