@@ -353,6 +353,16 @@ def fingerprint(recipe: Recipe, **contents: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def config_digest(recipe: Recipe, data: str, start: str) -> str:
+    """16 hex digits over all that can change a number except the seed: equal for runs that may be averaged.
+
+    `start`: of the weights that training starts from, the config of the run that made them, else their digest.
+    """
+    kept = {key: value for key, value in identity(recipe).items() if key != "train.seed"}
+    text = json.dumps({**kept, "data": data, "start": start}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def changed_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ: (ours, theirs)."""
     return {k: (ours.get(k), theirs.get(k)) for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)}
@@ -394,34 +404,3 @@ def variant(recipe: Recipe) -> str:
             parts.append(f"{name}={shown(value)}")
     parts += [f"{name}={shown(value)}" for name, value in sorted(recipe.model.args.items())]
     return "+".join(parts)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A schedule in optimizer steps; `epoch` is the steps of one pass over the data."""
-
-    epoch: int
-    total: int
-    warmup: int
-    milestones: tuple[int, ...]
-    eval_every: int
-    shortened: bool  # the warm-up was cut to half of a short run
-
-
-def steps(recipe: Recipe, epoch: int) -> Steps:
-    """Durations of the schedule, given the steps of one epoch. A warm-up takes at most half of the run."""
-    plan = recipe.schedule
-
-    def count(amount: float, unit: str) -> int:
-        return round(amount * epoch) if unit == "epochs" else round(amount)
-
-    total = count(plan.length, plan.unit)
-    warmup = count(plan.warmup, plan.warmup_unit)
-    return Steps(
-        epoch=epoch,
-        total=total,
-        warmup=min(warmup, total // 2),
-        milestones=tuple(count(milestone, plan.unit) for milestone in plan.milestones),
-        eval_every=count(recipe.train.eval_every, plan.unit),
-        shortened=warmup > total // 2,
-    )

@@ -16,14 +16,14 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, files, optim, plan, profile, runs
+from hcnet_cli import build, checkpoint, dist, engine, files, optim, plan, pretrained, profile, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, duration, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.engine import Evaluation, Evaluator, Task
 from hcnet_cli.recipe import Recipe, Resolved
-from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.runs import RunFolder, RunInfo, Session
 from hcnet_cli.weights import LoadReport
 
 WAITING_TOO_LONG = 0.2  # share of the training time spent waiting for data
@@ -89,32 +89,42 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
     optim.check_optimizer(recipe.optim.name, recipe.optim.args)
     data = build.open_data(recipe)
     task = build.build_task(recipe, data)
-    recipe = recipe.model_copy(update={"init": dist.from_main(lambda: runs.find_init(recipe, options.results))})
+    recipe = recipe.model_copy(update={"init": dist.from_main(lambda: pretrained.find_init(recipe, options.results))})
     init = build.load_init(task, *build.read_init(recipe.init)) if recipe.init != "none" else None
-    fingerprint = rcp.fingerprint(recipe, data=data.info.digest, **({"init": init.digest} if init else {}))
+    if init:
+        init = dataclasses.replace(init, **build.init_origin(recipe.init))
+    fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
     return RunSetup(RunFolder(options.results / "runs" / name), recipe, data, task, device, init), fingerprint
 
 
 def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
     folder, recipe = run.folder, run.recipe
-    if options.fresh:
+    if options.fresh or dist.from_main(folder.is_cleared):
+        if not options.fresh:
+            notice(f"A --fresh was stopped while it cleared {folder.path}: the rest of the old run is removed.")
         dist.from_main(folder.clear)
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
-        dist.from_main(lambda: _check_best(folder))
+        dist.from_main(lambda: _check_finished(folder, earlier))
         notice(f"This run is finished: {folder.path}")
         notice("Start it over with --fresh; `hcnet report` prints the table.")
         return folder.path, earlier, 0
     dist.from_main(lambda: _check_disk(run))
-    job = build.build_job(recipe, run.data, run.task, run.device)
+    job = build.build_job(recipe, run.data, run.task, run.device, identity(info))
+    job.describe_weights = {**job.describe_weights, "config": info.config}
     state = engine.restore(job, folder.path)
     if earlier is not None:
+        if earlier.steps_done and not state.step:
+            warn(f"The checkpoints of {folder.path}, which had reached step {earlier.steps_done}, are gone.")
+            notice("Training starts from the beginning.")
         info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
+    info.sessions = [*(earlier.all_sessions() if earlier else ()), _session(info, state.step)]
     info = with_progress(info, state)
     info.metric_notes = protocols(job.evaluations)
     if dist.is_main():
         files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+        info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
     _announce(run, info, state)
@@ -147,8 +157,14 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
 
 
 def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo | None:
-    """The record of an earlier run of this very recipe in the folder; UserError if the folder holds another's."""
+    """The record of an earlier run of this very recipe in the folder; UserError if the folder holds another's, or
+    files whose run is not known.
+    """
     earlier = folder.read()
+    if earlier is None:
+        _check_ownerless(folder, info)
+    elif earlier.altered:
+        warn(f"{folder.record} was changed after it was written: its checksum does not match.")
     if earlier is not None and earlier.fingerprint != info.fingerprint:
         theirs = rcp.resolve(folder.recipe_file).recipe if folder.recipe_file.exists() else None
         keys = rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)) if theirs else {}
@@ -160,8 +176,37 @@ def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo
     return earlier
 
 
-def _check_best(folder: RunFolder) -> None:
-    """UserError for a finished run whose weights are gone or cut short."""
+def identity(info: RunInfo) -> dict[str, str]:
+    """What checkpoints and weights say of the run that they are of."""
+    return {"fingerprint": info.fingerprint, "task": info.task, "data_digest": info.data.digest}
+
+
+def _check_ownerless(folder: RunFolder, info: RunInfo) -> None:
+    """UserError for checkpoints or weights without a run.json, unless the checkpoints say that they are of this run."""
+    if not folder.has_progress():
+        return
+    found = checkpoint.owner(folder.path)
+    if found and found[0] == identity(info):
+        warn(f"{folder.record} is missing; the checkpoint of step {found[1]} is of this very recipe and data.")
+        return
+    if not found:
+        what = "weights or damaged checkpoints"
+    elif theirs := found[0].get("fingerprint"):
+        what = f"a checkpoint of step {found[1]} of another run (fingerprint {theirs}, {info.fingerprint} here)"
+    else:
+        what = f"a checkpoint of step {found[1]} that does not say which run it is of"
+    raise UserError(
+        f"{folder.path} has no run.json, but {what}.",
+        hint="Restore run.json, choose another --name, or give --fresh to remove what is there.",
+    )
+
+
+def _check_finished(folder: RunFolder, info: RunInfo) -> None:
+    """UserError for a finished run whose files contradict its record, or whose weights are gone or cut short."""
+    if reason := runs.contradiction(folder, info):
+        of_weights = not info.altered and not runs.recipe_contradiction(folder, info)
+        lost = f"This run is finished, but its weights are lost: {reason}" if of_weights else reason
+        raise UserError(lost, hint="Restore the file, or train the run again with --fresh.")
     try:
         build.read_init(str(folder.path))
     except UserError as error:
@@ -186,6 +231,7 @@ def _check_disk(run: RunSetup) -> None:
 def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
     recipe, data, task, device = run.recipe, run.data, run.task, run.device
     commit, dirty = runs.git_state()
+    steps = build.steps(recipe, data)
     return RunInfo(
         task=recipe.task,
         protocol=recipe.protocol,
@@ -195,8 +241,10 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         variant=rcp.variant(recipe),
         seed=recipe.train.seed,
         fingerprint=fingerprint,
+        config=rcp.config_digest(recipe, data.info.digest, (run.init.config or run.init.digest) if run.init else ""),
         data=data.info,
-        steps_total=build.steps(recipe, data).total,
+        steps_total=steps.total,
+        steps_per_epoch=steps.epoch,
         batch_size=recipe.train.batch_size,
         params=profile.count_params(task.model),
         macs=build.count_macs(recipe, task, data),
@@ -222,6 +270,11 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
     )
 
 
+def _session(info: RunInfo, from_step: int) -> Session:
+    common = info.model_dump(include=Session.model_fields.keys() & RunInfo.model_fields.keys())
+    return Session(**{**common, "from_step": from_step, "started": runs.now()})
+
+
 def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
     label = (f"model {info.model}" if info.model else f"size {info.size}") + (
         f" ({info.variant})" if info.variant else ""
@@ -231,11 +284,10 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
-    plan.notice_many_passes(info.steps_total, info.batch_size, info.data.num_train)
+    plan.notice_many_passes(build.steps(run.recipe, run.data))
     if run.recipe.train.compile and info.device == "cpu":
         notice("On a CPU, training is not faster compiled (docs/speed.md).")
-    if build.steps(run.recipe, run.data).shortened:
-        notice("The warm-up was shortened to half of the run.")
+    plan.remark_on_schedule(run.recipe, build.steps(run.recipe, run.data))
     if run.init:
         notice(str(run.init))
     if state.step:
@@ -253,6 +305,7 @@ def with_progress(info: RunInfo, state: engine.State) -> RunInfo:
             "steps_done": state.step,
             "metrics": dict(state.metrics),
             "best_step": state.best_step,
+            "weights": state.weights,
             "train_seconds": round(state.seconds, 1),
             "train_images_per_second": round(images, 2) if images else None,
             "data_wait_share": round(state.waited / state.seconds, 4) if state.seconds else None,
@@ -342,21 +395,37 @@ def lacking(init: LoadReport, task: Task) -> str:
     return ", ".join(names[:5])
 
 
+def differing_scores(info: RunInfo, scores: Mapping[str, float]) -> str:
+    """The scores that differ from the record, with both values, for people; "" where none does."""
+    return ", ".join(
+        f"{name} {value:.4f} (record: {info.metrics[name]:.4f})"
+        for name, value in scores.items()
+        if name in info.metrics and abs(info.metrics[name] - value) > 1e-6
+    )
+
+
 def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
     """Metrics, on the validation data, of the run's best weights; where nothing was trained, of those of --init.
 
     The latter become a finished run, the only thing that is written.
     """
     folder, recipe, task, init = run.folder, run.recipe, run.task, run.init
-    if folder.best.is_file():
+    earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
+    if folder.best.is_file() and not (earlier and earlier.evaluated_only):
+        if earlier is None:
+            raise UserError(
+                f"{folder.path} has weights, but no run.json that says of what.",
+                hint="Restore run.json, or name the weights with --init and the run with another --name.",
+            )
         init = build.load_init(task, *build.read_init(str(folder.path)))
+        if missing := lacking(init, task):
+            raise UserError(f"{folder.best} is not of the model in {folder.recipe_file}: it lacks {missing}.")
     elif init is None or (missing := lacking(init, task)):
         why = f", and {init.source} lacks {missing}" if init else ""
         raise UserError(
             f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",
             hint="Train it first, or name whole weights with --init RUN, FILE.safetensors or FILE.pth.",
         )
-    earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     job = dataclasses.replace(build.build_job(recipe, run.data, task, run.device), ema=None)
     notice(str(init))
     notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")
@@ -366,6 +435,8 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         metrics |= suffixed(found, one, first=number == 0)
     if dist.is_main():
         out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    if earlier is not None and (differing := differing_scores(earlier, metrics)):
+        warn(f"The weights score otherwise than the run's record says: {differing}.")
     if earlier is None:
         info = info.model_copy(
             update={
@@ -380,6 +451,8 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         with dist.on_main(folder.lock):
             if dist.is_main():
                 files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+                info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
+                info.sessions = [_session(info, 0)]
                 for number, (one, _, evaluator) in enumerate(scored):
                     keep(evaluator, folder.path / "final" / (one.name if number else ""))
                 folder.write(info)

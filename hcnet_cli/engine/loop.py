@@ -21,6 +21,7 @@ from hcnet_cli.engine.state import State, save
 from hcnet_cli.engine.step import NonFiniteGuard, Stepper
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.runs import RunFolder
+from hcnet_cli.weights import digest
 
 
 class Stopper:
@@ -176,8 +177,10 @@ def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress:
     if state.best is None or value >= state.best:  # of equal scores the later one, which has trained longer
         state.best, state.best_step, state.metrics = value, state.step, metrics
         if dist.is_main():
-            about = {**job.describe_weights, "step": str(state.step)}
-            checkpoint.save_tensors(folder.best, job.weights.state_dict(), about)
+            best = job.weights.state_dict()
+            state.weights = digest(best)
+            about = {**job.describe_weights, **job.identity, "step": state.step, "metrics": metrics}
+            checkpoint.save_tensors(folder.best, best, {**about, "weights": state.weights})
             final = folder.path / "final"
             with writing(final):
                 final.mkdir(exist_ok=True)
