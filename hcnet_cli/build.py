@@ -29,7 +29,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import hcnet_cli.models  # registers the sizes with timm
-from hcnet_cli import dist, optim, rng
+from hcnet_cli import dist, kernels, optim, rng
 from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.splits import DataSplits
@@ -94,8 +94,7 @@ def build_backbone(recipe: Recipe, num_classes: int, *, maps: bool = False) -> n
     model = recipe.model
     with rng.seeded(rng.derive(recipe.train.seed, "init")):
         if model.name:
-            drop_path = {} if model.drop_path_rate is None else {"drop_path_rate": model.drop_path_rate}
-            return backbones.create(model.name, num_classes, {**drop_path, **model.args}, maps=maps)
+            return backbones.create(model.name, num_classes, model.args, drop_path_rate=model.drop_path_rate, maps=maps)
         shape = model.model_dump(include={"depths", "dims", "kernel_size", "mlp_ratio", "drop_path_rate"})
         given = {name: value for name, value in shape.items() if value is not None}
         try:
@@ -265,6 +264,7 @@ def build_job(
     train = recipe.train
     plan = steps(recipe, data)
     task.to(device)
+    faster = kernels.accelerate(task.model) if train.kernels else ["no kernels: train.kernels is false"]
     if train.compile:
         task.model.compile()  # in place: names in checkpoints stay as they are
     batches = loader.TrainLoader(
@@ -312,6 +312,7 @@ def build_job(
         ema=None if train.ema_decay is None else ModelEmaV3(task.model, decay=train.ema_decay),
         describe_weights=_weights_metadata(recipe, data),
         identity=identity,
+        kernels=faster,
     )
 
 

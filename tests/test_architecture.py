@@ -22,12 +22,13 @@ LAYERS = [
     ["bench"],
     ["evaluate", "explain", "check"],
     ["run"],
-    ["plan"],
+    ["plan", "previous"],
     ["build"],
     ["task modules"],  # tasks/*/task.py
     ["task parts"],  # tasks/*/: data formats, heads, metrics
     ["engine"],
-    ["models", "kernels", "data", "optim", "profile", "checkpoint", "weights", "device", "pictures"],
+    ["kernels"],
+    ["models", "data", "optim", "profile", "checkpoint", "weights", "device", "pictures"],
     ["dist", "rng"],
     ["report"],
     ["study"],
@@ -78,8 +79,9 @@ def imported(path: Path) -> set[tuple[str, int]]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: a relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            package = ["hcnet_cli", *path.relative_to(PACKAGE).parts[: -node.level]] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
         for name in names:
             if name.startswith("hcnet_cli."):
                 module = name.removeprefix("hcnet_cli.")

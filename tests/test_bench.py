@@ -19,7 +19,9 @@ from timm.data import create_dataset
 from hcnet_cli import profile
 from hcnet_cli.bench import data as bench_data
 from hcnet_cli.bench import models as bench
-from hcnet_cli.bench.models import Contender, Measurement, Settings, take_turns
+from hcnet_cli.bench import tables, turns
+from hcnet_cli.bench.models import Contender, Measurement, Settings
+from hcnet_cli.bench.turns import take_turns
 
 Hcnet = Callable[..., Done]
 CPU = torch.device("cpu")
@@ -81,7 +83,7 @@ def test_ratios_are_taken_within_rounds_against_the_reference() -> None:
     """In the second round the machine was three times slower for all: medians of rates hide what ratios show."""
     fast = contender("hcnet_tiny", [20.0, 8.0, 22.0])
     unit = contender("reference", [10.0, 4.0, 20.0])
-    (table,) = bench.tables(measurement(fast, unit))
+    (table,) = tables.tables(measurement(fast, unit))
     first, second = (row.values for row in table.rows)
     assert first["ratio"] == 2.0
     assert second["ratio"] == 1.0
@@ -98,15 +100,15 @@ def test_the_unit_is_the_reference_in_eager_fp32_else_the_first_that_ran() -> No
         contender("resnet50", [1.0]),
     ]
     unit = contender("reference", [1.0])
-    assert bench.unit_of([broken, *others, unit]) is unit
-    assert bench.unit_of([broken, *others]) is others[0]
-    assert bench.unit_of([broken]) is None
+    assert tables.baseline([broken, *others, unit]) is unit
+    assert tables.baseline([broken, *others]) is others[0]
+    assert tables.baseline([broken]) is None
 
 
 @pytest.mark.parametrize(("mode", "gflops"), [("infer", 20.0), ("train", 60.0)])
 def test_achieved_operations_and_their_share_of_the_best_matrix_product(mode: str, gflops: float) -> None:
     """10 images/s of 1 GMAC are 20 GFLOP/s; a training step does the work of three forward passes."""
-    (table,) = bench.tables(measurement(contender("a", [10.0], mode=mode, peak_bytes=3 * MIB, latencies=[4.0])))
+    (table,) = tables.tables(measurement(contender("a", [10.0], mode=mode, peak_bytes=3 * MIB, latencies=[4.0])))
     values = table.rows[0].values
     assert values["gflops"] == pytest.approx(gflops)
     assert values["share"] == pytest.approx(gflops)  # of 100 GFLOP/s, the better of the two rounds
@@ -121,7 +123,7 @@ def test_the_default_table_fits_80_columns() -> None:
         for model in ("hcnet_tiny", "swin_tiny_patch4_window7_224")
         for form in forms
     ]
-    text = bench.report.render(bench.tables(measurement(*rows)), "rich", width=80)
+    text = tables.report.render(tables.tables(measurement(*rows)), "rich", width=80)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     assert any("swin_tiny_patch4_window7_224" in line and "123" in line and "1.00" in line for line in lines)
@@ -129,7 +131,7 @@ def test_the_default_table_fits_80_columns() -> None:
 
 
 def test_a_busy_machine_is_said() -> None:
-    calm, busy = (bench.tables(measurement(contender("a", [1.0]), others=cores))[0].notes for cores in (0.1, 0.9))
+    calm, busy = (tables.tables(measurement(contender("a", [1.0]), others=cores))[0].notes for cores in (0.1, 0.9))
     assert not any("busy" in note for note in calm)
     assert any("took 0.9 of" in note for note in busy)
 
@@ -138,11 +140,11 @@ def test_other_processes_are_those_that_are_not_this_one(monkeypatch: pytest.Mon
     """The system counts user, nice, system, idle, waiting, interrupts and stolen time, here in hundredths."""
     stat = "cpu  100 10 50 9000 700 5 5 30 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n"
     monkeypatch.setattr(Path, "read_text", lambda _: stat)
-    monkeypatch.setattr(bench.os, "sysconf", lambda _: 100, raising=False)
-    monkeypatch.setattr(bench.time, "process_time", lambda: 0.5)
-    assert bench.cpu_of_others() == pytest.approx(2.0 - 0.5)
+    monkeypatch.setattr(turns.os, "sysconf", lambda _: 100, raising=False)
+    monkeypatch.setattr(turns.time, "process_time", lambda: 0.5)
+    assert turns.cpu_of_others() == pytest.approx(2.0 - 0.5)
     monkeypatch.setattr(Path, "read_text", lambda _: "something else")
-    assert bench.cpu_of_others() is None
+    assert turns.cpu_of_others() is None
 
 
 def test_a_turn_gives_images_per_second_and_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +335,7 @@ def test_a_contender_that_fails_on_the_way_leaves_the_others_their_rounds(monkey
     assert asked[0].error == "RuntimeError: the device is gone"
     assert asked[0].rates == []
     assert asked[1].rates == [8.0] * 5
-    assert bench.tables(Measurement(Settings(8, 32, 5, CPU), asked, {"infer": {"fp32": [1.0]}}))[0].rows[0].mark
+    assert tables.tables(Measurement(Settings(8, 32, 5, CPU), asked, {"infer": {"fp32": [1.0]}}))[0].rows[0].mark
 
 
 def test_ctrl_c_prints_the_finished_rounds(hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,13 +461,13 @@ def test_embedded_digits_are_data_too_and_ctrl_c_keeps_the_rounds_so_far(
     hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench_data, "TURN", 8)
-    real = bench.take_turns
+    real = bench_data.take_turns
 
     def interrupted(jobs: Any, rounds: int) -> Any:
         yield next(real(jobs, rounds))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "take_turns", interrupted)
+    monkeypatch.setattr(bench_data, "take_turns", interrupted)
     flags = ("--data", "digits", "--recipe", "digits", "--batch-size", "8", "--output", tmp_path / "a.json")
     done = hcnet("bench", "data", *flags)
     assert done.code == 130, done.err
@@ -490,3 +492,16 @@ def test_mistakes_about_data_are_one_sentence(
     assert done.code == 2
     assert said in done.err
     assert "Traceback" not in done.err
+
+
+def test_an_hcnet_without_its_kernels_is_a_contender(hcnet: Hcnet, tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    flags = ("--models", "pico,pico:plain,literal", "--mode", "infer,train", "--img-size", "32", "--batch-size", "2")
+    assert hcnet("bench", *flags, "--rounds", "1", "--device", "cpu", "--output", output).code == 0
+    for mode in json.loads(output.read_text())["modes"]:
+        with_kernels, plain, literal = mode["contenders"]
+        assert plain["model"] == "hcnet_pico:plain"
+        assert literal["model"] == "reference"
+        assert with_kernels["kernels"]
+        assert plain["kernels"] == literal["kernels"] == []
+    assert hcnet("bench", "--models", "resnet18:plain").code == 2

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcnet_cli import recipe as rcp
+from hcnet_cli import recipe_reference
 from hcnet_cli.build import steps_of_schedule
 from hcnet_cli.console import UserError
 from hcnet_cli.plain_yaml import parse_yaml
+from hcnet_cli.tasks import TASKS
 
 DIGITS = rcp.recipes_dir() / "pretrain" / "digits.yaml"
 
@@ -156,6 +158,25 @@ def test_the_papers_arithmetic() -> None:
     assert release.optim.lr == pytest.approx(1e-3 * release.train.batch_size / 512)
     assert release.schedule.min_lr == pytest.approx(5e-6 * 2)
     assert release.schedule.warmup_ratio * release.optim.lr == pytest.approx(5e-7 * 2)
+
+
+def test_the_reference_is_the_one_generated_from_the_code() -> None:
+    committed = (Path(__file__).parent.parent / "docs" / "recipe.md").read_text()
+    assert committed == recipe_reference.markdown(), "python -m hcnet_cli.recipe_reference > docs/recipe.md"
+
+
+def test_every_field_is_explained() -> None:
+    """Each key of each shipped recipe has a description, and lists the tasks that have it."""
+    explained = {entry.key: entry for entry in recipe_reference.entries()}
+    for name in rcp.shipped():
+        recipe = rcp.resolve(rcp.recipe_file(name)).recipe
+        for key in rcp.flatten(recipe.model_dump()):
+            if not key.startswith(("optim.args.", "model.args.")):
+                assert len(explained[key].description) > 5, key
+    assert explained["optim.no_decay"].tasks == tuple(TASKS)
+    assert recipe_reference.explain_field("optim.no_decay")[0] == "optim.no_decay"
+    with pytest.raises(UserError, match=r'Did you mean "optim\.lr"'):
+        recipe_reference.explain_field("optim.lrr")
 
 
 def test_recipes_are_found_by_short_name_and_misspelling_is_answered() -> None:

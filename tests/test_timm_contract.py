@@ -74,6 +74,20 @@ def test_pretrained_weights_that_do_not_exist_are_an_error() -> None:
         pico(pretrained=True)
 
 
+def test_device_and_type_are_arguments() -> None:
+    """test_model_default_cfgs: given at creation, kept by a new head, and without effect on the weights drawn."""
+    torch.manual_seed(0)
+    expected = pico().state_dict()
+    torch.manual_seed(0)
+    model = pico(device="cpu", dtype=torch.bfloat16)
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in model.state_dict().items())
+    model.to("meta").reset_classifier(0)
+    model.reset_classifier(3)
+    assert model.head.fc.weight.device.type == "meta"
+    assert model.head.fc.weight.dtype is torch.bfloat16
+    assert pico(device="meta").norm.weight.device.type == "meta"
+
+
 # ------------------------------------------------------------------------------------------ forward, backward
 
 

@@ -25,14 +25,15 @@ from torch import Tensor
 
 from hcnet_cli import build, rng
 from hcnet_cli import recipe as rcp
-from hcnet_cli.bench import models as bench
+from hcnet_cli.bench import tables
+from hcnet_cli.bench.turns import cpu_of_others, other_load_note, ratio, take_turns
 from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.images import read_image
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.classification import augment
-from hcnet_cli.tasks.classification.spec import ImageFolder
+from hcnet_cli.tasks.classification.spec import SPEC, ImageFolder
 
 SAMPLE = 64  # images of a turn for the parts before the loader
 TURN = 128  # images that each process delivers in a loader's turn, about
@@ -69,7 +70,7 @@ def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
     changes: list[tuple[str, Any, str]] = [("data.path", data, "--data")]
     if img_size is not None:
         changes.append(("data.img_size", img_size, "--img-size"))
-    recipe = rcp.resolve(rcp.recipe_file(name, "pretrain"), changes).recipe
+    recipe = rcp.resolve(rcp.recipe_file(name, SPEC.name), changes).recipe
     if not isinstance(recipe.data, ImageFolder):
         raise UserError(f"The recipe {name} is for {recipe.task}.", hint="Only pretraining reads image folders.")
     return recipe
@@ -208,8 +209,8 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
             for index in _sample(pipeline):
                 pipeline.augment(index)
         numbers = itertools.count()
-        turns = bench.take_turns({p.name: _turn(p, made, numbers) for p in pipelines}, rounds)
-        before, begun = bench.cpu_of_others(), time.perf_counter()
+        turns = take_turns({p.name: _turn(p, made, numbers) for p in pipelines}, rounds)
+        before, begun = cpu_of_others(), time.perf_counter()
         try:
             with status_line() as tell:
                 for number in range(1, rounds + 1):
@@ -222,7 +223,7 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
             if not pipelines[0].figures["loader"]:
                 raise
             made.rounds, made.stopped = len(pipelines[0].figures["loader"]), True
-        after, wall = bench.cpu_of_others(), time.perf_counter() - begun
+        after, wall = cpu_of_others(), time.perf_counter() - begun
         if before is not None and after is not None and not workers:  # workers are other processes too
             made.others = (after - before) / wall
         return made
@@ -273,7 +274,7 @@ def summary(made: Measurement) -> list[dict[str, Any]]:
             **{kind: statistics.median(rates) for kind, rates in pipeline.figures.items()},
             "spread": f"{min(pipeline.figures['loader']):.0f}–{max(pipeline.figures['loader']):.0f}",
             "per_core": statistics.median(pipeline.figures["loader"]) / max(1, made.workers),
-            "ratio": bench.ratio(pipeline.figures["loader"], unit.figures["loader"]),
+            "ratio": ratio(pipeline.figures["loader"], unit.figures["loader"]),
         }
         for pipeline in made.pipelines
     ]
@@ -301,15 +302,15 @@ def table(made: Measurement) -> Table:
     ]
     if made.stopped:
         notes.append(f"Stopped after {made.rounds} of the rounds asked for.")
-    if (busy := bench.busy_note(made.others)) is not None:
-        notes.append(busy)
+    if (load := other_load_note(made.others)) is not None:
+        notes.append(load)
     title = f"Input pipeline: {made.data}, {made.img_size} x {made.img_size}, batch {made.batch_size}"
     rows = [Row("measured", values) for values in summary(made)]
     return Table("bench", title, COLUMNS, rows, notes, whole="--output FILE.md")
 
 
 def page(made: Measurement, known: Mapping[str, str]) -> str:
-    return bench.markdown("Speed of the input pipeline", known, [table(made)])
+    return tables.markdown("Speed of the input pipeline", known, [table(made)])
 
 
 def json_text(made: Measurement, known: Mapping[str, str]) -> str:

@@ -5,20 +5,13 @@ What is measured and how: docs/speed.md.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import gc
 import itertools
-import json
-import os
-import platform
-import shlex
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
@@ -27,25 +20,21 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-import hcnet_cli
-from hcnet_cli import files, optim, profile, report, rng, runs
+from hcnet_cli import files, kernels, optim, profile, rng
+from hcnet_cli.bench.turns import cpu_of_others, seconds, take_turns
 from hcnet_cli.console import UserError, did_you_mean, status_line, warn
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.models import HcNet, remap_official_state_dict
 from hcnet_cli.models.literal import ReferenceHcNet
 from hcnet_cli.sizes import SIZES
-from hcnet_cli.table import Column, Row, Table
 
-REFERENCE = "reference"
+REFERENCE = "reference"  # the literal form; the word "literal" is understood too
+PLAIN = ":plain"  # after the name of an HcNet: without hcnet_cli.kernels
 NAMES = {size.timm_name for size in SIZES.values()}
 MODES = ("infer", "train")
 ENDINGS = (".md", ".json")
 SECONDS = {"rate": 0.5, "latency": 0.15}  # about what a contender gets of a round, but one pass at least
 WARM_UP = 3  # passes: compilation, choice of kernels, the optimizer's state
-MATTERS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")  # to speed
-BUSY = 0.2  # cores that other processes may take before that is said
-Key = TypeVar("Key")
-Figure = TypeVar("Figure")
 
 
 @dataclass(frozen=True)
@@ -78,6 +67,7 @@ class Contender:
     peak_bytes: int | None = None  # of one pass or step, see profile.peak_allocation
     rates: list[float] = field(default_factory=list)  # images/s
     latencies: list[float] = field(default_factory=list)  # ms at batch 1
+    kernels: list[str] = field(default_factory=list)  # what kernels.accelerate did
     error: str = ""
 
     @property
@@ -128,7 +118,14 @@ def _words(text: str) -> list[str]:
 
 
 def model_name(word: str) -> str:
-    """The name in timm's registry of what a person typed: that name itself, or a --size; or "reference"."""
+    """The name in timm's registry of a typed word (that name itself, or a size), with ":plain" kept; or "reference"."""
+    if word == "literal":
+        return REFERENCE
+    if word.endswith(PLAIN):
+        name = model_name(word.removesuffix(PLAIN))
+        if name not in NAMES:
+            raise UserError(f"{word}: only HcNets have kernels to leave out.", hint=f"Write {name} without {PLAIN}.")
+        return name + PLAIN
     if word == REFERENCE or (word not in SIZES and timm.is_model(word)):
         return word
     if word in SIZES:
@@ -157,6 +154,7 @@ def create(name: str, img_size: int, literal_of: str) -> nn.Module:
         model = create(literal_of, img_size, "")
         assert isinstance(model, HcNet)
         return literal(model)
+    name = name.removesuffix(PLAIN)
     config = timm.get_pretrained_cfg(name)
     fixed: dict[str, Any] = {"img_size": img_size} if config is not None and config.fixed_input_size else {}
     with rng.seeded(0):
@@ -201,6 +199,8 @@ def prepare(
     else:
         model = reparameterize_model(model.eval()).to(device, dtype)  # folds in fp32, then rounds
         images = images.to(dtype)
+    if isinstance(model, HcNet) and not contender.model.endswith(PLAIN):
+        contender.kernels = kernels.accelerate(model, inference=not training)
 
     def passes(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
         return training_step(model, forward, images, dtype) if training else inference(forward, images)
@@ -272,23 +272,6 @@ def faster_layout(
     return min(best, key=lambda layout: best[layout])
 
 
-def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Time of `repeats` calls, waiting for the device at both ends."""
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], object], int]:
     """A product of two large squares, and its floating point operations. Smaller squares where it is slow (fp16)."""
     size, limit = 256, 8192 if device.type == "cuda" else 2048
@@ -307,37 +290,15 @@ def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], o
 # --- taking turns -----------------------------------------------------------------------------------------------------
 
 
-def take_turns(jobs: Mapping[Key, Callable[[], Figure]], rounds: int) -> Iterator[dict[Key, Figure]]:
-    """Yields what each job returned, round by round; every round begins with the next job."""
-    names = list(jobs)
-    for number in range(rounds):
-        first = number % len(names)
-        yield {name: jobs[name]() for name in names[first:] + names[:first]}
-
-
-def ratio(rates: Sequence[float], unit: Sequence[float]) -> float:
-    """How many times the unit's rate: the median over the rounds, so that what slows a whole round cancels."""
-    return statistics.median(rate / one for rate, one in zip(rates, unit, strict=True))
-
-
-def cpu_of_others() -> float | None:
-    """CPU seconds that other processes have used since this machine started; None where the system does not tell."""
-    try:
-        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        user, nice, system, _, _, irq, softirq, steal = (int(word) for word in words[1:9])
-        used = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError):
-        return None
-    return used - time.process_time()
-
-
 def measure(asked: list[Contender], settings: Settings) -> Measurement:
     """Times the contenders, one mode after another. What fails says why in `error` and is left out.
 
     Ctrl-C ends it with the finished rounds, if there are any.
     """
     made = Measurement(settings, asked)
-    literal_of = next((c.model for c in asked if c.model in NAMES), SIZES["t"].timm_name)
+    literal_of = next(
+        (c.model.removesuffix(PLAIN) for c in asked if c.model.removesuffix(PLAIN) in NAMES), SIZES["t"].timm_name
+    )
     used: list[tuple[float, float]] = []  # by others, in how many seconds
     with status_line() as tell:
         try:
@@ -434,201 +395,3 @@ def reason(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return f"{kind}{text}"[:200].rstrip(": ")
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def unit_of(asked: Sequence[Contender]) -> Contender | None:
-    """What the ratios of a mode are to: the reference in eager fp32, else the first contender that ran."""
-    ran = [c for c in asked if c.rates]
-    return next((c for c in ran if (c.model, c.form) == (REFERENCE, "fp32 eager")), ran[0] if ran else None)
-
-
-def figures(contender: Contender, unit: Contender, peak: float) -> dict[str, Any]:
-    """What a row shows. peak: GFLOP/s of the matrix product in the contender's precision."""
-    rate = statistics.median(contender.rates)
-    factor = 3 if contender.mode == "train" else 1  # backward: twice the work of forward
-    gflops = None if contender.macs is None else 2 * contender.macs * factor * rate / 1e9
-    return {
-        "images_per_second": rate,
-        "ratio": ratio(contender.rates, unit.rates),
-        "spread": f"{_short(min(contender.rates))}–{_short(max(contender.rates))}",
-        "latency_ms": statistics.median(contender.latencies) if contender.latencies else None,
-        "peak_mib": None if contender.peak_bytes is None else contender.peak_bytes / 2**20,
-        "gflops": gflops,
-        "share": None if gflops is None else 100 * gflops / peak,
-    }
-
-
-def _short(rate: float) -> str:
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
-
-
-COLUMNS = (
-    Column("model", "model"),
-    Column("form", "form"),
-    Column("images_per_second", "images/s", "short"),
-    Column("ratio", "ratio", "percent"),
-    Column("spread", "min–max", secondary=True),
-    Column("latency_ms", "latency (ms)", "short", secondary=True),
-    Column("peak_mib", "peak (MiB)", "short", secondary=True),
-    Column("share", "of peak (%)", "short", secondary=True),
-    Column("gflops", "GFLOP/s", "short", secondary=True),
-    Column("params_m", "#params (M)", "number", secondary=True),
-    Column("macs_g", "MACs (G)", "number", secondary=True),
-    Column("layout", "layout", secondary=True),
-)
-TITLES = {"infer": "Inference", "train": "Training step"}
-
-
-def tables(made: Measurement) -> list[Table]:
-    """One table for each mode."""
-    return [_table(made, mode) for mode in made.modes]
-
-
-def _table(made: Measurement, mode: str) -> Table:
-    settings, asked, unit = made.settings, made.of(mode), unit_of(made.of(mode))
-    rows: list[Row] = []
-    notes: list[str] = []
-    for contender in asked:
-        values: dict[str, Any] = {"model": contender.model, "form": contender.form, "layout": contender.layout}
-        values["params_m"] = None if contender.params is None else contender.params / 1e6
-        values["macs_g"] = None if contender.macs is None else contender.macs / 1e9
-        mark = ""
-        if contender.rates and unit is not None:
-            values |= figures(contender, unit, max(made.matmul[mode][contender.precision]))
-        elif contender.error:
-            notes.append(f"[{len(notes) + 1}] {contender.error}")
-            mark = f"[{len(notes)}]"
-        rows.append(Row("measured", values, mark=mark))
-    columns = [c for c in COLUMNS if c.key != "latency_ms" or mode == "infer"]
-    if unit is None:
-        return Table("bench", TITLES[mode], columns, rows, [*notes, "Nothing ran to the end of a round."])
-    rounds = len(unit.rates)
-    notes += [
-        f"images/s: median of {rounds} round{'s' * (rounds != 1)}, in each of which every contender has a turn; "
-        "min–max: over the rounds.",
-        f"ratio: to {unit.model}, {unit.form}, in the same round; median over the rounds.",
-        f"peak: tensors allocated in one {'training step' if mode == 'train' else 'pass'} above what lay there before "
-        "(activations, gradients, temporaries; not weights).",
-        "of peak: achieved GFLOP/s (two for a MAC" + (", three times those of the forward pass" * (mode == "train"))
-        + f") as a share of a large matrix product's, measured in the same rounds: {_peaks(made.matmul[mode])}.",
-    ]  # fmt: skip
-    if made.stopped:
-        notes.append(f"Stopped after {rounds} of {settings.rounds} rounds.")
-    if (busy := busy_note(made.others)) is not None:
-        notes.append(busy)
-    title = f"{TITLES[mode]}: batch {settings.batch_size}, {settings.img_size} x {settings.img_size}"
-    return Table("bench", title, columns, rows, notes, whole="--output FILE.md")
-
-
-def _peaks(matmul: Mapping[str, Sequence[float]]) -> str:
-    return ", ".join(f"{max(rates):,.0f} GFLOP/s in {precision}" for precision, rates in matmul.items())
-
-
-def busy_note(others: float | None) -> str | None:
-    """What is to be said where other processes took a noticeable part of the machine."""
-    if others is None or others < BUSY:
-        return None
-    return f"This machine was busy: other processes took {others:.1f} of {os.cpu_count()} cores while the clock ran."
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def machine(device: torch.device) -> str:
-    """The processor or GPU that was measured."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, str]:
-    """Where figures come from, asked before the clock runs: command, machine, system, versions, commit, date."""
-    commit, dirty = runs.git_state()
-    versions = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "hcnet": hcnet_cli.__version__,
-    }
-    return {
-        "command": shlex.join(["hcnet", *argv[1:]]),
-        "machine": f"{machine(device)}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)} used, {device}",
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "environment": ", ".join(f"{name}={os.environ[name]}" for name in MATTERS if name in os.environ)
-        or "PyTorch's own allocator and threads",
-        "commit": (commit or "unknown") + (" with changes" if dirty else ""),
-        "date": runs.now(),
-    }
-
-
-def markdown(title: str, known: Mapping[str, str], made: Sequence[Table]) -> str:
-    """A page that says how it was made, then the tables."""
-    lines = [f"# {title}", "", *(f"- {what}: {_code(what, text)}" for what, text in known.items()), ""]
-    return "\n".join(lines) + "\n" + report.render(made, "markdown")
-
-
-def _code(what: str, text: str) -> str:
-    return f"`{text}`" if what in ("command", "commit") else text
-
-
-def page(made: Measurement, known: Mapping[str, str]) -> str:
-    """The Markdown file."""
-    settings = made.settings
-    known = {
-        **known,
-        "protocol": f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, contenders alternating "
-        f"in {settings.rounds} round{'s' * (settings.rounds != 1)} after warm-up (docs/speed.md)",
-    }
-    text = markdown("Speed, side by side", known, tables(made))
-    if settings.device.type == "cpu":
-        text += f"\n## On a GPU\n\nNot measured here. This fills it:\n\n    {gpu_command(made)}\n"
-    return text
-
-
-def gpu_command(made: Measurement) -> str:
-    """The same bench on a CUDA device."""
-    settings, asked = made.settings, made.contenders
-    lists = {
-        "models": (c.model for c in asked),
-        "mode": (c.mode for c in asked),
-        "precision": (c.precision for c in asked),
-    }
-    words = ["hcnet", "bench"]
-    for flag, values in lists.items():
-        words += [f"--{flag}", ",".join(dict.fromkeys(values))]
-    words += ["--compile"] if any(c.compiled for c in asked) else []
-    words += ["--batch-size", str(settings.batch_size), "--img-size", str(settings.img_size)]
-    words += ["--rounds", str(settings.rounds), "--device", "cuda", "--output", "speed-gpu.md"]
-    return shlex.join(words)
-
-
-def json_text(made: Measurement, known: Mapping[str, str]) -> str:
-    """Everything, with the figures of each round."""
-    modes = []
-    for mode in made.modes:
-        unit = unit_of(made.of(mode))
-        rows = []
-        for contender in made.of(mode):
-            row = dataclasses.asdict(contender)
-            if contender.rates and unit is not None:
-                row |= figures(contender, unit, max(made.matmul[mode][contender.precision]))
-            rows.append(row)
-        modes.append(
-            {
-                "mode": mode,
-                "unit": None if unit is None else f"{unit.model}, {unit.form}",
-                "matmul_gflops": made.matmul.get(mode, {}),
-                "contenders": rows,
-            }
-        )
-    settings = {**dataclasses.asdict(made.settings), "device": str(made.settings.device)}
-    whole = {**known, **settings, "stopped": made.stopped, "cores_of_others": made.others, "modes": modes}
-    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"

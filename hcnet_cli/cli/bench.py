@@ -9,6 +9,7 @@ import typer
 
 from hcnet_cli.cli import options
 from hcnet_cli.console import UserError
+from hcnet_cli.tasks.classification.spec import SPEC
 
 app = typer.Typer()
 
@@ -17,7 +18,10 @@ app = typer.Typer()
 def bench(
     ctx: typer.Context,
     models: Annotated[
-        str, typer.Option(help="Comma list: reference (the literal form), sizes, any names of timm.")
+        str,
+        typer.Option(
+            help="Comma list: sizes, names of timm, reference (the literal form); SIZE:plain: without kernels."
+        ),
     ] = "hcnet_tiny,reference",
     mode: Annotated[str, typer.Option(help="Comma list of infer and train.")] = "infer",
     precision: Annotated[str, typer.Option(help="Comma list of fp32, bf16 and fp16.")] = "fp32",
@@ -42,16 +46,17 @@ def bench(
             )
         return
     from hcnet_cli.bench import models as timing
+    from hcnet_cli.bench import tables
     from hcnet_cli.files import write_output
     from hcnet_cli.report import render
 
     timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
-    known = timing.facts(settings.device, sys.argv, settings.threads)
+    known = tables.facts(settings.device, sys.argv, settings.threads)
     made = timing.measure(timing.contenders(models, mode, precision, compile_models), settings)
-    sys.stdout.write(render(timing.tables(made), "rich"))
+    sys.stdout.write(render(tables.tables(made), "rich"))
     if output is not None:
-        write_output(output, (timing.json_text if output.suffix == ".json" else timing.page)(made, known))
+        write_output(output, (tables.json_text if output.suffix == ".json" else tables.page)(made, known))
     if made.stopped:
         raise typer.Exit(130)
     if all(contender.error for contender in made.contenders):
@@ -61,7 +66,7 @@ def bench(
 @app.command("data")
 def bench_data(
     data: Annotated[str | None, typer.Option(help="An image folder (default: synthetic JPEGs).")] = None,
-    recipe: Annotated[str, typer.Option(help="The pretrain recipe whose augmentation is timed.")] = "imagenet",
+    recipe: Annotated[str, typer.Option(help="The pretrain recipe whose augmentation is timed.")] = SPEC.default_recipe,
     img_size: Annotated[int | None, typer.Option(min=8, help="Height and width (default: the recipe's).")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a batch.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that load data; 0: this one.")] = 0,
@@ -71,13 +76,14 @@ def bench_data(
     """Time the training input pipeline alone, beside timm's on the same folder with the same augmentation."""
     from hcnet_cli.bench import data as bench_data
     from hcnet_cli.bench import models as bench
+    from hcnet_cli.bench import tables
     from hcnet_cli.device import pick_device
     from hcnet_cli.files import write_output
     from hcnet_cli.report import render
 
     bench.check_output(output)
     bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it
-    known = bench.facts(pick_device("cpu"), sys.argv, threads=1)
+    known = tables.facts(pick_device("cpu"), sys.argv, threads=1)
     with bench_data.folder(data) as (root, name):
         made = bench_data.measure(
             bench_data.read_recipe(recipe, root, img_size),

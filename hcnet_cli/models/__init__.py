@@ -1,33 +1,8 @@
-"""Models, each told by one file; importing this package registers the HcNet sizes with timm."""
+"""Models, one file each; importing this package registers the HcNet sizes with timm."""
 
 from __future__ import annotations
 
-from .hcnet import (
-    DISABLE,
-    HcBlock,
-    HcNet,
-    HcStage,
-    HeatConduction,
-    RefinementApproximation,
-    hcnet_base,
-    hcnet_pico,
-    hcnet_small,
-    hcnet_tiny,
-    hcnet_tiny_release,
-    remap_official_state_dict,
-)
+from hcnet_cli.models.hcnet import HcBlock, HcNet, HcStage, HeatConduction, RefinementApproximation
+from hcnet_cli.models.official import remap_official_state_dict
 
-__all__ = [
-    "DISABLE",
-    "HcBlock",
-    "HcNet",
-    "HcStage",
-    "HeatConduction",
-    "RefinementApproximation",
-    "hcnet_base",
-    "hcnet_pico",
-    "hcnet_small",
-    "hcnet_tiny",
-    "hcnet_tiny_release",
-    "remap_official_state_dict",
-]
+__all__ = ["HcBlock", "HcNet", "HcStage", "HeatConduction", "RefinementApproximation", "remap_official_state_dict"]

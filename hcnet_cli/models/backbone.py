@@ -18,7 +18,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.console import UserError, did_you_mean, notice
 
 STRIDES = [4, 8, 16, 32]
 
@@ -55,11 +55,13 @@ class FeatureMaps(nn.Module):
         return list(maps) if indices is None else [maps[i] for i in indices]
 
 
-def create(name: str, num_classes: int, args: Mapping[str, Any], *, maps: bool = False) -> nn.Module:
+def create(
+    name: str, num_classes: int, args: Mapping[str, Any], *, drop_path_rate: float | None = None, maps: bool = False
+) -> nn.Module:
     """A model of timm by name, or the result of `FUNCTION(num_classes=..., **args)` in FILE.py for "FILE.py:FUNCTION".
 
-    With `maps` it is a backbone for detection and segmentation. UserError for a name nobody knows and for arguments the
-    model does not take.
+    With `maps` it is a backbone for detection and segmentation. `drop_path_rate` is passed to models that take it.
+    UserError for an unknown name and for arguments that the model does not take.
     """
     if ".py:" in name:
         make = _function(name)
@@ -67,8 +69,15 @@ def create(name: str, num_classes: int, args: Mapping[str, Any], *, maps: bool =
         make = functools.partial(timm.create_model, name)
     else:
         raise UserError(f'model.name: there is no model "{name}" in timm.{did_you_mean(name, timm.list_models())}')
+    drop_path = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     try:
-        model = make(num_classes=0 if maps else num_classes, **args)
+        try:
+            model = make(num_classes=0 if maps else num_classes, **{**drop_path, **args})
+        except TypeError as error:
+            if not drop_path or "drop_path_rate" not in str(error):
+                raise
+            notice(f"The model {name} has no drop path: model.drop_path_rate is not used.")
+            model = make(num_classes=0 if maps else num_classes, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"The model {name} cannot be built with {dict(args)}: {error}") from None
     return FeatureMaps(name, model) if maps else model

@@ -248,8 +248,9 @@ def open_data(config: spec.ImageFolder, head: Part, root: Path) -> DataSplits:
     return splits(config, scan(root))
 
 
-def splits(config: spec.ImageFolder, index: Index) -> DataSplits:
-    """Both data sets of an index, with the augmentation of the recipe."""
+def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | None = None) -> DataSplits:
+    """Both data sets of an index, with the augmentation of the recipe. `images`: the class that finds the files."""
+    images = images or ImageFolder
     shared: dict[str, Any] = {"img_size": config.img_size, "interpolation": config.interpolation}
     names = {
         *("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment"),
@@ -265,8 +266,8 @@ def splits(config: spec.ImageFolder, index: Index) -> DataSplits:
             num_val=index.num_val,
             num_classes=len(index.classes),
         ),
-        train=ImageFolder(index, "train", train),
-        val=ImageFolder(index, "val", eval_transform(**shared, crop_pct=config.crop_pct)),
+        train=images(index, "train", train),
+        val=images(index, "val", eval_transform(**shared, crop_pct=config.crop_pct)),
         class_names=list(index.classes),
         img_size=(config.img_size, config.img_size),
         collate=collate,

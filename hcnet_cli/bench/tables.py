@@ -1,0 +1,210 @@
+"""What `hcnet bench` shows and writes: tables, the Markdown page, the JSON file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import hcnet_cli
+from hcnet_cli import report, runs
+from hcnet_cli.bench.models import REFERENCE, Contender, Measurement
+from hcnet_cli.bench.turns import other_load_note, ratio
+from hcnet_cli.table import Column, Row, Table
+
+SPEED_ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
+
+
+def baseline(asked: Sequence[Contender]) -> Contender | None:
+    """What the ratios of a mode are to: the reference in eager fp32, else the first contender that ran."""
+    ran = [c for c in asked if c.rates]
+    return next((c for c in ran if (c.model, c.form) == (REFERENCE, "fp32 eager")), ran[0] if ran else None)
+
+
+def figures(contender: Contender, unit: Contender, peak: float) -> dict[str, Any]:
+    """What a row shows. peak: GFLOP/s of the matrix product in the contender's precision."""
+    rate = statistics.median(contender.rates)
+    factor = 3 if contender.mode == "train" else 1  # backward: twice the work of forward
+    gflops = None if contender.macs is None else 2 * contender.macs * factor * rate / 1e9
+    return {
+        "images_per_second": rate,
+        "ratio": ratio(contender.rates, unit.rates),
+        "spread": f"{_short(min(contender.rates))}–{_short(max(contender.rates))}",
+        "latency_ms": statistics.median(contender.latencies) if contender.latencies else None,
+        "peak_mib": None if contender.peak_bytes is None else contender.peak_bytes / 2**20,
+        "gflops": gflops,
+        "share": None if gflops is None else 100 * gflops / peak,
+    }
+
+
+def _short(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("form", "form"),
+    Column("images_per_second", "images/s", "short"),
+    Column("ratio", "ratio", "percent"),
+    Column("spread", "min–max", secondary=True),
+    Column("latency_ms", "latency (ms)", "short", secondary=True),
+    Column("peak_mib", "peak (MiB)", "short", secondary=True),
+    Column("share", "of peak (%)", "short", secondary=True),
+    Column("gflops", "GFLOP/s", "short", secondary=True),
+    Column("params_m", "#params (M)", "number", secondary=True),
+    Column("macs_g", "MACs (G)", "number", secondary=True),
+    Column("layout", "layout", secondary=True),
+)
+TITLES = {"infer": "Inference", "train": "Training step"}
+
+
+def tables(made: Measurement) -> list[Table]:
+    """One table for each mode."""
+    return [_table(made, mode) for mode in made.modes]
+
+
+def _table(made: Measurement, mode: str) -> Table:
+    settings, asked, unit = made.settings, made.of(mode), baseline(made.of(mode))
+    rows: list[Row] = []
+    notes: list[str] = []
+    for contender in asked:
+        values: dict[str, Any] = {"model": contender.model, "form": contender.form, "layout": contender.layout}
+        values["params_m"] = None if contender.params is None else contender.params / 1e6
+        values["macs_g"] = None if contender.macs is None else contender.macs / 1e9
+        mark = ""
+        if contender.rates and unit is not None:
+            values |= figures(contender, unit, max(made.matmul[mode][contender.precision]))
+        elif contender.error:
+            notes.append(f"[{len(notes) + 1}] {contender.error}")
+            mark = f"[{len(notes)}]"
+        rows.append(Row("measured", values, mark=mark))
+    columns = [c for c in COLUMNS if c.key != "latency_ms" or mode == "infer"]
+    if unit is None:
+        return Table("bench", TITLES[mode], columns, rows, [*notes, "Nothing ran to the end of a round."])
+    rounds = len(unit.rates)
+    notes += [
+        f"images/s: median of {rounds} round{'s' * (rounds != 1)}, in each of which every contender has a turn; "
+        "min–max: over the rounds.",
+        f"ratio: to {unit.model}, {unit.form}, in the same round; median over the rounds.",
+        f"peak: tensors allocated in one {'training step' if mode == 'train' else 'pass'} above what lay there before "
+        "(activations, gradients, temporaries; not weights).",
+        "of peak: achieved GFLOP/s (two for a MAC" + (", three times those of the forward pass" * (mode == "train"))
+        + f") as a share of a large matrix product's, measured in the same rounds: {_peaks(made.matmul[mode])}.",
+    ]  # fmt: skip
+    if made.stopped:
+        notes.append(f"Stopped after {rounds} of {settings.rounds} rounds.")
+    if (load := other_load_note(made.others)) is not None:
+        notes.append(load)
+    title = f"{TITLES[mode]}: batch {settings.batch_size}, {settings.img_size} x {settings.img_size}"
+    return Table("bench", title, columns, rows, notes, whole="--output FILE.md")
+
+
+def _peaks(matmul: Mapping[str, Sequence[float]]) -> str:
+    return ", ".join(f"{max(rates):,.0f} GFLOP/s in {precision}" for precision, rates in matmul.items())
+
+
+def machine(device: torch.device) -> str:
+    """The processor or GPU that was measured."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, str]:
+    """Where figures come from, asked before the clock runs: command, machine, system, versions, commit, date."""
+    commit, dirty = runs.git_state()
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "hcnet": hcnet_cli.__version__,
+    }
+    return {
+        "command": shlex.join(["hcnet", *argv[1:]]),
+        "machine": f"{machine(device)}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)} used, {device}",
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "environment": ", ".join(f"{name}={os.environ[name]}" for name in SPEED_ENVIRONMENT if name in os.environ)
+        or "PyTorch's own allocator and threads",
+        "commit": (commit or "unknown") + (" with changes" if dirty else ""),
+        "date": runs.now(),
+    }
+
+
+def markdown(title: str, known: Mapping[str, str], made: Sequence[Table]) -> str:
+    """A page that says how it was made, then the tables."""
+    lines = [f"# {title}", "", *(f"- {what}: {_code(what, text)}" for what, text in known.items()), ""]
+    return "\n".join(lines) + "\n" + report.render(made, "markdown")
+
+
+def _code(what: str, text: str) -> str:
+    return f"`{text}`" if what in ("command", "commit") else text
+
+
+def page(made: Measurement, known: Mapping[str, str]) -> str:
+    """The Markdown file."""
+    settings = made.settings
+    known = {
+        **known,
+        "protocol": f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, contenders alternating "
+        f"in {settings.rounds} round{'s' * (settings.rounds != 1)} after warm-up (docs/speed.md)",
+    }
+    text = markdown("Speed, side by side", known, tables(made))
+    if settings.device.type == "cpu":
+        text += f"\n## On a GPU\n\nNot measured here. This fills it:\n\n    {gpu_command(made)}\n"
+    return text
+
+
+def gpu_command(made: Measurement) -> str:
+    """The same bench on a CUDA device."""
+    settings, asked = made.settings, made.contenders
+    lists = {
+        "models": (c.model for c in asked),
+        "mode": (c.mode for c in asked),
+        "precision": (c.precision for c in asked),
+    }
+    words = ["hcnet", "bench"]
+    for flag, values in lists.items():
+        words += [f"--{flag}", ",".join(dict.fromkeys(values))]
+    words += ["--compile"] if any(c.compiled for c in asked) else []
+    words += ["--batch-size", str(settings.batch_size), "--img-size", str(settings.img_size)]
+    words += ["--rounds", str(settings.rounds), "--device", "cuda", "--output", "speed-gpu.md"]
+    return shlex.join(words)
+
+
+def json_text(made: Measurement, known: Mapping[str, str]) -> str:
+    """Everything, with the figures of each round."""
+    modes = []
+    for mode in made.modes:
+        unit = baseline(made.of(mode))
+        rows = []
+        for contender in made.of(mode):
+            row = dataclasses.asdict(contender)
+            if contender.rates and unit is not None:
+                row |= figures(contender, unit, max(made.matmul[mode][contender.precision]))
+            rows.append(row)
+        modes.append(
+            {
+                "mode": mode,
+                "unit": None if unit is None else f"{unit.model}, {unit.form}",
+                "matmul_gflops": made.matmul.get(mode, {}),
+                "contenders": rows,
+            }
+        )
+    settings = {**dataclasses.asdict(made.settings), "device": str(made.settings.device)}
+    whole = {**known, **settings, "stopped": made.stopped, "cores_of_others": made.others, "modes": modes}
+    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
