@@ -33,7 +33,7 @@ LAYERS = [
     ["report"],
     ["study"],
     ["results", "recipe_reference", "pretrained"],
-    ["published", "statistics"],
+    ["published", "statistics", "grouping"],
     ["table", "runs"],
     ["recipe", "plausible"],
     ["declarations"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
@@ -43,7 +43,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table"),
-    *("header", "plausible", "pretrained"),
+    *("header", "plausible", "pretrained", "grouping"),
     *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most
