@@ -26,8 +26,8 @@ def implausible(record: Mapping[str, Any]) -> str:
     done, total, best = record["steps_done"], record["steps_total"], record["best_step"]
     if done > total:
         return f"steps_done is {done}, of {total} steps"
-    if best is not None and total and best > done:
-        return f"best_step is {best}, after {done} steps"
+    if best is not None and total and best > total:
+        return f"best_step is {best}, of {total} steps"
     spec = TASKS.get(record["task"])
     percent = tuple(metric.key for metric in spec.metrics) if spec else ()
     for name, value in record["metrics"].items():
