@@ -338,10 +338,10 @@ def contradiction(folder: RunFolder, info: RunInfo) -> str:
 
     Records without `config` are older than what is compared here.
     """
-    if not info.config:
-        return ""
     if info.altered:
         return f"{folder.record} was changed after it was written (its checksum does not match)."
+    if not info.config:
+        return ""
     return recipe_contradiction(folder, info) or weights_contradiction(folder, info)
 
 
@@ -356,7 +356,7 @@ def recipe_contradiction(folder: RunFolder, info: RunInfo) -> str:
     try:
         recipe = rcp.resolve(folder.recipe_file).recipe
     except UserError as error:
-        return str(error)
+        return f"{folder.recipe_file} is not the recipe of this run: {error}"
     found = run_fingerprint(recipe, info.data.digest, str(info.init.get("digest") or ""))
     if (found, recipe.train.seed, recipe.task) == (info.fingerprint, info.seed, info.task):
         return ""
@@ -378,6 +378,10 @@ def weights_contradiction(folder: RunFolder, info: RunInfo) -> str:
         return f"{folder.best} does not say which run it is of." if info.weights else ""
     if about["fingerprint"] != info.fingerprint:
         return f"{folder.best} is of another run (fingerprint {about['fingerprint']}, {info.fingerprint} in run.json)."
+    ours = {"task": info.task, "seed": info.seed, "data_digest": info.data.digest, "config": info.config}
+    for key, value in ours.items():
+        if about.get(key, value) != value:
+            return f"{folder.best} is of a run with {key} {about[key]}, {folder.record} says {value}."
     if info.status != "finished" or not info.weights:
         return ""
     if str(about.get("step")) != str(info.best_step):
