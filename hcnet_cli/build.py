@@ -9,16 +9,18 @@ Each task's module (Spec.module, tasks/*/task.py) provides
         What scores the task's model as the entry of `evaluation` says; `first` is the first entry.
     count_macs(task, size) -> int
         Multiply-accumulates for one image of `size`, as the task's tables report them.
+    describe_input(config, evaluation) -> dict
+        What the model must be given, for the metadata of best.safetensors: plain JSON values.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import timm
@@ -32,11 +34,13 @@ from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Evaluation, Job, Task
+from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
 from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Part
 from hcnet_cli.sizes import SIZES
-from hcnet_cli.weights import LoadReport, load_into, read_weights
+from hcnet_cli.weights import LoadReport, digest, load_into, read_weights
 
 
 class TaskModule(Protocol):
@@ -57,6 +61,8 @@ class TaskModule(Protocol):
     ) -> tuple[Task, loader.RequestDataset, loader.Collate | None]: ...
 
     def count_macs(self, task: Task, size: tuple[int, int]) -> int: ...
+
+    def describe_input(self, config: DataPart, evaluation: EvaluationPart) -> dict[str, Any]: ...
 
 
 class FormatModule(Protocol):
@@ -138,6 +144,14 @@ def count_macs(recipe: Recipe, task: Task, data: DataSplits) -> int:
 
 def read_init(source: str) -> tuple[str, dict[str, Tensor]]:
     """(name, state dict) of a run folder, a safetensors file or a PyTorch checkpoint."""
+    path = weights_file(source)
+    state = read_weights(path)
+    _check_weights(path, state)
+    return str(path), state
+
+
+def weights_file(source: str) -> Path:
+    """The file of weights that a run folder or a path names."""
     path = Path(source)
     if path.is_dir():
         best = path / "best.safetensors"
@@ -149,7 +163,39 @@ def read_init(source: str) -> tuple[str, dict[str, Tensor]]:
                 hint=f"Runs in it: {', '.join(inside[:3])}{more}" if inside else "",
             )
         path = best
-    return str(path), read_weights(path)
+    return path
+
+
+def _check_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """UserError where the tensors are not those that were written, or not those of the run in whose folder they lie."""
+    written = _metadata(path).get("weights")
+    if written and written != digest(state):
+        raise UserError(
+            f"{path} is damaged: its tensors are not those that training wrote.",
+            hint="Restore it from a backup, or train the run again with --fresh.",
+        )
+    folder = RunFolder(path.parent)
+    if path != folder.best or not folder.record.exists():
+        return
+    try:
+        info = read_record(folder.record)
+    except UserError:
+        return  # whoever needs the record says what is wrong with it
+    if info.config and not info.altered and (reason := weights_contradiction(folder, info)):
+        raise UserError(reason, hint="Restore the file, or copy it elsewhere and name it with --init.")
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    try:
+        return read_metadata(path) if path.suffix == ".safetensors" else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def init_origin(source: str) -> dict[str, Any]:
+    """What weights to start from say of the run that made them: its config and its seed, where they are known."""
+    about = _metadata(weights_file(source))
+    return {key: about[key] for key in ("config", "seed") if key in about}
 
 
 def load_init(task: Task, name: str, state: dict[str, Tensor]) -> LoadReport:
@@ -232,8 +278,14 @@ def steps_of_schedule(recipe: Recipe, epoch: int) -> Steps:
     )
 
 
-def build_job(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) -> Job:
-    """Everything the engine needs; `task` is moved to `device`."""
+def build_job(
+    recipe: Recipe,
+    data: DataSplits,
+    task: Task,
+    device: torch.device,
+    identity: Mapping[str, Any] = MappingProxyType({}),
+) -> Job:
+    """Everything the engine needs; `task` is moved to `device`. `identity`: of the run, for checkpoints and weights."""
     train = recipe.train
     plan = steps(recipe, data)
     task.to(device)
@@ -284,20 +336,23 @@ def build_job(recipe: Recipe, data: DataSplits, task: Task, device: torch.device
         seed=train.seed,
         ema=None if train.ema_decay is None else ModelEmaV3(task.model, decay=train.ema_decay),
         describe_weights=_weights_metadata(recipe, data),
+        identity=identity,
         kernels=faster,
     )
 
 
-def _weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, str]:
-    """What best.safetensors says of itself."""
+def _weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
+    """What best.safetensors says of itself: all that whoever loads it needs. README documents the keys."""
     model = recipe.model
-    shape = model.model_dump_json(exclude={"size", "name", "args", "grad_checkpointing"}, exclude_none=True)
+    shape = model.model_dump(mode="json", exclude={"size", "name", "args", "grad_checkpointing"}, exclude_none=True)
     return {
         "model": model.name or SIZES[model.size].timm_name,
-        "model_args": json.dumps(model.args) if model.name else shape,
+        "model_args": dict(model.args) if model.name else shape,
         "task": recipe.task,
+        "seed": recipe.train.seed,
         "data": data.info.name,
-        "classes": json.dumps(list(data.class_names)),
+        "classes": list(data.class_names),
+        **task_module(recipe).describe_input(recipe.data, next(iter(recipe.evaluation.values()))),
     }
 
 

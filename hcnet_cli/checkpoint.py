@@ -26,7 +26,7 @@ Tensors = Mapping[str, Tensor]
 NEWEST, PREVIOUS = "last", "previous"
 
 
-def save_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> None:
     """Replaces a safetensors file atomically. `metadata` is stored as sorted JSON: equal content gives equal bytes.
 
     UserError if the disk is full or the folder cannot be written.
@@ -77,6 +77,20 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
         raise UserError(
             f"No checkpoint in {folder} is whole.", hint="Start over with --fresh, or restore the folder from a backup."
         )
+    return None
+
+
+def owner(folder: Path) -> tuple[dict[str, str], int] | None:
+    """(identity of the run, step) of the newest checkpoint whose state.json can be read; None where there is none.
+
+    The identity is empty where the checkpoint does not say. Reads no tensors.
+    """
+    for name in (NEWEST, PREVIOUS):
+        try:
+            state = json.loads((folder / name / "state.json").read_text(encoding="utf-8"))["state"]
+            return dict(state.get("run", {})), int(state["step"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
     return None
 
 

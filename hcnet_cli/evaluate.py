@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hcnet_cli import build, dist, engine, files, run, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, notice, out
+from hcnet_cli.console import UserError, notice, out, warn
 from hcnet_cli.device import pick_device
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
@@ -29,6 +30,7 @@ def evaluate(
     info, recipe = _read(folder, overrides)
     first = next(iter(recipe.evaluation))
     wanted = _wanted(info, recipe, names)
+    _check_record(folder, info, adding=wanted != [first])
     where = pick_device(device)
     run.use_cores(where)
     with dist.process_group(where), dist.on_main(folder.lock):
@@ -59,14 +61,24 @@ def evaluate(
                 continue
             if dist.is_main():
                 engine.save_final(evaluator, folder.path / "final" / evaluation.name)
+            commit, dirty = runs.git_state()
             settings = recipe.evaluation[evaluation.name].model_dump(mode="json")
             info.metrics |= scores
             info.metric_notes |= notes
             info.evaluations.append(
-                {"name": evaluation.name, "settings": settings, "argv": list(argv), "at": runs.now()}
+                {
+                    "name": evaluation.name,
+                    "settings": settings,
+                    "argv": list(argv),
+                    "at": runs.now(),
+                    "git_commit": commit,
+                    "git_dirty": dirty,
+                    "host": platform.node(),
+                }
             )
         if dist.is_main() and wanted != [first]:
             files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+            info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
             folder.write(info)
     return info
 
@@ -95,6 +107,14 @@ def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple
     return info, rcp.resolve(folder.recipe_file, overrides).recipe
 
 
+def _check_record(folder: RunFolder, info: RunInfo, adding: bool) -> None:
+    """UserError for files that contradict the record. A changed record is compared, but not added to."""
+    if info.altered and not adding:
+        warn(f"{folder.record} was changed after it was written: its checksum does not match.")
+    elif reason := runs.contradiction(folder, info):
+        raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
+
+
 def _wanted(info: RunInfo, recipe: Recipe, names: Sequence[str]) -> list[str]:
     known = list(recipe.evaluation)
     for name in names:
@@ -120,13 +140,12 @@ def _check_protocol(info: RunInfo, notes: dict[str, str], name: str) -> None:
 
 
 def _compare(info: RunInfo, scores: dict[str, float]) -> None:
-    differing = {k: v for k, v in scores.items() if k in info.metrics and abs(info.metrics[k] - v) > 1e-6}
+    differing = run.differing_scores(info, scores)
     if not differing:
         notice("Equal to the run's record.")
         return
-    shown = ", ".join(f"{name} {value:.4f} (record: {info.metrics[name]:.4f})" for name, value in differing.items())
     raise UserError(
-        f"The weights score otherwise than the run's record says: {shown}.",
+        f"The weights score otherwise than the run's record says: {differing}.",
         hint="Weights or data were changed, or another machine or version of PyTorch rounds differently.",
     )
 

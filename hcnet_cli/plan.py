@@ -30,6 +30,13 @@ FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them 
 MANY_IMAGES = 100_000  # training images, from which a recipe for small data is no help
 LARGEST_SMALL = 96  # pixels, the largest images that the recipe for small images is for
 LONG_SECONDS = 86400.0  # of training, from which the plan proposes less
+USED_BY = {  # fields of `schedule` that some kinds alone use
+    "milestones": ("multistep",),
+    "gamma": ("multistep",),
+    "power": ("poly",),
+    "warmup_inside": ("cosine",),
+    "min_lr": ("cosine", "poly"),
+}
 
 
 def print_plan(
@@ -46,9 +53,10 @@ def print_plan(
     seconds = seconds_per_image(recipe, data, task, device)
     for name, text in _lines(folder, recipe, data, task, device, seconds).items():
         out.print(f"{name + ':':<15}{text}", markup=False)
-    total = build.steps(recipe, data).total
-    notice_many_passes(total, recipe.train.batch_size, data.info.num_train)
-    notice_what_fits(recipe, data, training_time(recipe, seconds, total))
+    steps = build.steps(recipe, data)
+    notice_many_passes(steps)
+    remark_on_schedule(recipe, steps)
+    notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total))
     if shutil.disk_usage(existing_parent(folder.path)).free < disk_need(recipe, task):
         warn("The disk has too little space for this run's checkpoints.")
 
@@ -104,10 +112,62 @@ def _scaling_advice(recipe: Recipe) -> str:
     )
 
 
-def notice_many_passes(steps: int, batch_size: int, images: int) -> None:
+def notice_many_passes(steps: build.Steps) -> None:
     """Says so where a schedule passes over the images far more often than any shipped recipe does."""
-    if (passes := steps * batch_size // images) > MANY_PASSES:
+    if (passes := steps.total // max(1, steps.epoch)) > MANY_PASSES:
         notice(f"That is {passes:,} passes over the training images; --set schedule.length=N gives a shorter schedule.")
+
+
+def remark_on_schedule(recipe: Recipe, steps: build.Steps) -> None:
+    """Warns of parts of the schedule that the run does not reach, or that have no effect."""
+    for line in schedule_remarks(recipe, steps):
+        warn(line)
+
+
+def schedule_remarks(recipe: Recipe, steps: build.Steps) -> list[str]:
+    """What a schedule says and the run does not do, a sentence for each."""
+    schedule = recipe.schedule
+    length = f"{schedule.length} {schedule.unit}"
+    remarks = []
+    if schedule.kind == "multistep":
+        at = list(zip(map(str, schedule.milestones), steps.milestones, strict=True))
+        if missed := [milestone for milestone, step in at if step >= steps.total]:
+            remarks.append(
+                f"The run ends after {length}, at or before the milestones {', '.join(missed)}: the learning rate does "
+                f"not fall there.{_scaled_milestones(recipe)}"
+            )
+        if early := [milestone for milestone, step in at if step <= 0]:
+            remarks.append(f"The milestones {', '.join(early)} are before the first step.")
+        if not at:
+            remarks.append("schedule.kind is multistep without milestones: the learning rate never falls.")
+    for key, kinds in USED_BY.items():
+        value, default = getattr(schedule, key), type(schedule).model_fields[key].default
+        if value != default and schedule.kind not in kinds:
+            remarks.append(f"schedule.{key} has no effect: the schedule is {schedule.kind}, not {' or '.join(kinds)}.")
+    if schedule.kind in USED_BY["min_lr"] and schedule.min_lr > recipe.optim.lr:
+        remarks.append(f"schedule.min_lr {schedule.min_lr:g} is above optim.lr {recipe.optim.lr:g}: the rate rises.")
+    if steps.shortened:
+        given = f"{schedule.warmup:g} {schedule.warmup_unit}"
+        remarks.append(f"The warm-up ({given}) was shortened to half of the run, {steps.warmup} steps.")
+    if steps.eval_every > steps.total:
+        remarks.append(
+            f"train.eval_every ({recipe.train.eval_every} {schedule.unit}) is longer than the run ({length}): it is "
+            "evaluated once, at the end."
+        )
+    return remarks
+
+
+def _scaled_milestones(recipe: Recipe) -> str:
+    """The milestones of the protocol, scaled to the length of the run, as an option to type."""
+    if recipe.protocol not in rcp.shipped():
+        return ""
+    base = rcp.resolve(rcp.recipes_dir() / f"{recipe.protocol}.yaml").recipe.schedule
+    if base.unit != recipe.schedule.unit or base.milestones != recipe.schedule.milestones:
+        return ""
+    scaled = [round(m * recipe.schedule.length / base.length) for m in base.milestones]
+    if len({0, *scaled, recipe.schedule.length}) < len(scaled) + 2:
+        return ""
+    return f" In proportion: --set schedule.milestones=[{','.join(map(str, scaled))}]"
 
 
 def disk_need(recipe: Recipe, task: Task) -> int:

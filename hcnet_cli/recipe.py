@@ -353,6 +353,16 @@ def fingerprint(recipe: Recipe, **contents: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def config_digest(recipe: Recipe, data: str, start: str) -> str:
+    """16 hex digits over all that can change a number except the seed: equal for runs that may be averaged.
+
+    `start`: of the weights that training starts from, the config of the run that made them, else their digest.
+    """
+    kept = {key: value for key, value in identity(recipe).items() if key != "train.seed"}
+    text = json.dumps({**kept, "data": data, "start": start}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def changed_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ: (ours, theirs)."""
     return {k: (ours.get(k), theirs.get(k)) for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)}

@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hcnet_cli import runs
+from hcnet_cli.grouping import Run, changes_text, deduplicate, group_by_config, independent, init_label, tell_apart
 from hcnet_cli.published import METRICS, read_published, shipped_published
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.sizes import SIZES
@@ -48,25 +48,6 @@ DIFFERENCE_NOTE = (
 
 
 @dataclass(frozen=True)
-class Run:
-    folder: Path
-    info: RunInfo
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def finished(self) -> bool:
-        return self.info.status == "finished" and self.info.steps_done >= self.info.steps_total
-
-    @property
-    def state(self) -> str:
-        """The status, where "finished" means that every step was done."""
-        return "cut short" if self.info.status == "finished" and not self.finished else self.info.status
-
-
-@dataclass(frozen=True)
 class Results:
     """What a report is made of. The values of each row have all KEYS."""
 
@@ -81,7 +62,8 @@ def collect(results: Iterable[Path], published: Iterable[Path] = ()) -> Results:
     folder, and the files `published`.
 
     Runs that differ in the seed alone are one row: the mean, with half of its 95 % t-interval from two seeds on. An
-    unfinished run is a row of its own. UserError for a published file with a mistake.
+    unfinished run is a row of its own. Rows that would look alike say in what they differ. UserError for a published
+    file with a mistake.
     """
     folders = list(results)
     all_runs: list[Run] = []
@@ -93,14 +75,14 @@ def collect(results: Iterable[Path], published: Iterable[Path] = ()) -> Results:
     kept, notes = deduplicate(all_runs)
     published_values = read_published([shipped_published(), *(f / "published.csv" for f in folders), *published])
     rows = [_row(values) for values in published_values]
-    for group in group_by_config(kept):
-        counted, repeated = _one_per_seed(group)
-        if repeated:
-            notes.append(
-                f"{', '.join(run.name for run in repeated)}: the same seed as {counted[0].name}'s row has already; "
-                "not counted again."
-            )
+    groups = group_by_config(kept)
+    apart = tell_apart(groups)
+    for number, group in enumerate(groups):
+        counted, reasons = independent(group)
+        notes += reasons
         values = _measured_values(counted)
+        if number in apart:
+            values["changes"] = ", ".join(filter(None, (str(values["changes"]), apart[number])))
         if counted[0].finished:
             values |= _difference(values, published_values)
         rows.append(_row(values, counted))
@@ -119,62 +101,6 @@ def _schedule(values: Mapping[str, Value]) -> str:
     return named[0] if named else f"{values.get('steps_total') or 0:,} steps"
 
 
-# --- which runs are one row -------------------------------------------------------------------------------------------
-
-
-def deduplicate(found: Iterable[Run]) -> tuple[list[Run], list[str]]:
-    """Each run once, by name and fingerprint. Of several records the finished, the furthest, the latest is kept."""
-    by_key: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for run in found:
-        by_key[run.name, run.info.fingerprint].append(run)
-    kept, notes = [], []
-    for same in by_key.values():
-        best = max(same, key=lambda r: (r.finished, r.info.steps_done, r.info.finished, r.info.started))
-        kept.append(best)
-        if any(run.info != best.info for run in same):
-            notes.append(f"{len(same)} different records of {best.name}; {best.folder} is the one used.")
-    return sorted(kept, key=lambda run: (run.name, run.info.fingerprint)), notes
-
-
-def group_by_config(kept: Iterable[Run]) -> list[list[Run]]:
-    """Groups of finished runs that differ in the seed alone; then each unfinished run by itself."""
-    finished: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
-    unfinished: list[list[Run]] = []
-    for run in kept:
-        if run.finished:
-            finished[config_key(run.info)].append(run)
-        else:
-            unfinished.append([run])
-    tasks, sizes = list(TASKS), list(SIZES)
-
-    def order(group: list[Run]) -> tuple[Any, ...]:
-        i = group[0].info
-        size = sizes.index(i.size) if i.size in sizes else len(sizes)
-        data = (tasks.index(i.task), i.data.name, i.data.digest)
-        return (*data, i.protocol, size, i.model, i.variant, changes_text(i), group[0].name)
-
-    return [*sorted(finished.values(), key=order), *sorted(unfinished, key=order)]
-
-
-def config_key(info: RunInfo) -> tuple[Any, ...]:
-    """What two runs must share to be averaged: everything that shapes the result, except the seed."""
-    data = info.data
-    return (
-        *(info.task, data.name, data.digest, data.split, data.num_val, info.protocol),
-        *(repr(sorted(info.changes.items())), info.model, info.size, info.variant, info.img_size, init_label(info)),
-        *(info.steps_total, info.batch_size, info.precision, info.evaluated_only, *sorted(info.metric_notes.items())),
-    )
-
-
-def _one_per_seed(group: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """The latest run of each seed, and the others: a repeated seed is no independent sample."""
-    by_seed: dict[int, Run] = {}
-    for run in sorted(group, key=lambda run: (run.info.finished, run.name)):
-        by_seed[run.info.seed] = run
-    counted = [by_seed[seed] for seed in sorted(by_seed)]
-    return counted, [run for run in group if run not in counted]
-
-
 # --- what a run says about itself -------------------------------------------------------------------------------------
 
 
@@ -182,38 +108,6 @@ def model_name(info: RunInfo) -> str:
     """The name in tables; a changed shape is part of it: "HcNet-T, kernel_size=3"."""
     name = info.model or (SIZES[info.size].title if info.size in SIZES else f"HcNet-{info.size}")
     return f"{name}, {info.variant}" if info.variant else name
-
-
-def init_label(info: RunInfo) -> str:
-    """Where the weights came from, without seed and fingerprint: "" for random, "pretrain-digits-pico" for a run."""
-    source = str(info.init.get("source") or "")
-    if source in ("", "none"):
-        return ""
-    path = Path(source)
-    name = path.parent.name if path.name in ("best.safetensors", "last") else path.name
-    return re.sub(r"-s\d+-[0-9a-f]{8}$", "", name)
-
-
-def changes_text(info: RunInfo) -> str:
-    """How a run differs from the protocol that it names, for people; "" where it follows the protocol."""
-    parts = [f"{key}={plain(value)}" for key, value in info.changes.items()]
-    start = init_label(info)
-    source = TASKS.get(TASKS[info.task].starts_from)  # the task whose weights the protocol starts from
-    if info.evaluated_only:
-        parts.append(f"evaluated only, weights of {start}" if start else "evaluated only, random weights")
-    elif source is None:
-        parts += [f"started from {start}"] if start else []
-    elif not start:
-        parts.append("not pretrained")
-    elif info.data.name in {spec.benchmark for spec in TASKS.values()}:
-        whole = rf"{source.name}-{source.benchmark}-(?!data-|part-)"  # a part of the benchmark is other data
-        other_data = start.startswith(f"{source.name}-") and not re.match(whole, start)
-        parts += [f"started from {start}"] if other_data else []
-    return ", ".join(parts)
-
-
-def plain(value: object) -> str:
-    return f"[{', '.join(map(plain, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
 def published_protocol(info: RunInfo) -> str:
@@ -234,7 +128,7 @@ def command(argv: Sequence[str]) -> str:
 
 def epochs(info: RunInfo) -> float | None:
     """Passes over the training set in the whole schedule."""
-    per_epoch = info.data.num_train // max(1, info.batch_size)
+    per_epoch = info.steps_per_epoch or info.data.num_train // max(1, info.batch_size)
     return round(info.steps_total / per_epoch, 1) if per_epoch and info.steps_total else None
 
 
@@ -255,6 +149,7 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
     infos = [run.info for run in group]
     info = infos[0]
     spec = TASKS[info.task]
+    sessions = [session for i in infos for session in i.all_sessions()]
     speeds = [i.images_per_second for i in infos if i.images_per_second is not None]
     values: dict[str, Value] = {
         "table": spec.table,
@@ -285,11 +180,11 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "status": group[0].state,
         "source": "measured",
         "runs": ", ".join(run.name for run in group),
-        "commit": joined([i.git_commit[:12] + ("+changes" if i.git_dirty else "") for i in infos]),
-        "machine": joined([i.machine for i in infos]),
-        "device": joined([i.device for i in infos]),
+        "commit": joined([s.code for s in sessions if s.git_commit]),
+        "machine": joined([s.machine for s in sessions]),
+        "device": joined([s.device for s in sessions]),
         "speed_notes": joined([i.speed_notes for i in infos]),
-        "command": command(info.argv),
+        "command": joined([command(s.argv) for s in info.all_sessions()], "; then "),
         "started": min(i.started for i in infos),
         "finished": max(i.finished for i in infos),
         "error": info.error,
@@ -400,7 +295,7 @@ def _notes(spec: Spec, protocol: str, table: Table) -> list[str]:
     if any(row.kind == "unfinished" for row in table.rows):
         notes.append("Unfinished runs show the best evaluation so far and are never averaged.")
     if any("," in str(values["commit"] or "") for values in measured):
-        notes.append("Some means are over runs of different code versions (see the runs' commits).")
+        notes.append("Some rows are of several code versions (see the runs' commits).")
     best = [
         f"{style}: the best {kind}."
         for style, kind in (("Bold", "measured"), ("Underlined", "published"))

@@ -16,14 +16,15 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, files, optim, plan, profile, rehearsal, runs
+from hcnet_cli import build, dist, engine, files, optim, plan, pretrained, profile, rehearsal, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.engine import Evaluation, Task
+from hcnet_cli.previous import check_finished, identity, previous_record
 from hcnet_cli.recipe import Recipe, Resolved
-from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.runs import RunFolder, RunInfo, Session
 from hcnet_cli.weights import LoadReport
 
 WAITING_TOO_LONG = 0.2  # share of the training time spent waiting for data
@@ -89,28 +90,38 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
     optim.check_optimizer(recipe.optim.name, recipe.optim.args)
     data = build.open_data(recipe)
     task = build.build_task(recipe, data)
-    recipe = recipe.model_copy(update={"init": dist.from_main(lambda: runs.find_init(recipe, options.results))})
+    recipe = recipe.model_copy(update={"init": dist.from_main(lambda: pretrained.find_init(recipe, options.results))})
     init = build.load_init(task, *build.read_init(recipe.init)) if recipe.init != "none" else None
-    fingerprint = rcp.fingerprint(recipe, data=data.info.digest, **({"init": init.digest} if init else {}))
+    if init:
+        init = dataclasses.replace(init, **build.init_origin(recipe.init))
+    fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
     return RunSetup(RunFolder(options.results / "runs" / name), recipe, data, task, device, init), fingerprint
 
 
 def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
     folder, recipe = run.folder, run.recipe
-    if options.fresh and not dist.from_main(lambda: folder.waited):  # what was waited for is fresh
+    fresh = options.fresh and not dist.from_main(lambda: folder.waited)  # what was waited for is fresh
+    if fresh or dist.from_main(folder.is_cleared):
+        if not fresh:
+            notice(f"A --fresh was stopped while it cleared {folder.path}: the rest of the old run is removed.")
         dist.from_main(folder.clear)
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
-        dist.from_main(lambda: _check_best(folder))
+        dist.from_main(lambda: check_finished(folder, earlier))
         notice(f"This run is finished: {folder.path}")
         notice("Start it over with --fresh; `hcnet report` prints the table.")
         return folder.path, earlier, 0
     dist.from_main(lambda: _check_disk(run))
-    job = build.build_job(recipe, run.data, run.task, run.device)
+    job = build.build_job(recipe, run.data, run.task, run.device, identity(info))
+    job.describe_weights = {**job.describe_weights, "config": info.config}
     state = engine.restore(job, folder.path)
     if earlier is not None:
+        if earlier.steps_done and not state.step:
+            warn(f"The checkpoints of {folder.path}, which had reached step {earlier.steps_done}, are gone.")
+            notice("Training starts from the beginning.")
         info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
+    info.sessions = [*(earlier.all_sessions() if earlier else ()), _session(info, state.step)]
     info = with_progress(info, state)
     info.metric_notes = protocols(job.evaluations)
     info.kernels = list(job.kernels)
@@ -119,6 +130,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     _announce_time(run, info, state, seconds)
     if dist.is_main():
         files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+        info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
 
@@ -150,30 +162,6 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
 # --- before -----------------------------------------------------------------------------------------------------------
 
 
-def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo | None:
-    """The record of an earlier run of this very recipe in the folder; UserError if the folder holds another's."""
-    earlier = folder.read()
-    if earlier is not None and earlier.fingerprint != info.fingerprint:
-        theirs = rcp.resolve(folder.recipe_file).recipe if folder.recipe_file.exists() else None
-        keys = rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)) if theirs else {}
-        shown = ", ".join(f"{key} ({b!r} there, {a!r} here)" for key, (a, b) in keys.items())
-        raise UserError(
-            f"{folder.path} holds a run of another recipe: {shown or 'the data or the initial weights differ'}.",
-            hint="Choose another --name, or give --fresh to replace it.",
-        )
-    return earlier
-
-
-def _check_best(folder: RunFolder) -> None:
-    """UserError for a finished run whose weights are gone or cut short."""
-    try:
-        build.read_init(str(folder.path))
-    except UserError as error:
-        raise UserError(
-            f"This run is finished, but its weights are lost: {error}", hint="Train it again with --fresh."
-        ) from None
-
-
 def _check_disk(run: RunSetup) -> None:
     """UserError before hours of training whose result could not be kept."""
     folder = run.folder.path
@@ -190,6 +178,7 @@ def _check_disk(run: RunSetup) -> None:
 def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
     recipe, data, task, device = run.recipe, run.data, run.task, run.device
     commit, dirty = runs.git_state()
+    steps = build.steps(recipe, data)
     return RunInfo(
         task=recipe.task,
         protocol=recipe.protocol,
@@ -199,8 +188,10 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         variant=rcp.variant(recipe),
         seed=recipe.train.seed,
         fingerprint=fingerprint,
+        config=rcp.config_digest(recipe, data.info.digest, (run.init.config or run.init.digest) if run.init else ""),
         data=data.info,
-        steps_total=build.steps(recipe, data).total,
+        steps_total=steps.total,
+        steps_per_epoch=steps.epoch,
         batch_size=recipe.train.batch_size,
         params=profile.count_params(task.model),
         macs=build.count_macs(recipe, task, data),
@@ -226,6 +217,11 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
     )
 
 
+def _session(info: RunInfo, from_step: int) -> Session:
+    common = info.model_dump(include=Session.model_fields.keys() & RunInfo.model_fields.keys())
+    return Session(**{**common, "from_step": from_step, "started": runs.now()})
+
+
 def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
     label = (f"model {info.model}" if info.model else f"size {info.size}") + (
         f" ({info.variant})" if info.variant else ""
@@ -237,11 +233,10 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
     for line in info.data.remarks():
         notice(line)
-    plan.notice_many_passes(info.steps_total, info.batch_size, info.data.num_train)
+    plan.notice_many_passes(build.steps(run.recipe, run.data))
     if run.recipe.train.compile and info.device == "cpu":
         notice("On a CPU, training is not faster compiled (docs/speed.md).")
-    if build.steps(run.recipe, run.data).shortened:
-        notice("The warm-up was shortened to half of the run.")
+    plan.remark_on_schedule(run.recipe, build.steps(run.recipe, run.data))
     if run.init:
         notice(str(run.init))
     if state.step:
@@ -270,6 +265,7 @@ def with_progress(info: RunInfo, state: engine.State) -> RunInfo:
             "steps_done": state.step,
             "metrics": dict(state.metrics),
             "best_step": state.best_step,
+            "weights": state.weights,
             "train_seconds": round(state.seconds, 1),
             "train_images_per_second": round(images, 2) if images else None,
             "data_wait_share": round(state.waited / state.seconds, 4) if state.seconds else None,
@@ -348,13 +344,28 @@ def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
     return scores
 
 
+def differing_scores(info: RunInfo, scores: Mapping[str, float]) -> str:
+    """The scores that differ from the record, with both values, for people; "" where none does."""
+    return ", ".join(
+        f"{name} {value:.4f} (record: {info.metrics[name]:.4f})"
+        for name, value in scores.items()
+        if name in info.metrics and abs(info.metrics[name] - value) > 1e-6
+    )
+
+
 def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
     """Metrics, on the validation data, of the run's best weights; where nothing was trained, of those of --init.
 
     The latter become a finished run, the only thing that is written.
     """
     folder, recipe, task, init = run.folder, run.recipe, run.task, run.init
-    if folder.best.is_file():
+    earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
+    if folder.best.is_file() and not (earlier and earlier.evaluated_only):
+        if earlier is None:
+            raise UserError(
+                f"{folder.path} has weights, but no run.json that says of what.",
+                hint="Restore run.json, or name the weights with --init and the run with another --name.",
+            )
         init = build.load_own(task, folder.path)
     elif init is None or (missing := build.lacking(init, task)):
         why = f", and {init.source} lacks {missing}" if init else ""
@@ -362,7 +373,6 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
             f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",
             hint="Train it first, or name whole weights with --init RUN, FILE.safetensors or FILE.pth.",
         )
-    earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     job = dataclasses.replace(build.build_job(recipe, run.data, task, run.device), ema=None)
     notice(str(init))
     notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")
@@ -372,6 +382,8 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         metrics |= suffixed(found, one, first=number == 0)
     if dist.is_main():
         out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    if earlier is not None and (differing := differing_scores(earlier, metrics)):
+        warn(f"The weights score otherwise than the run's record says: {differing}.")
     if earlier is None:
         info = info.model_copy(
             update={
@@ -386,6 +398,8 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         with dist.on_main(folder.lock):
             if dist.is_main():
                 files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+                info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
+                info.sessions = [_session(info, 0)]
                 for number, (one, _, evaluator) in enumerate(scored):
                     engine.save_final(evaluator, folder.path / "final" / (one.name if number else ""))
                 folder.write(info)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
-from hcnet_cli.files import write_text, writing
+from hcnet_cli.files import sync, write_text, writing
+from hcnet_cli.header import read_metadata
+from hcnet_cli.plausible import implausible
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.tasks import TASKS
 
 SCHEMA = 1
 WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process trains is waited for, not refused
 WAITING = "Waiting for another process that is working"
+RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain")
+RUN_FILES = ("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml")
+CLEARED = {"schema_version": SCHEMA, "status": "cleared"}
 
 
 class DataInfo(BaseModel):
@@ -57,13 +62,36 @@ class DataInfo(BaseModel):
         return [*lines, *self.notes]
 
 
+class Session(BaseModel):
+    """One command that took part in a run."""
+
+    git_commit: str = ""
+    git_dirty: bool = False
+    argv: list[str] = []
+    host: str = ""
+    machine: str = ""
+    device: str = ""
+    processes: int = 1
+    versions: dict[str, str] = {}
+    started: str = ""
+    from_step: int = 0
+
+    @property
+    def code(self) -> str:
+        return (self.git_commit[:12] or "unknown") + ("+changes" if self.git_dirty else "")
+
+
 class RunInfo(BaseModel):
-    """run.json. Metrics are in per cent and belong to best.safetensors (step `best_step`)."""
+    """run.json. Metrics are in per cent and belong to best.safetensors (step `best_step`).
+
+    Commit, command, machine and versions are those of the last session; `sessions` has all.
+    """
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     schema_version: int = SCHEMA
-    status: Literal["running", "interrupted", "failed", "finished"] = "running"
+    # "cleared": --fresh is removing the files of the run; see RunFolder.clear
+    status: Literal["running", "interrupted", "failed", "finished", "cleared"] = "running"
     task: str
     protocol: str  # shipped recipe followed, such as "pretrain/imagenet"
     changes: dict[str, Any] = {}  # where the recipe departs from it (dotted key -> value)
@@ -72,14 +100,18 @@ class RunInfo(BaseModel):
     variant: str = ""  # "", "no-refinement", "kernel_size=3" ...
     seed: int
     fingerprint: str
+    config: str = ""  # digest of all that can change a number but the seed: equal for the runs of one row
+    recipe_digest: str = ""  # of recipe.yaml as it was written
     data: DataInfo
     steps_done: int = 0
     steps_total: int
+    steps_per_epoch: int | None = None
     batch_size: int
     metrics: dict[str, float] = {}
     metric_notes: dict[str, str] = {}  # the protocols of scores that have several: {"mIoU": "ss, whole"}
     evaluations: list[dict[str, Any]] = []  # scores added by `hcnet evaluate`: name, settings, argv, at
     best_step: int | None = None
+    weights: str = ""  # digest of the tensors in best.safetensors
     params: int | None = None
     macs: int | None = None
     macs_input: str = ""  # "3x224x224"
@@ -106,6 +138,20 @@ class RunInfo(BaseModel):
     finished: str = ""
     train_seconds: float = 0.0
     error: str = ""
+    sessions: list[Session] = []
+    altered: bool = Field(default=False, exclude=True)  # run.json was changed after it was written
+
+    def all_sessions(self) -> list[Session]:
+        """Every command that took part; records from before they were kept have one."""
+        return self.sessions or [Session(**{key: getattr(self, key) for key in Session.model_fields if key in SHARED})]
+
+    @property
+    def code(self) -> str:
+        """The versions of the code that took part, in their order."""
+        return ", then ".join(dict.fromkeys(session.code for session in self.all_sessions()))
+
+
+SHARED = RunInfo.model_fields.keys()  # of a session and the record itself
 
 
 def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
@@ -191,21 +237,36 @@ class RunFolder:
         return info
 
     def write(self, info: RunInfo) -> None:
-        write_text(self.record, info.model_dump_json(indent=2) + "\n")
+        write_text(self.record, record_text(info))
 
     def clear(self) -> None:
-        """Forgets an earlier run in this folder (--fresh); only files a run writes."""
-        for name in (
-            "run.json",
-            "recipe.yaml",
-            "metrics.jsonl",
-            "best.safetensors",
-            "nonfinite.json",
-            "log.txt",
-        ):
-            (self.path / name).unlink(missing_ok=True)
-        for name in ("last", "previous", "final", "explain"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        """Forgets an earlier run in this folder (--fresh); only files a run writes.
+
+        A folder must never hold files that belong to nobody, wherever this is killed. So run.json first says "cleared",
+        whole or not at all, and goes last: until then the folder is the old run, after that nobody goes on with it.
+        """
+        if not any((self.path / name).exists() for name in (*RUN_FILES, *RUN_FOLDERS)):
+            return
+        write_text(self.record, json.dumps(CLEARED) + "\n")
+        with writing(self.path):
+            for name in RUN_FOLDERS:
+                if (self.path / name).exists():
+                    shutil.rmtree(self.path / name)
+            for name in RUN_FILES:
+                (self.path / name).unlink(missing_ok=True)
+            sync(self.path)
+            self.record.unlink(missing_ok=True)
+
+    def is_cleared(self) -> bool:
+        """Whether a --fresh was stopped while it removed the files of an earlier run."""
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(self.record.read_text(encoding="utf-8"))
+            return isinstance(content, dict) and content.get("status") == CLEARED["status"]
+        return False
+
+    def has_progress(self) -> bool:
+        """Whether there are checkpoints or weights of a run, whosever."""
+        return any((self.path / name).exists() for name in ("last", "previous", "best.safetensors"))
 
     def append(self, **entry: Any) -> None:
         """One line of metrics.jsonl."""
@@ -231,11 +292,39 @@ def read_record(path: Path) -> RunInfo:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA:
         raise UserError(f"{path} is of version {version}; this program reads version {SCHEMA}.")
+    if data.get("status") == CLEARED["status"]:
+        raise UserError(
+            f"{path.parent} was being cleared by --fresh, which was stopped.",
+            hint="The next training command with this --name removes the rest and starts from the beginning.",
+        )
     try:
-        return RunInfo.model_validate(data)
+        info = RunInfo.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    if reason := implausible(vars(info) | {"data": vars(info.data)}):
+        raise UserError(
+            f"{path}: {reason}, which cannot be.",
+            hint="Restore the file, start that run over with --fresh, or give this one another --name.",
+        )
+    # records from before there was a checksum have no `config`
+    info.altered = data.get("checksum", "" if info.config else None) not in (None, _checksum(data))
+    return info
+
+
+def record_text(info: RunInfo) -> str:
+    """The text of run.json, with a checksum over its content."""
+    data = json.loads(info.model_dump_json())
+    return json.dumps({**data, "checksum": _checksum(data)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in data.items() if key != "checksum"}
+    return text_digest(json.dumps(content, sort_keys=True))
+
+
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -251,7 +340,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Path, str]]]:
-    """All runs under results/runs, sorted by folder name; and the folders that hold none, each with its reason."""
+    """All runs under results/runs, sorted by folder name; and the folders that hold none that can be believed, each
+    with its reason.
+    """
     good: list[tuple[Path, RunInfo]] = []
     broken: list[tuple[Path, str]] = []
     root = results / "runs"
@@ -263,54 +354,81 @@ def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Pat
             continue
         if info is None:
             broken.append((folder, f"{folder} has no run.json."))
+        elif reason := contradiction(RunFolder(folder), info):
+            broken.append((folder, f"{reason[:-1]}, so the run is not counted."))
         else:
             good.append((folder, info))
     return good, broken
 
 
-def best_pretraining(recipe: Recipe, results: Path) -> str | None:
-    """The finished run, of the task that this one starts from, of the same model on the most training images; of
-    several the one with the best score, then the newest.
+# --- whether the files of a run belong together -----------------------------------------------------------------------
+
+
+def contradiction(folder: RunFolder, info: RunInfo) -> str:
+    """What in a run's folder contradicts its record, as a sentence; "" if nothing does. Reads no tensors.
+
+    Records without `config` are older than what is compared here.
     """
-    source = TASKS[recipe.spec.starts_from]
-    candidates = [
-        (info.data.num_train, info.metrics.get(source.primary.key, 0.0), info.finished, str(folder))
-        for folder, info in find_runs(results)[0]
-        if (info.task, info.status, info.model or info.size) == (source.name, "finished", recipe.model.label)
-        and info.variant == rcp.variant(recipe)
-        and (folder / "best.safetensors").exists()
-    ]
-    return max(candidates)[-1] if candidates else None
+    if info.altered:
+        return f"{folder.record} was changed after it was written (its checksum does not match)."
+    if not info.config:
+        return ""
+    return recipe_contradiction(folder, info) or weights_contradiction(folder, info)
 
 
-def explain_missing_pretraining(recipe: Recipe, results: Path) -> tuple[str, str]:
-    """(that there is none, the command that makes one), for people; no full stops."""
-    shape = rcp.variant(recipe)
-    label = recipe.model.label + (f" ({shape})" if shape else "")
-    source = recipe.spec.starts_from
-    flag = f"--set model.name={recipe.model.name}" if recipe.model.name else f"--size {recipe.model.size}"
-    command = f"hcnet {source} {flag}" + (" with the same --set options" if shape else "")
-    kind = "model" if recipe.model.name else "size"
-    return f"There is no finished {source} run of {kind} {label} under {results}", command
+def recipe_contradiction(folder: RunFolder, info: RunInfo) -> str:
+    """How recipe.yaml contradicts the record; "" if it does not. A change without an effect on numbers is none."""
+    try:
+        text = folder.recipe_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{folder.recipe_file} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})."
+    if text_digest(text) == info.recipe_digest:
+        return ""
+    try:
+        recipe = rcp.resolve(folder.recipe_file).recipe
+    except UserError as error:
+        return f"{folder.recipe_file} is not the recipe of this run: {error}"
+    found = run_fingerprint(recipe, info.data.digest, str(info.init.get("digest") or ""))
+    if (found, recipe.train.seed, recipe.task) == (info.fingerprint, info.seed, info.task):
+        return ""
+    return f"{folder.recipe_file} is not the recipe of this run (fingerprint {found}, {info.fingerprint} in run.json)."
 
 
-def find_init(recipe: Recipe, results: Path) -> str:
-    """What `init` means here: "auto" is the best pretraining, or "none", with a notice, where embedded data have none.
+def weights_contradiction(folder: RunFolder, info: RunInfo) -> str:
+    """How best.safetensors contradicts the record; "" if it does not, or there is none.
 
-    A task that trains from scratch starts from nothing.
+    A run that is not finished may have newer weights than its record says: it can be killed between the two.
     """
-    if recipe.init != "auto":
-        return recipe.init
-    if not recipe.spec.starts_from:
-        return "none"
-    if found := best_pretraining(recipe, results):
-        return found
-    lacking, command = explain_missing_pretraining(recipe, results)
-    if recipe.data.path not in {spec.embedded for spec in TASKS.values()}:
-        hint = f"Run `{command}` first, name weights with --init, or start from scratch with --init none."
-        raise UserError(f"{lacking}.", hint=hint)
-    notice(f"{lacking}: starting from scratch (`{command}` makes one).")
-    return "none"
+    if not folder.best.exists():
+        return ""
+    try:
+        about = read_metadata(folder.best)
+    except (OSError, ValueError) as error:
+        return f"{folder.best} is damaged: {error}."
+    if not about.get("fingerprint"):
+        return f"{folder.best} does not say which run it is of." if info.weights else ""
+    if about["fingerprint"] != info.fingerprint:
+        return f"{folder.best} is of another run (fingerprint {about['fingerprint']}, {info.fingerprint} in run.json)."
+    ours = {"task": info.task, "seed": info.seed, "data_digest": info.data.digest, "config": info.config}
+    for key, value in ours.items():
+        if about.get(key, value) != value:
+            return f"{folder.best} is of a run with {key} {about[key]}, {folder.record} says {value}."
+    if info.status != "finished" or not info.weights:
+        return ""
+    if str(about.get("step")) != str(info.best_step):
+        return f"{folder.best} is of step {about.get('step')}, {folder.record} of step {info.best_step}."
+    scored: Any = about.get("metrics")
+    if not isinstance(scored, dict) or about.get("weights") != info.weights:
+        return f"{folder.best} holds other weights than {folder.record} says."
+    for name, value in scored.items():
+        if info.metrics.get(name) != value:
+            return f"{folder.best} scored {name} {value}, {folder.record} says {info.metrics.get(name)}."
+    return ""
+
+
+def run_fingerprint(recipe: Recipe, data: str, init: str) -> str:
+    """The fingerprint of a run, from its recipe and the digests of its data and of the weights it starts from."""
+    return rcp.fingerprint(recipe, data=data, **({"init": init} if init else {}))
 
 
 def git_state() -> tuple[str, bool]:

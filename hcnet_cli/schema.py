@@ -67,6 +67,9 @@ class DataPart(Part):
     )
 
 
+NORMALISATION = "RGB in 0..1, minus mean, divided by std"  # what every format does with its mean and std
+
+
 class EvaluationPart(Part):
     """How one score is made. The first entry of `evaluation` is measured during training and decides which weights
     are best; the others score those weights.
@@ -194,7 +197,7 @@ class Schedule(Part):
     )
     min_lr: Annotated[float, Field(ge=0)] = field(0.0, "cosine, poly: learning rate at the end.")
     milestones: tuple[int, ...] = field((), "multistep: when the rate falls.", unit="schedule.unit")
-    gamma: float = field(0.1, "multistep: factor at each milestone.")
+    gamma: PositiveFloat = field(0.1, "multistep: factor at each milestone.")
     power: float = field(1.0, "poly: the exponent.")
 
 

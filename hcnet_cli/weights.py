@@ -87,12 +87,14 @@ class LoadReport:
     """What became of each tensor: loaded, re-initialised (other shape), missing in the file, or not needed here."""
 
     source: str
-    digest: str
+    digest: str  # of the tensors in the file
     loaded: int
     total: int
     reinitialised: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    config: str = ""  # of the run that made the weights (RunInfo.config), where they say
+    seed: int | None = None  # of that run
 
     def __str__(self) -> str:
         lines = [f"Weights from {self.source}: {self.loaded} of {self.total} tensors loaded."]

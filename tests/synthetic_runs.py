@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from hcnet_cli.runs import DataInfo, RunInfo
+from hcnet_cli.runs import DataInfo, RunInfo, record_text
 
 DATA = {  # name -> task, protocol, training samples, validation samples, classes, image size, batch, steps
     "digits": ("pretrain", "pretrain/digits", 1438, 359, 10, 32, 64, 440),
@@ -75,7 +75,7 @@ def make_run(
     shape = f"-{info.variant}" if info.variant else ""
     path = results / "runs" / (name or f"{task}-{data}-{size}{shape}-s{seed}-{info.fingerprint}")
     path.mkdir(parents=True)
-    (path / "run.json").write_text(info.model_dump_json(indent=2) + "\n")  # RunFolder.write waits for the disk
+    (path / "run.json").write_text(record_text(info) if info.config else info.model_dump_json(indent=2) + "\n")
     (path / "recipe.yaml").write_text(f"task: {task}\nprotocol: {protocol}\nmodel: {{size: {size}}}\n")
     if log:
         write_log(path, task, info.steps_done, steps, score, draw)

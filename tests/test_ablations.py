@@ -168,7 +168,7 @@ def test_an_arm_that_cannot_be_compared_is_one_sentence(arms: dict[str, Any], wo
         ("title: x\narms: {a: {}, ../b: {}}", '"../b" cannot be the name of an arm'),
         ("title: x\narms: {a: {}, b: {}}\nseeds: [0, -1]", '"seeds.1" cannot be -1'),
         ("title: x\narms: {a: {}, b: {}}\nruns: [{recipe: x, int: none}]", 'key "runs.0.int". Did you mean "init"?'),
-        ("title: x\narms: {a: {}, a: {}}", 'the key "a" stands twice'),
+        ("title: x\narms: {a: {}, a: {}}", 'the key "a" appears twice'),
         ("- 1", "not a mapping"),
     ],
 )  # fmt: skip
@@ -312,6 +312,25 @@ def test_unlike_cells_are_named_with_the_reason_and_not_averaged(
     assert aspect in notes
     assert rows["no-gate"]["top1"] == pytest.approx((97.0 + 96.2) / 2)
     assert (rows["no-gate"]["top1_n"], rows["full"]["top1_n"]) == (2, 3)
+
+
+def test_a_run_that_was_replaced_does_not_count_for_its_cell(tmp_path: Path) -> None:
+    """A study took a --name run, which was then trained again with another recipe."""
+    record = study_of(tmp_path)
+    for cell in record.cells:
+        cell.fingerprint = runs.read_record(tmp_path / "runs" / cell.run / "run.json").fingerprint
+    cell = next(cell for cell in record.cells if (cell.arm, cell.seed) == ("no-gate", 1))
+    file = tmp_path / "runs" / cell.run / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fingerprint": "replaced"}))
+    _, rows, notes = made(tmp_path, record)
+    assert "Not counted: no-gate, seed 1: its run was replaced by one of another recipe, data or start" in notes
+    assert rows["no-gate"]["top1_n"] == rows["full"]["top1_n"] - 1
+
+
+def test_a_seed_of_another_config_is_not_averaged_into_its_arm(tmp_path: Path) -> None:
+    record = study_of(tmp_path, no_gate_1={"weights": "w"}, no_gate_2={"weights": "w"})
+    _, _, notes = made(tmp_path, record)
+    assert "no-gate, seed 2: its weights are those of no-gate-1, to the byte" in notes
 
 
 def test_other_data_of_the_same_name_are_unlike(tmp_path: Path) -> None:

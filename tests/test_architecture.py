@@ -23,7 +23,7 @@ LAYERS = [
     ["evaluate", "explain", "check"],
     ["run"],
     ["rehearsal"],
-    ["plan"],
+    ["plan", "previous"],
     ["build"],
     ["task modules"],  # tasks/*/task.py
     ["task parts"],  # tasks/*/: data formats, heads, metrics
@@ -33,17 +33,18 @@ LAYERS = [
     ["dist", "rng"],
     ["report"],
     ["study"],
-    ["results", "recipe_reference"],
-    ["published", "statistics"],
+    ["results", "recipe_reference", "pretrained"],
+    ["published", "statistics", "grouping"],
     ["table", "runs"],
-    ["recipe"],
+    ["recipe", "plausible"],
     ["declarations"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
-    ["schema", "files", "plain_yaml"],
+    ["schema", "files", "plain_yaml", "header"],
     ["console", "sizes"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table"),
+    *("header", "plausible", "pretrained", "grouping"),
     *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most

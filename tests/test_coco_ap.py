@@ -122,7 +122,7 @@ def test_saved_predictions_scored_by_pycocotools_alone_give_the_run_s_numbers(wo
     evaluator = scored(*world)
     numbers = evaluator.compute()
     evaluator.save(tmp_path / "out")
-    for kind, name, iou_type in (("box", "predictions", "bbox"), ("mask", "predictions_masks", "segm")):
+    for kind, name, iou_type in (("box", "predictions_bbox", "bbox"), ("mask", "predictions_segm", "segm")):
         # pycocotools takes a match with the ground truth of id 0 for a miss: count ids from 1, nothing else
         truth = json.loads(world[0].read_text())
         for annotation in truth["annotations"]:
@@ -136,8 +136,8 @@ def test_categories_come_back_and_files_are_plain_coco(world, tmp_path: Path) ->
     evaluator = scored(*world)
     evaluator.compute()
     evaluator.save(tmp_path / "out")
-    boxes = json.loads((tmp_path / "out/predictions.json").read_text())
-    masks = json.loads((tmp_path / "out/predictions_masks.json").read_text())
+    boxes = json.loads((tmp_path / "out/predictions_bbox.json").read_text())
+    masks = json.loads((tmp_path / "out/predictions_segm.json").read_text())
     assert {r["category_id"] for r in boxes} == {1, 7, 90}
     assert set(boxes[0]) == {"image_id", "category_id", "bbox", "score"}
     assert set(masks[0]) == {"image_id", "category_id", "segmentation", "score"}

@@ -147,10 +147,10 @@ def test_saved_predictions_scored_by_pycocotools_alone_give_the_numbers_of_the_r
     metrics = runs.read_record(folder / "run.json").metrics
     truth = COCO(str(data["finetune-det"] / "annotations" / "instances_val2017.json"))
     scored = {}
-    for kind, file in (("bbox", "predictions.json"), ("segm", "predictions_masks.json")):
+    for kind, file in (("bbox", "predictions_bbox.json"), ("segm", "predictions_segm.json")):
         path = folder / "final" / file
         evaluation = COCOeval(
-            truth, truth.loadRes(str(path if path.exists() else folder / "final/predictions.json")), kind
+            truth, truth.loadRes(str(path if path.exists() else folder / "final/predictions_bbox.json")), kind
         )
         evaluation.evaluate()
         evaluation.accumulate()

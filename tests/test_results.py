@@ -14,6 +14,8 @@ import pytest
 from scipy import stats
 from synthetic_runs import make_run
 
+from hcnet_cli import recipe as rcp
+from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.published import read_published, shipped_published
 from hcnet_cli.results import Results, collect, tables
@@ -72,6 +74,61 @@ def test_unlike_runs_are_not_averaged(tmp_path, change):
     make_run(tmp_path, seed=0, score=90)
     make_run(tmp_path, seed=1, score=92, **change)
     assert [row["n"] for row in measured(tmp_path)] == [1, 1]
+
+
+def test_a_protocol_of_no_shipped_name_hides_no_difference(tmp_path):
+    """Seeds at lr 3e-3, 1e-6, 3e-3 of a recipe of the user's own: two rows, and each says its learning rate."""
+    digits = rcp.recipes_dir() / "pretrain" / "digits.yaml"
+    for seed, lr in enumerate((3e-3, 1e-6, 3e-3)):
+        recipe = rcp.resolve(digits, [("optim.lr", lr, ""), ("train.seed", seed, ""), ("protocol", "mine", "")]).recipe
+        config = rcp.config_digest(recipe, "digits-digest", "")
+        data, identity = "digits-digest", runs.run_fingerprint(recipe, "digits-digest", "")
+        folder = make_run(tmp_path, seed=seed, protocol="mine", config=config, fingerprint=identity)
+        info = runs.read_record(folder / "run.json").model_copy(update={"altered": False})
+        assert info.data.digest == data
+        (folder / "recipe.yaml").write_text(rcp.dump_yaml(recipe))
+        runs.RunFolder(folder).write(info)
+    rows = measured(tmp_path)
+    assert sorted((row["seeds"], row["changes"]) for row in rows) == [
+        ("0, 2", "optim.lr=0.003"),
+        ("1", "optim.lr=1e-06"),
+    ]
+
+
+def start(digest, seed=None):
+    return {"source": "weights.safetensors", "digest": digest, "seed": seed}
+
+
+@pytest.mark.parametrize(
+    ("starts", "n"),
+    [
+        ([start("a"), start("a")], [2]),
+        ([start("a"), start("b")], [1, 1]),
+        ([start("a", 0), start("b", 1)], [2]),  # each from the pretraining of its own seed
+        ([start("a", 5), start("b", 6)], [1, 1]),
+    ],
+)
+def test_initial_weights_are_compared_by_digest(tmp_path, starts, n):
+    for seed, one in enumerate(starts):
+        make_run(tmp_path, "digit-scenes", seed=seed, init=one)
+    rows = measured(tmp_path)
+    assert [row["n"] for row in rows] == n
+    assert len({row["changes"] for row in rows}) == len(n)
+
+
+def test_equal_weights_under_two_seeds_are_one(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path, seed=seed, weights="same" if seed < 2 else "other")
+    found = collect([tmp_path])
+    (row,) = rows_of(found)
+    assert row["seeds"] == "0, 2"
+    assert "to the byte" in found.notes[0]
+
+
+def test_epochs_are_those_of_the_loader(tmp_path):
+    """Two aspect groups that each leave a remainder: 6 images, batch 2, but 2 steps an epoch."""
+    make_run(tmp_path, "digit-scenes", steps_total=6, steps_done=6, best_step=6, batch_size=2, steps_per_epoch=2)
+    assert measured(tmp_path)[0]["epochs"] == 3
 
 
 def test_data_of_other_content_is_not_averaged(tmp_path):

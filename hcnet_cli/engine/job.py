@@ -112,7 +112,8 @@ class Job:
     device: torch.device
     seed: int
     ema: ModelEmaV3 | None = None
-    describe_weights: Mapping[str, str] = field(default_factory=dict)  # safetensors metadata of best.safetensors
+    describe_weights: Mapping[str, Any] = field(default_factory=dict)  # safetensors metadata of best.safetensors
+    identity: Mapping[str, str] = field(default_factory=dict)  # of the run: kept in checkpoints, compared on restoring
     kernels: Sequence[str] = ()  # the faster forms of layers that were applied, in words, for the record
 
     @property

@@ -24,6 +24,7 @@ from hcnet_cli.engine.state import State, save
 from hcnet_cli.engine.step import NonFiniteGuard, Stepper
 from hcnet_cli.files import optional, write_text
 from hcnet_cli.runs import RunFolder
+from hcnet_cli.weights import digest
 
 MISSING = ".missing"  # in final/ while its files are still to be written
 
@@ -225,8 +226,10 @@ def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress:
     if is_best:
         state.best, state.best_step, state.metrics = value, state.step, metrics
         if dist.is_main():
-            about = {**job.describe_weights, "step": str(state.step)}
-            checkpoint.save_tensors(folder.best, job.weights.state_dict(), about)
+            best = job.weights.state_dict()
+            state.weights = digest(best)
+            about = {**job.describe_weights, **job.identity, "step": state.step, "metrics": metrics}
+            checkpoint.save_tensors(folder.best, best, {**about, "weights": state.weights})
             mark_final_missing(folder.path / "final")
     if dist.is_main():
         folder.append(step=state.step, **metrics)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hcnet_cli import checkpoint, optim
+from hcnet_cli.console import UserError
 from hcnet_cli.engine.job import Job
 
 
@@ -18,6 +19,7 @@ class State:
     best: float | None = None
     best_step: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # of the best weights
+    weights: str = ""  # digest of the best weights
     seconds: float = 0.0  # training time, without evaluation
     waited: float = 0.0  # the part of it spent waiting for data
     unreadable: int = 0
@@ -31,15 +33,26 @@ def save(job: Job, folder: Path, state: State) -> None:
     tensors = {"model": job.task.model.state_dict(), "optimizer": optimizer}
     if job.ema is not None:
         tensors["ema"] = job.ema.module.state_dict()
-    checkpoint.write(folder, tensors, {**asdict(state), "optimizer": optimizer_rest})
+    checkpoint.write(folder, tensors, {**asdict(state), "optimizer": optimizer_rest, "run": dict(job.identity)})
 
 
 def restore(job: Job, folder: Path) -> State:
-    """Loads the newest whole checkpoint in `folder` into the job; a new State if there is none."""
+    """Loads the newest whole checkpoint in `folder` into the job; a new State if there is none.
+
+    UserError for a checkpoint of another run. Those from before checkpoints had an identity are taken as they are.
+    """
     found = checkpoint.read(folder)
     if found is None:
         return State()
     tensors, content = found
+    identity = content.pop("run", {})
+    differing = [f"{key} {identity[key]} there, {ours} here" for key, ours in job.identity.items()
+                 if identity.get(key, ours) != ours]  # fmt: skip
+    if differing:
+        raise UserError(
+            f"The checkpoints in {folder} are of another run, at step {content.get('step')}: {', '.join(differing)}.",
+            hint="Choose another --name, or give --fresh to replace them.",
+        )
     job.task.model.load_state_dict(tensors["model"])
     # checkpoints from before other optimizers than AdamW existed have tensors only
     optim.load_state(job.optimizer, job.task.model, tensors["optimizer"], content.pop("optimizer", {}))

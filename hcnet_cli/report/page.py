@@ -17,8 +17,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from hcnet_cli import runs
+from hcnet_cli.grouping import Run, changes_text
 from hcnet_cli.report import figures
-from hcnet_cli.results import Results, Run, changes_text, command, model_name
+from hcnet_cli.results import Results, command, model_name
 from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
 from hcnet_cli.tasks import TASKS
 

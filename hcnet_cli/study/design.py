@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from hcnet_cli import pretrained
 from hcnet_cli import recipe as rcp
-from hcnet_cli import runs
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.plain_yaml import parse_yaml
 from hcnet_cli.recipe import Recipe
@@ -294,7 +294,7 @@ def _init(arm: str, changes: Mapping[str, Any], base: Base, recipe: Recipe, resu
         return wanted
     if not TASKS[recipe.task].starts_from:
         return "none"
-    if found := runs.best_pretraining(recipe, results):
+    if found := pretrained.best_pretraining(recipe, results):
         return found
-    lacking, first = runs.explain_missing_pretraining(recipe, results)
+    lacking, first = pretrained.explain_missing_pretraining(recipe, results)
     raise UserError(f"{lacking}.", hint=f"The arm {arm} starts from one: {first} first.")

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
+from hcnet_cli.grouping import Run
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.results import Run
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.tasks import TASKS
 
@@ -28,6 +28,7 @@ class Cell(BaseModel):
     seed: int
     state: Literal["waiting", "running", "finished", "failed", "interrupted"] = "waiting"
     run: str = ""
+    fingerprint: str = ""  # of that run when the study took it
     log: str = ""  # relative to the results folder
     jobs: int = 1  # runs that shared the machine, this one included
     error: str = ""
@@ -72,6 +73,17 @@ def run_key(recipe: Recipe) -> str:
     kept["data.path"] = str(Path(recipe.data.path or "").resolve())
     kept["init"] = recipe.init if recipe.init == "none" else str(Path(recipe.init).resolve())
     return json.dumps(kept, sort_keys=True)
+
+
+def same_recipe(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run in a folder has this recipe, wherever data and weights to start from lie."""
+    try:
+        other = rcp.resolve(folder / "recipe.yaml").recipe
+    except UserError:
+        return False
+    kept = [{key: value for key, value in rcp.identity(one).items() if key != "train.precision"}
+            for one in (recipe, other)]  # fmt: skip
+    return kept[0] == kept[1] and recipe.train.precision in (other.train.precision, "auto")
 
 
 def find_run(recipe: Recipe, found: Found) -> Path | None:

@@ -23,11 +23,11 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, duration, err, launch, notice, warn
 from hcnet_cli.files import write_text, writing
+from hcnet_cli.grouping import Run
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.results import Run
 from hcnet_cli.study.design import Design
 from hcnet_cli.study.machine import environment
-from hcnet_cli.study.record import Cell, Found, StudyRecord, find_run
+from hcnet_cli.study.record import Cell, Found, StudyRecord, find_run, same_recipe
 from hcnet_cli.table import is_number
 from hcnet_cli.tasks import TASKS
 
@@ -130,13 +130,16 @@ class StudyProcess:
                 continue
             folder = find_run(self.recipe(cell), found)
             before = earlier.get((cell.arm, cell.task, cell.seed))
-            cell.run = folder.name if folder else before.run if before and before.run in names else ""
-            if not cell.run:
+            if folder is None and before and (moved := names.get(before.run)) and self._is_of(moved, cell, before):
+                folder = moved.folder
+            if folder is None:
                 continue
+            cell.run = folder.name
             if before and before.run == cell.run:
                 cell.jobs = before.jobs
             run = names.get(cell.run)
-            foreign = run is None or (run.info.git_commit, run.info.git_dirty) != code
+            cell.fingerprint = run.info.fingerprint if run else ""
+            foreign = run is None or any((s.git_commit, s.git_dirty) != code for s in run.info.all_sessions())
             if self.settings.fresh and foreign:
                 self.start_over.add(cell.run)
             elif run is not None and run.finished:
@@ -147,6 +150,11 @@ class StudyProcess:
                 f"{others} finished runs are of another version of the code than this one; they will not be compared "
                 "with runs made now. --fresh starts them over."
             )
+
+    def _is_of(self, run: Run, cell: Cell, before: Cell) -> bool:
+        """Whether the run that an earlier record names is still the one of the cell: it may have been replaced."""
+        known = before.fingerprint in ("", run.info.fingerprint)
+        return known and same_recipe(run.folder, self.recipe(cell))
 
     @property
     def file(self) -> Path:
@@ -217,6 +225,7 @@ class StudyProcess:
         for cell in unnamed:
             if folder := find_run(self.recipe(cell), found):
                 cell.run = folder.name
+                cell.fingerprint = dict(found[0])[folder].fingerprint if folder in dict(found[0]) else ""
                 self.write()
 
     def _notice_waiting(self) -> None:
@@ -280,6 +289,7 @@ class StudyProcess:
             folder = next((path for path, _ in found[0] if path.name in text), None)
         info = dict(found[0]).get(folder) if folder else None
         cell.run = folder.name if folder else ""
+        cell.fingerprint = info.fingerprint if info else ""
         if code == 0 and folder and info and Run(folder, info).finished:
             cell.state = "finished"
             self.durations.append(time.monotonic() - job.began)

@@ -11,7 +11,8 @@ from typing import Any
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import duration
-from hcnet_cli.results import Run, command, epochs, in_units, metric_notes, model_name, plain, timed_alike
+from hcnet_cli.grouping import Run, plain
+from hcnet_cli.results import command, epochs, in_units, metric_notes, model_name, timed_alike
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.statistics import SIGNIFICANT, WILCOXON_FROM, Comparison, compare, holm, mean_interval
 from hcnet_cli.study.record import StudyRecord, read_studies
@@ -57,7 +58,7 @@ def shared_aspects(info: RunInfo) -> dict[str, str]:
         "budget": f"{info.steps_total} steps of {info.batch_size}",
         "precision": info.precision,
         "evaluation": metric_notes(info) or "plain",
-        "code version": (info.git_commit[:12] or "unknown") + (" with changes" if info.git_dirty else ""),
+        "code version": info.code.replace("+changes", " with changes"),
     }
 
 
@@ -84,11 +85,18 @@ def count(record: StudyRecord, task: str, found: Found) -> tuple[Counted, list[s
             reasons[key] = f"its record has no {metric}"
         elif run.info.seed != cell.seed:
             reasons[key] = f"its run has seed {run.info.seed}"
+        elif cell.fingerprint not in ("", run.info.fingerprint):
+            reasons[key] = (
+                f"its run was replaced by one of another recipe, data or start (fingerprint {run.info.fingerprint}, "
+                f"{cell.fingerprint} when the study took it)"
+            )
         else:
             finished[key] = run
         if key in reasons and cell.state == "failed":
             log = f" (log: {cell.log})" if cell.log else ""
             reasons[key] += f"; failed: {cell.error.rstrip('.') or 'no message'}{log}"
+    reasons |= _other_config(finished)
+    finished = {key: run for key, run in finished.items() if key not in reasons}
     reasons |= _unlike(record.baseline, finished)
     alike = {key: run for key, run in finished.items() if key not in reasons}
     counted: Counted = {arm: {} for arm in record.arms}
@@ -104,6 +112,23 @@ def count(record: StudyRecord, task: str, found: Found) -> tuple[Counted, list[s
         if (reason := reasons.get((cell.arm, cell.seed)))
     ]
     return counted, lines
+
+
+def _other_config(finished: Mapping[tuple[str, int], Run]) -> dict[tuple[str, int], str]:
+    """The runs that differ from the other seeds of their arm in more than the seed, or are copies of one of them."""
+    reasons: dict[tuple[str, int], str] = {}
+    for arm in dict.fromkeys(arm for arm, _ in finished):
+        own = {key: run for key, run in finished.items() if key[0] == arm}
+        votes = Counter(run.info.config for run in own.values())
+        usual = max(votes, key=lambda config: (votes[config], config))
+        by_weights: dict[str, Run] = {}
+        for key, run in own.items():
+            same = by_weights.setdefault(run.info.weights or run.name, run)
+            if run.info.config != usual:
+                reasons[key] = "unlike the other seeds of its arm in more than the seed (their run.json: config)"
+            elif same is not run:
+                reasons[key] = f"its weights are those of {same.name}, to the byte"
+    return reasons
 
 
 def _unlike(baseline: str, finished: Mapping[tuple[str, int], Run]) -> dict[tuple[str, int], str]:
@@ -325,7 +350,7 @@ def _run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[st
         jobs = max(cell.jobs for cell in record.cells)
         shared = f", while up to {jobs} runs shared the machine" if jobs > 1 else ""
         notes.append(f"images/s: median of the runs; {speeds}{shared}.")
-    if any(i.git_dirty for i in infos):
+    if any(session.git_dirty for i in infos for session in i.all_sessions()):
         notes.append("The code had uncommitted changes; it is taken to have been the same for runs of one commit.")
     machines = joined([i.machine for i in infos])
     notes.append(

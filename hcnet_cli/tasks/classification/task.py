@@ -16,7 +16,7 @@ from hcnet_cli.engine import Task
 from hcnet_cli.models.backbone import takes_noise
 from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
-from hcnet_cli.schema import DataPart, EvaluationPart, Part
+from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.classification import augment, image_folder
 from hcnet_cli.tasks.classification.augment import Normalise, mix
 from hcnet_cli.tasks.classification.metric import Accuracy
@@ -99,3 +99,17 @@ def build_evaluation(
 def count_macs(task: ClassificationTask, size: tuple[int, int]) -> int:
     """Multiply-accumulates for one image of `size` (height, width)."""
     return macs_of(task.model, torch.zeros(1, 3, *size))
+
+
+def describe_input(config: DataPart, evaluation: EvaluationPart) -> dict[str, Any]:
+    """The arguments of timm.data.create_transform that make an image what the model was evaluated on."""
+    assert isinstance(config, ImageFolder)
+    assert isinstance(evaluation, ClassificationEvaluation)
+    return {
+        "img_size": evaluation.img_size or config.img_size,
+        "crop_pct": evaluation.crop_pct or config.crop_pct,
+        "interpolation": config.interpolation,
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "normalisation": NORMALISATION,
+    }

@@ -138,10 +138,12 @@ class CocoAP:
         return results
 
     def save(self, folder: Path) -> None:
-        """Writes predictions.json and predictions_masks.json (COCO results), per_class.json and pictures/."""
+        """Writes predictions_bbox.json and predictions_segm.json (COCO results, each for the scoring in its name),
+        per_class.json and pictures/.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for kind in self.kinds:
-            file = folder / ("predictions.json" if kind == "box" else "predictions_masks.json")
+            file = folder / f"predictions_{IOU_TYPES[kind]}.json"
             with optional(file):
                 write_text(file, json.dumps(self.results_of(kind)))
         with optional(folder / "per_class.json"):

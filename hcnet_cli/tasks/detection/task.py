@@ -17,12 +17,12 @@ from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
 from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
-from hcnet_cli.schema import DataPart, EvaluationPart, Part
+from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.detection.annotations import Annotations
 from hcnet_cli.tasks.detection.coco import CocoSplits
 from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
 from hcnet_cli.tasks.detection.metric import Backend, CocoAP
-from hcnet_cli.tasks.detection.spec import DetectionEvaluation
+from hcnet_cli.tasks.detection.spec import Coco, DetectionEvaluation
 from hcnet_cli.tasks.detection.spec import MaskRCNN as Head
 
 
@@ -163,3 +163,17 @@ def build_evaluation(
         return view, data.val, data.val_collate
     view.protocol = f"{entry.img_scale[0]}x{entry.img_scale[1]}"
     return view, data.val.at_scale(entry.img_scale), data.val_collate
+
+
+def describe_input(config: DataPart, evaluation: EvaluationPart) -> dict[str, Any]:
+    """How an image is rescaled and normalised for evaluation."""
+    assert isinstance(config, Coco)
+    assert isinstance(evaluation, DetectionEvaluation)
+    return {
+        "img_size": list(evaluation.img_scale or config.img_scale),  # long and short side of the frame it is to fit
+        "interpolation": "bilinear, no antialiasing",
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "normalisation": NORMALISATION,
+        "crop_pct": 1.0,
+    }

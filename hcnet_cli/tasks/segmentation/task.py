@@ -21,7 +21,7 @@ from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
 from hcnet_cli.rng import keyed_uniform
-from hcnet_cli.schema import DataPart, EvaluationPart, Part
+from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.segmentation.metric import MeanIoU
 from hcnet_cli.tasks.segmentation.scene_parsing import EvalScenes, SceneSplits
 from hcnet_cli.tasks.segmentation.spec import SceneEvaluation, SceneParsing
@@ -287,3 +287,18 @@ def _task(
         protocol=protocol(config.img_scale, ratios=entry.scales, **how),
         **how,
     )
+
+
+def describe_input(config: DataPart, evaluation: EvaluationPart) -> dict[str, Any]:
+    """How an image is rescaled and normalised for evaluation, and how labels are read."""
+    assert isinstance(config, SceneParsing)
+    return {
+        "img_size": list(config.img_scale),  # long and short side of the frame that an image is rescaled to fit
+        "interpolation": "bilinear, no antialiasing",
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "normalisation": NORMALISATION,
+        "crop_pct": 1.0,
+        "reduce_zero_label": config.reduce_zero_label,
+        "ignore_index": config.ignore_index,
+    }

@@ -1,0 +1,56 @@
+"""Which run a training starts from where the command line does not say. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli import runs
+from hcnet_cli.console import UserError, notice
+from hcnet_cli.recipe import Recipe
+from hcnet_cli.tasks import TASKS
+
+
+def best_pretraining(recipe: Recipe, results: Path) -> str | None:
+    """The finished run, of the task that this one starts from, of the same model on the most training images; of
+    several the one with the best score, then the newest.
+    """
+    source = TASKS[recipe.spec.starts_from]
+    candidates = [
+        (info.data.num_train, info.metrics.get(source.primary.key, 0.0), info.finished, str(folder))
+        for folder, info in runs.find_runs(results)[0]
+        if (info.task, info.status, info.model or info.size) == (source.name, "finished", recipe.model.label)
+        and info.variant == rcp.variant(recipe)
+        and (folder / "best.safetensors").exists()
+    ]
+    return max(candidates)[-1] if candidates else None
+
+
+def explain_missing_pretraining(recipe: Recipe, results: Path) -> tuple[str, str]:
+    """(that there is none, the command that makes one), for people; no full stops."""
+    shape = rcp.variant(recipe)
+    label = recipe.model.label + (f" ({shape})" if shape else "")
+    source = recipe.spec.starts_from
+    flag = f"--set model.name={recipe.model.name}" if recipe.model.name else f"--size {recipe.model.size}"
+    command = f"hcnet {source} {flag}" + (" with the same --set options" if shape else "")
+    kind = "model" if recipe.model.name else "size"
+    return f"There is no finished {source} run of {kind} {label} under {results}", command
+
+
+def find_init(recipe: Recipe, results: Path) -> str:
+    """What `init` means here: "auto" is the best pretraining, or "none", with a notice, where embedded data have none.
+
+    A task that trains from scratch starts from nothing.
+    """
+    if recipe.init != "auto":
+        return recipe.init
+    if not recipe.spec.starts_from:
+        return "none"
+    if found := best_pretraining(recipe, results):
+        return found
+    lacking, command = explain_missing_pretraining(recipe, results)
+    if recipe.data.path not in {spec.embedded for spec in TASKS.values()}:
+        hint = f"Run `{command}` first, name weights with --init, or start from scratch with --init none."
+        raise UserError(f"{lacking}.", hint=hint)
+    notice(f"{lacking}: starting from scratch (`{command}` makes one).")
+    return "none"

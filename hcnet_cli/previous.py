@@ -1,0 +1,68 @@
+"""What lies in a run folder before a run starts: a run of the same recipe, of another one, or files of nobody."""
+
+from __future__ import annotations
+
+from hcnet_cli import build, checkpoint, runs
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError, warn
+from hcnet_cli.recipe import Recipe
+from hcnet_cli.runs import RunFolder, RunInfo
+
+
+def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo | None:
+    """The record of an earlier run of this very recipe in the folder; UserError if the folder holds another's, or
+    files whose run is not known.
+    """
+    earlier = folder.read()
+    if earlier is None:
+        _check_ownerless(folder, info)
+    elif earlier.altered:
+        warn(f"{folder.record} was changed after it was written: its checksum does not match.")
+    if earlier is not None and earlier.fingerprint != info.fingerprint:
+        theirs = rcp.resolve(folder.recipe_file).recipe if folder.recipe_file.exists() else None
+        keys = rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)) if theirs else {}
+        shown = ", ".join(f"{key} ({b!r} there, {a!r} here)" for key, (a, b) in keys.items())
+        raise UserError(
+            f"{folder.path} holds a run of another recipe: {shown or 'the data or the initial weights differ'}.",
+            hint="Choose another --name, or give --fresh to replace it.",
+        )
+    return earlier
+
+
+def identity(info: RunInfo) -> dict[str, str]:
+    """What checkpoints and weights say of the run that they are of."""
+    return {"fingerprint": info.fingerprint, "task": info.task, "data_digest": info.data.digest}
+
+
+def _check_ownerless(folder: RunFolder, info: RunInfo) -> None:
+    """UserError for checkpoints or weights without a run.json, unless the checkpoints say that they are of this run."""
+    if not folder.has_progress():
+        return
+    found = checkpoint.owner(folder.path)
+    if found and found[0] == identity(info):
+        warn(f"{folder.record} is missing; the checkpoint of step {found[1]} is of this very recipe and data.")
+        return
+    if not found:
+        what = "weights or damaged checkpoints"
+    elif theirs := found[0].get("fingerprint"):
+        what = f"a checkpoint of step {found[1]} of another run (fingerprint {theirs}, {info.fingerprint} here)"
+    else:
+        what = f"a checkpoint of step {found[1]} that does not say which run it is of"
+    raise UserError(
+        f"{folder.path} has no run.json, but {what}.",
+        hint="Restore run.json, choose another --name, or give --fresh to remove what is there.",
+    )
+
+
+def check_finished(folder: RunFolder, info: RunInfo) -> None:
+    """UserError for a finished run whose files contradict its record, or whose weights are gone or cut short."""
+    if reason := runs.contradiction(folder, info):
+        of_weights = not info.altered and not runs.recipe_contradiction(folder, info)
+        lost = f"This run is finished, but its weights are lost: {reason}" if of_weights else reason
+        raise UserError(lost, hint="Restore the file, or train the run again with --fresh.")
+    try:
+        build.read_init(str(folder.path))
+    except UserError as error:
+        raise UserError(
+            f"This run is finished, but its weights are lost: {error}", hint="Train it again with --fresh."
+        ) from None

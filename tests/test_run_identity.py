@@ -1,0 +1,243 @@
+"""Protects whose files are whose: checkpoints, weights and records are compared, and --fresh leaves nobody's files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL_MODEL, Hcnet, environment, only_run
+from PIL import Image
+from safetensors import safe_open
+
+from hcnet_cli import build, plan, runs
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError
+from hcnet_cli.header import read_metadata
+from hcnet_cli.results import collect
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--recipe", "digits", *SMALL_MODEL, "--set", "data.img_size=16", "--batch-size", "8", "--workers", "0")
+
+
+def command(data: Path, results: Path, *more: str) -> list[str]:
+    return ["pretrain", *TINY, "--data", str(data), "--out", str(results), "--name", "mine", "--epochs", "2", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    results = tmp_path_factory.mktemp("identity")
+    line = [sys.executable, "-m", "hcnet_cli", *command(folder_of_images, results)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return results
+
+
+@pytest.fixture
+def results(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "results"))
+
+
+# --- checkpoints without a record -------------------------------------------------------------------------------------
+
+
+def test_checkpoints_of_another_recipe_are_never_gone_on_with(
+    results: Path, folder_of_images: Path, hcnet: Hcnet
+) -> None:
+    """run.json is lost, and another recipe comes under the same name."""
+    (only_run(results) / "run.json").unlink()
+    done = hcnet(*command(folder_of_images, results, "--lr", "0.5"))
+    assert done.code == 2
+    assert "has no run.json, but a checkpoint of step 6 of another run" in done.err
+    assert "--fresh" in done.err
+    assert not (only_run(results) / "run.json").exists()
+
+
+def test_a_lost_record_of_the_same_recipe_is_said(results: Path, folder_of_images: Path, hcnet: Hcnet) -> None:
+    before = runs.read_record(only_run(results) / "run.json")
+    (only_run(results) / "run.json").unlink()
+    done = hcnet(*command(folder_of_images, results))
+    assert done.code == 0
+    assert "is missing; the checkpoint of step 6 is of this very recipe" in done.err
+    assert runs.read_record(only_run(results) / "run.json").metrics == before.metrics
+
+
+def test_a_checkpoint_put_into_another_run_is_refused(results: Path, folder_of_images: Path, hcnet: Hcnet) -> None:
+    other = ("--lr", "0.5", "--set", "train.eval_every=1")
+    line = command(folder_of_images, results, *other)
+    line[line.index("mine")] = "other"
+    assert hcnet(*line).code == 0
+    folder = results / "runs" / "other"
+    info = runs.read_record(folder / "run.json")
+    runs.RunFolder(folder).write(info.model_copy(update={"status": "interrupted"}))
+    shutil.rmtree(folder / "last")
+    shutil.copytree(results / "runs" / "mine" / "last", folder / "last")
+    done = hcnet(*line)
+    assert done.code == 2
+    assert "are of another run, at step 6: fingerprint" in done.err
+
+
+def test_lost_checkpoints_are_no_silent_restart(results: Path, folder_of_images: Path, hcnet: Hcnet) -> None:
+    folder = runs.RunFolder(only_run(results))
+    folder.write(runs.read_record(folder.record).model_copy(update={"status": "interrupted"}))
+    for name in ("last", "previous"):
+        shutil.rmtree(folder.path / name)
+    done = hcnet(*command(folder_of_images, results))
+    assert done.code == 0
+    assert "which had reached step 6, are gone" in done.err
+
+
+# --- --fresh ----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def killing(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Every deletion and rename of a file counts; number `at` never happens, nor does anything after it."""
+    count = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count > at:
+                raise Killed
+            return real(*arguments, **more)
+
+        return call
+
+    for module, name in ((Path, "unlink"), (shutil, "rmtree"), (runs, "write_text")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+
+
+def test_killed_between_any_two_deletions_the_folder_is_the_old_run_or_cleared(
+    trained: Path, folder_of_images: Path, hcnet: Hcnet, tmp_path: Path
+) -> None:
+    old = runs.read_record(only_run(trained) / "run.json")
+    seen = set()
+    for at in range(30):
+        results = Path(shutil.copytree(trained, tmp_path / str(at)))
+        folder = runs.RunFolder(only_run(results))
+        with pytest.MonkeyPatch.context() as patch:
+            killing(patch, at)
+            try:
+                folder.clear()
+                break
+            except Killed:
+                pass
+        if folder.is_cleared():
+            seen.add("cleared")
+            ((path, reason),) = collect([results]).broken
+            assert path == folder.path
+            assert "was being cleared by --fresh" in reason
+        elif folder.has_progress():
+            seen.add("old")
+            assert folder.read() == old
+            assert not runs.contradiction(folder, old)
+        if at in (1, 4):  # another recipe finds a folder that is nobody's, and says so
+            done = hcnet(*command(folder_of_images, results, "--lr", "0.5", "--epochs", "1"))
+            assert done.code == 0, done.err
+            assert "A --fresh was stopped" in done.err
+            assert "Going on" not in done.err
+    assert seen == {"old", "cleared"}
+    assert at < 29
+    assert not folder.has_progress()
+
+
+# --- sessions, metadata -----------------------------------------------------------------------------------------------
+
+
+def test_every_session_of_a_run_is_listed(
+    results: Path, folder_of_images: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop, change the code, commit, resume: both commits are in run.json and in the report."""
+    folder = runs.RunFolder(only_run(results))
+    folder.write(runs.read_record(folder.record).model_copy(update={"status": "interrupted"}))
+    monkeypatch.setattr(runs, "git_state", lambda: ("c0ffee" * 6, False))
+    assert hcnet(*command(folder_of_images, results)).code == 0
+    info = runs.read_record(folder.record)
+    assert [session.from_step for session in info.sessions] == [0, 6]
+    assert info.sessions[0].argv != info.sessions[1].argv
+    assert info.sessions[1].git_commit == "c0ffee" * 6
+    (row,) = [row for row in collect([results]).rows if row.kind == "measured"]
+    assert "c0ffeec0ffee" in str(row.values["commit"])
+    assert "," in str(row.values["commit"])
+
+
+def test_the_weights_say_what_they_must_be_given(trained: Path, folder_of_images: Path) -> None:
+    """The snippet of docs/weights.md, with timm alone, gives the accuracy of the record."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text(), flags=re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    info = runs.read_record(only_run(trained) / "run.json")
+    best = only_run(trained) / "best.safetensors"
+    model, transform, classes = scope["load_classifier"](str(best))
+    files = sorted((folder_of_images / "val").glob("*/*.png"))
+    with torch.inference_mode():
+        hits = [
+            classes[int(model(transform(Image.open(file).convert("RGB"))[None]).argmax())] == file.parent.name
+            for file in files
+        ]
+    assert 100 * sum(hits) / len(hits) == pytest.approx(info.metrics["top1"])
+    with safe_open(best, "pt") as file:
+        about = json.loads(file.metadata()["hcnet"])
+    assert about == read_metadata(best)
+    assert (about["fingerprint"], about["step"], about["metrics"]) == (info.fingerprint, info.best_step, info.metrics)
+    documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "weights.md").read_text()))
+    assert about.keys() <= documented
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "words"),
+    [
+        ("finetune-det/coco-1x", {"schedule.length": 6}, "milestones 8, 11: the learning rate does not fall there. In "
+         "proportion: --set schedule.milestones=[4,6]"),
+        ("finetune-det/coco-1x", {"schedule.length": 11}, "milestones 11"),
+        ("finetune-det/coco-1x", {"schedule.milestones": [0, 8]}, "before the first step"),
+        ("finetune-det/coco-1x", {"schedule.milestones": []}, "never falls"),
+        ("finetune-det/coco-1x", {"schedule.kind": "cosine"}, "schedule.milestones has no effect"),
+        ("pretrain/digits", {"schedule.power": 2.0}, "schedule.power has no effect"),
+        ("pretrain/digits", {"schedule.kind": "multistep", "schedule.milestones": [2]}, "schedule.min_lr has"),
+        ("pretrain/digits", {"schedule.min_lr": 1.0}, "the rate rises"),
+        ("pretrain/digits", {"schedule.warmup": 20}, "shortened to half of the run"),
+        ("pretrain/digits", {"train.eval_every": 20}, "evaluated once, at the end"),
+    ],
+)  # fmt: skip
+def test_what_a_schedule_says_and_does_not_do(recipe: str, changes: dict[str, Any], words: str) -> None:
+    file = rcp.recipes_dir() / f"{recipe}.yaml"
+    made = rcp.resolve(file, [(key, value, "--set") for key, value in changes.items()]).recipe
+    assert words.split(". In")[0] in " ".join(plan.schedule_remarks(made, build.steps_of_schedule(made, 100)))
+
+
+@pytest.mark.parametrize("name", rcp.shipped())
+def test_a_shipped_schedule_needs_no_remark(name: str) -> None:
+    recipe = rcp.resolve(rcp.recipes_dir() / f"{name}.yaml").recipe
+    assert plan.schedule_remarks(recipe, build.steps_of_schedule(recipe, 1000)) == []
+
+
+def test_a_metric_that_cannot_be_is_not_read(results: Path) -> None:
+    folder = runs.RunFolder(only_run(results))
+    info = runs.read_record(folder.record)
+    for update in (
+        {"metrics": {"top1": 150.0}},
+        {"metrics": {"top1": -1.0}},
+        {"metrics": {"top1": float("inf")}},
+        {"metrics": {"top1": float("nan")}},
+        {"metrics": {"top1_large": 100.5}},
+        {"steps_done": info.steps_total + 1},
+    ):
+        folder.write(info.model_copy(update=update))
+        with pytest.raises(UserError):
+            runs.read_record(folder.record)
