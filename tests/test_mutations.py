@@ -29,7 +29,7 @@ from conftest import SMALL_MODEL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hcnet_cli import console, report, runs
+from hcnet_cli import report, runs
 from hcnet_cli.header import read_metadata
 
 TINY = ("--recipe", "digits", *SMALL_MODEL, "--set", "data.img_size=16", "--batch-size", "8", "--workers", "0")
@@ -47,9 +47,7 @@ def program(*arguments: str) -> tuple[int, str, str]:
 
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["hcnet", *arguments]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(console.out, "file", out)
-        patch.setattr(console.err, "file", err)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
             code = 0
@@ -283,7 +281,8 @@ RECORD = {
         ("metrics.top1", 12.5), ("metrics.top1", "12.5"), ("metrics.top1", None), ("metrics.top5", 1.0),
         ("metrics", {}), ("metrics.top1_more", 99.0), ("seed", 7), ("seed", -1), ("steps_done", 99), ("steps_done", 1),
         ("steps_total", 1), ("steps_total", 30), ("steps_per_epoch", 1), ("status", "running"),
-        ("status", "interrupted"),        ("status", "failed"), ("status", "cleared"), ("status", "odd"), ("fingerprint", "00000000"), ("config", "x"),
+        ("status", "interrupted"),        ("status", "failed"), ("status", "cleared"), ("status", "odd"),
+        ("fingerprint", "00000000"), ("config", "x"),
         ("config", ""), ("weights", "x"), ("weights", ""), ("best_step", 1), ("best_step", 99), ("batch_size", 16),
         ("batch_size", 0), ("params", 1), ("macs", 1), ("img_size", 224), ("precision", "bf16"),
         ("task", "finetune-seg"),
