@@ -1,6 +1,6 @@
 """The only translator from a recipe to objects: data, model, task, evaluations, loaders, optimizer, an engine.Job.
 
-What is particular to a task lies in the module that its spec names (tasks/*/task.py), which provides
+Each task's module (Spec.module, tasks/*/task.py) provides
 
     build_task(head, config, evaluation, data, backbone, micro_batch) -> Task
         The task with fresh weights on the CPU. `head`, `config` and `evaluation` are sections of the recipe (the first
@@ -8,7 +8,7 @@ What is particular to a task lies in the module that its spec names (tasks/*/tas
     build_evaluation(task, config, entry, first, data) -> (Task, data set, collate)
         What scores the task's model as the entry of `evaluation` says; `first` is the first entry.
     count_macs(task, size) -> int
-        Multiply-accumulates for one image of `size`, counted as the tables of the task count.
+        Multiply-accumulates for one image of `size`, as the task's tables report them.
     describe_input(config, evaluation) -> dict
         What the model must be given, for the metadata of best.safetensors: plain JSON values.
 """
@@ -38,7 +38,7 @@ from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
-from hcnet_cli.schema import DataPart, EvaluationPart, Part
+from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Part
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.weights import LoadReport, digest, load_into, read_weights
 
@@ -86,16 +86,16 @@ def open_data(recipe: Recipe) -> DataSplits:
     return module.open_data(recipe.data, recipe.head, root)
 
 
-def build_backbone(recipe: Recipe, num_classes: int, *, maps: bool = False) -> nn.Module:
+def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
     """The model of the recipe, initialised from the seed; a field left at null is the size's own.
 
-    `maps`: for a head that takes the four feature maps.
+    num_classes: 0 for a head that takes the four feature maps.
     """
     model = recipe.model
     with rng.seeded(rng.derive(recipe.train.seed, "init")):
         if model.name:
-            return backbones.create(model.name, num_classes, model.args, drop_path_rate=model.drop_path_rate, maps=maps)
-        shape = model.model_dump(include={"depths", "dims", "kernel_size", "mlp_ratio", "drop_path_rate"})
+            return backbones.create(model.name, num_classes, model.args, drop_path_rate=model.drop_path_rate)
+        shape = model.model_dump(include={*SHAPE_FIELDS, "drop_path_rate"})
         given = {name: value for name, value in shape.items() if value is not None}
         try:
             made: Any = timm.create_model(
@@ -109,14 +109,13 @@ def build_backbone(recipe: Recipe, num_classes: int, *, maps: bool = False) -> n
 
 def build_task(recipe: Recipe, data: DataSplits) -> Task:
     """The task with freshly initialised weights, on the CPU, channels-last."""
-    maps = bool(recipe.spec.starts_from)
     with rng.seeded(rng.derive(recipe.train.seed, "head")):
         task = task_module(recipe).build_task(
             recipe.head,
             recipe.data,
             next(iter(recipe.evaluation.values())),
             data,
-            functools.partial(build_backbone, recipe, maps=maps),
+            functools.partial(build_backbone, recipe),
             recipe.train.batch_size // recipe.train.accumulate,
         )
     return task.to(memory_format=torch.channels_last)
@@ -136,7 +135,7 @@ def build_evaluations(
 
 
 def count_macs(recipe: Recipe, task: Task, data: DataSplits) -> int:
-    """Multiply-accumulates for one image of `data.img_size`, counted as the tables of the task count."""
+    """Multiply-accumulates for one image of `data.img_size`, as the task's tables report them."""
     return task_module(recipe).count_macs(task, data.img_size)
 
 
@@ -214,6 +213,32 @@ def load_init(task: Task, name: str, state: dict[str, Tensor]) -> LoadReport:
     return load_into(target, state, name, remap)
 
 
+def lacking(init: LoadReport, task: Task) -> str:
+    """What weights that were loaded lack of the task's, for people; "" where they are whole."""
+    names = sorted({*init.missing, *init.reinitialised})
+    if init.total < len(task.model.state_dict()):
+        names.insert(0, "the head")
+    return ", ".join(names[:5])
+
+
+def load_own(task: Task, folder: Path) -> LoadReport:
+    """Loads a run's best weights into its task. UserError unless each tensor of one is in the other.
+
+    Whatever scores or shows the weights of a run loads them here: a head that is left random has a score, too.
+    """
+    report = load_init(task, *read_init(str(folder)))
+    if missing := lacking(report, task):
+        problem = f"it lacks {missing}"
+    elif report.unexpected:
+        problem = f"the model has no {', '.join(report.unexpected[:3])}"
+    else:
+        return report
+    raise UserError(
+        f"{report.source} is not of the model in {folder / 'recipe.yaml'}: {problem}.",
+        hint="The model, its head or the number of classes are others than those it was trained with.",
+    )
+
+
 # --- the job ----------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +301,7 @@ def build_job(
         workers=train.workers,
         collate=data.collate,
         groups=data.groups,
-        **_place(),
+        **_rank_and_world_size(),
     )
     return Job(
         task=task,
@@ -331,11 +356,11 @@ def _weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     }
 
 
-def _place() -> dict[str, int]:
+def _rank_and_world_size() -> dict[str, int]:
     return {"rank": dist.rank() if dist.is_distributed() else 0, "world_size": dist.processes()}
 
 
 def _eval_loader(recipe: Recipe, images: loader.RequestDataset, collate: loader.Collate | None) -> loader.EvalLoader:
     train = recipe.train
     size = train.eval_batch_size or train.batch_size // (train.accumulate * dist.processes())
-    return loader.EvalLoader(images, batch_size=size, workers=train.workers, collate=collate, **_place())
+    return loader.EvalLoader(images, batch_size=size, workers=train.workers, collate=collate, **_rank_and_world_size())

@@ -73,7 +73,7 @@ class Inspection:
 def inspect(item: Item, audit: Audit) -> Inspection:
     """Decodes an image, and its label file if it has one. `error` says why training cannot use them."""
     try:
-        image = read_image(item.path, item.size)
+        image = read_image(item.path, item.size, audit.bits)
         pixels = audit.count_pixels(item) if audit.count_pixels else None
         turned = is_turned(item.path)
     except UnusableImageError as error:

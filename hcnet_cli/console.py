@@ -6,8 +6,10 @@ import contextlib
 import difflib
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -17,12 +19,28 @@ from rich.text import Text
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system calls it
 
+
+class ErrorConsole(Console):
+    """Standard error. Where nobody reads it any more (a closed pipe, a terminal that is gone), it becomes silent:
+    what is printed there is never a reason to end a run.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = ErrorConsole(stderr=True, highlight=False, soft_wrap=True)
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: shown as one sentence (and a hint), exit code 2, never a traceback."""
+    """A mistake the user can correct: shown as one sentence (and a hint), exit code 2, never a traceback."""
 
     exit_code = 2
 
@@ -40,8 +58,55 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """The place of this process among those that torchrun, or another launcher, started. None: not given."""
+
+    rank: int
+    world_size: int
+    local_rank: int | None
+
+
+def launch() -> Launch:
+    """What RANK, WORLD_SIZE and LOCAL_RANK say: the only place that reads them. An empty variable is not set.
+
+    Without WORLD_SIZE there is one process, whatever the others say. UserError for values that contradict each other.
+    """
+    world_size = _number("WORLD_SIZE", least=1)
+    if world_size is None:
+        return Launch(0, 1, None)
+    rank, local_rank = _number("RANK", least=0), _number("LOCAL_RANK", least=0)
+    if rank is None and world_size > 1:
+        raise UserError(f"WORLD_SIZE is {world_size}, but RANK is not set.", hint=LAUNCH_HINT)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if value is not None and value >= world_size:
+            raise UserError(f"{name} is {value}, but WORLD_SIZE is {world_size}.", hint=LAUNCH_HINT)
+    return Launch(rank or 0, world_size, local_rank)
+
+
+LAUNCH_HINT = "Start several processes with torchrun, which sets these variables; for one process, unset them."
+
+
+def _number(name: str, least: int) -> int | None:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise UserError(f'{name} is "{text}", not a whole number of at least {least}.', hint=LAUNCH_HINT)
+    return int(text)
+
+
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks. Each one does where the variables contradict each other: it has to say so."""
+    try:
+        return launch().rank == 0
+    except UserError:
+        return True
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
 
 
 def notice(message: str) -> None:
@@ -70,15 +135,27 @@ def duration(seconds: float) -> str:
     return f"{days} d {clock}" if days else clock
 
 
+def about(seconds: float) -> str:
+    """A duration as an estimate is said: 40 s, 12 min, 3.5 h, 13 d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size or (unit == "min" and seconds >= 90):
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}".replace(".0 ", " ")
+    return f"{max(1, round(seconds))} s"
+
+
 class Progress:
-    """Training progress: a live bar on a terminal, plain lines (at most one each QUIET seconds) elsewhere."""
+    """Training progress: a live bar on a terminal; elsewhere a plain line every QUIET seconds, however long a step or
+    an evaluation takes.
+    """
 
     QUIET = 5.0
 
-    def __init__(self, total: int, start: int, metric: str) -> None:
+    def __init__(self, total: int, start: int = 0, metric: str = "") -> None:
         self.total, self.start, self.metric = total, start, metric
         self.live = err.is_terminal and is_main_process()
         self.began = self.printed = time.monotonic()
+        self.at_work = f"step {start + 1}/{total}"  # what takes place now, for a step that is long
+        self.work_began = self.began
         self.best: float | None = None
         columns = (
             BarColumn(bar_width=None),
@@ -88,37 +165,70 @@ class Progress:
         )
         self.bar = RichProgress(*columns, console=err, disable=not self.live, expand=True)
         self.row = self.bar.add_task("", total=total, completed=start)
+        self.over = threading.Event()
+        self.watch = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:
-        self.bar.start()
+        with contextlib.suppress(OSError):
+            self.bar.start()
+        if not self.live and is_main_process():
+            self.watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.over.set()
+        with contextlib.suppress(OSError):
+            self.bar.stop()
+        if self.watch.ident is not None:
+            self.watch.join()
+
+    def _watch(self) -> None:
+        """Says what takes place where no line has been printed for long."""
+        while not self.over.wait(self.QUIET / 10):
+            now = time.monotonic()
+            if now - self.printed > 2 * self.QUIET:
+                self._line(f"{self.at_work} · at work for {duration(now - self.work_began)}")
+
+    def _line(self, text: str) -> None:
+        self.printed = time.monotonic()
+        notice(text)
+
+    def begin(self, work: str) -> None:
+        """Names what takes place now."""
+        self.at_work, self.work_began = work, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether a line, or a new text of the bar, is due."""
+        return time.monotonic() - self.printed > self.QUIET
 
     def step(self, step: int, entry: Mapping[str, float]) -> None:
-        """Shows a log entry: loss, images_per_second, data_wait (share of the time)."""
-        now = time.monotonic()
-        left = (now - self.began) / max(1, step - self.start) * (self.total - step)
-        text = f"loss {entry['loss']:.3f} · {entry['images_per_second']:.0f} img/s"
+        """Shows the means since the last log line: loss, images_per_second, data_wait (share of the time)."""
+        left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
+        text = f"loss {entry['loss']:.3f} · {entry['images_per_second']:.{0 if entry['images_per_second'] > 9 else 1}f}"
+        text += " img/s"
         if entry["data_wait"] >= 0.05:
             text += f" · data {entry['data_wait']:.0%}"
         if self.best is not None:
             text += f" · {self.metric} {self.best:.2f}"
         text += f" · {duration(left)} left"
         self.bar.update(self.row, completed=step, description=text)
-        if not self.live and (now - self.printed > self.QUIET or step == self.total):
-            self.printed = now
-            notice(f"step {step}/{self.total} · {text}")
+        if self.live:
+            self.printed = time.monotonic()
+        elif self.due or step == self.total:
+            self._line(f"step {step}/{self.total} · {text}")
 
     def evaluating(self, done: int, of: int) -> None:
         self.bar.update(self.row, description=f"evaluating {done}/{of}")
+        self.begin(f"evaluating · batch {done}/{of}" if done < of else "evaluating · scoring")
+        if not self.live and self.due:
+            self._line(f"evaluating · batch {done}/{of}")
 
     def evaluated(self, step: int, metrics: Mapping[str, float], best: float | None) -> None:
         self.best = best
         if not self.live:
             shown = " · ".join(f"{name} {value:.2f}" for name, value in list(metrics.items())[:6])
-            notice(f"step {step}/{self.total} · evaluated: {shown}")
+            self._line(f"step {step}/{self.total} · evaluated: {shown}")
 
 
 @contextlib.contextmanager

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
+from hcnet_cli.console import LAUNCH_HINT, UserError, launch
+
 T = TypeVar("T")
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return launch().rank
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launch().world_size
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """The number of this process on its machine: that of its GPU. UserError where several processes have none."""
+    found = launch()
+    if found.local_rank is None and found.world_size > 1:
+        raise UserError(
+            f"WORLD_SIZE is {found.world_size}, but LOCAL_RANK is not set: every process would take the same GPU.",
+            hint=LAUNCH_HINT,
+        )
+    return found.local_rank or 0
 
 
 def is_main() -> bool:
@@ -39,7 +47,12 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    td.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait while the main process scores
+    try:
+        # the others wait while the main process scores
+        td.init_process_group(backend, timeout=timedelta(hours=2))
+    except (ValueError, RuntimeError) as error:  # no MASTER_ADDR, no such host, a port that is taken
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"The {world_size()} processes cannot be joined: {reason}.", hint=LAUNCH_HINT) from None
     try:
         yield
     finally:
@@ -102,7 +115,7 @@ def from_main(compute: Callable[[], T]) -> T:
     value, raised = broadcast((value, raised))
     if raised is not None:
         raise raised
-    return value
+    return cast(T, value)
 
 
 @contextlib.contextmanager

@@ -38,12 +38,12 @@ def evaluate(
         if data.info.digest != info.data.digest:
             raise UserError(
                 f"{data.info.path} holds other data than the run was trained and validated on ({info.data.name}).",
-                hint="Name the run's data with --data.",
+                hint="Name the run's data with --data."
+                if info.data.digest.startswith("v2")
+                else "The run is of an older version, which knew data by names and sizes; train it again.",
             )
         task = build.build_task(recipe, data)
-        init = build.load_init(task, *build.read_init(str(folder.path)))
-        if missing := run.lacking(init, task):
-            raise UserError(f"{folder.best} is not of the model in {folder.recipe_file}: it lacks {missing}.")
+        build.load_own(task, folder.path)
         job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
         made = build.build_evaluations(recipe, task, data, when=("training", "end", "asked"))
         for evaluation in [one for one in made if one.name in wanted]:
@@ -60,7 +60,7 @@ def evaluate(
                 _compare(info, scores)
                 continue
             if dist.is_main():
-                run.keep(evaluator, folder.path / "final" / evaluation.name)
+                engine.save_final(evaluator, folder.path / "final" / evaluation.name)
             commit, dirty = runs.git_state()
             settings = recipe.evaluation[evaluation.name].model_dump(mode="json")
             info.metrics |= scores

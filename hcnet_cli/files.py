@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from hcnet_cli.console import DISK_FULL, UserError, notice
+from hcnet_cli.console import DISK_FULL, UserError, notice, warn
 
 
 @contextlib.contextmanager
@@ -29,6 +29,18 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}.",
             hint="Choose another place, with --out or --output.",
         ) from None
+
+
+@contextlib.contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """Around the writing of a file that nothing depends on: what goes wrong is a warning that names the file."""
+    try:
+        yield
+    except UserError as error:
+        warn(f"{error} No score depends on it.")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        warn(f"{path} could not be written: {reason}. No score depends on it.")
 
 
 @contextlib.contextmanager
@@ -59,15 +71,17 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` with `text`: whole or not at all. UserError if that is impossible.
 
-    A symbolic link is kept and its target is replaced. A pipe or a device receives the text directly.
+    A symbolic link is kept and its target is replaced. A pipe or a device receives the text directly. What UTF-8 cannot
+    hold, such as a file name of other bytes, is written as JSON escapes it.
     """
+    content = text.encode("utf-8", "backslashreplace")
     with writing(path):
         path = path.resolve()
         if path.exists() and not path.is_file():
-            path.write_bytes(text.encode())
+            path.write_bytes(content)
             return
         with replacing(path) as temporary:
-            temporary.write_bytes(text.encode())
+            temporary.write_bytes(content)
 
 
 def check_output(path: Path) -> None:

@@ -183,7 +183,8 @@ def changes_text(info: RunInfo) -> str:
     elif not start:
         parts.append("not pretrained")
     elif info.data.name in {spec.benchmark for spec in TASKS.values()}:
-        other_data = start.startswith(f"{source.name}-") and not start.startswith(f"{source.name}-{source.benchmark}-")
+        whole = rf"{source.name}-{source.benchmark}-(?!data-|part-)"  # a part of the benchmark is other data
+        other_data = start.startswith(f"{source.name}-") and not re.match(whole, start)
         parts += [f"started from {start}"] if other_data else []
     return ", ".join(parts)
 

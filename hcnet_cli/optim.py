@@ -57,7 +57,7 @@ def check_optimizer(name: str, args: Mapping[str, Any]) -> None:
     if get_optimizer_info(name).second_order:
         raise UserError(f"optim.name: {name} needs second derivatives, which training does not compute.")
     _check_argument_names(name, args)
-    probe = nn.utils.skip_init(nn.Linear, 2, 2)  # type: ignore[no-untyped-call]  # draws nothing
+    probe = nn.utils.skip_init(nn.Linear, 5, 6)  # draws nothing
     for parameter in probe.parameters():
         parameter.grad = torch.ones_like(nn.init.zeros_(parameter))
     optimizer = _build(probe, name, args, lr=1e-3, weight_decay=0.05, no_decay="1d")

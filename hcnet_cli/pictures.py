@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
 PANEL = 640  # pixels, the longer side of a panel
@@ -46,13 +48,46 @@ def palette(num_classes: int) -> Pixels:
     return np.asarray(np.rint(255 * srgb), dtype=np.uint8)
 
 
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def one_line(text: str) -> str:
+    """The text as it can be drawn: without line breaks and control characters, and without what UTF-8 cannot hold."""
+    plain = text.encode("utf-8", "replace").decode()
+    return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in plain).split())
+
+
+def _plain(part: str) -> str:
+    """A part of a path that can stand in a file name everywhere."""
+    return re.sub(r'[\\/:*?"<>|]', "_", one_line(part)).encode()[:80].decode(errors="ignore")
+
+
+def file_names(images: Sequence[str]) -> list[str]:
+    """A file name for the picture of each image, no two alike: NAME.png, with its folders where names repeat."""
+    places = [[_plain(part) for part in Path(image).with_suffix("").parts] for image in images]
+    depth = 1
+    names = [place[-1] for place in places]
+    while len({name.lower() for name in names}) < len(names) and depth < max(map(len, places)):
+        depth += 1
+        names = ["_".join(part for part in place[-depth:]).lstrip("_") for place in places]
+    made: list[str] = []
+    taken: set[str] = set()
+    for name in names:  # a.jpg and a.png, and a/b_c and a_b/c, are still alike
+        own, number = name, 1
+        while own.lower() in taken:
+            number += 1
+            own = f"{name} ({number})"
+        taken.add(own.lower())
+        made.append(f"{own}.png")
+    return made
+
+
 # --- panels and sheets ------------------------------------------------------------------------------------------------
 
 
 def enlarged(image: Image.Image) -> Image.Image:
     """The image with a longer side of PANEL pixels."""
-    scale = PANEL / max(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return ImageOps.scale(image, PANEL / max(image.size), Image.Resampling.BICUBIC)
 
 
 def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:
@@ -60,14 +95,15 @@ def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:
     framed = Image.new("RGB", (image.width, image.height + 44), PAPER)
     framed.paste(image, (0, 44))
     draw = ImageDraw.Draw(framed)
-    draw.text((0, 22), title, fill=INK, font=_font(20), anchor="lm")
-    draw.text((image.width, 22), note, fill=GREY, font=_font(16), anchor="rm")
+    draw.text((0, 22), one_line(title), fill=INK, font=_font(20), anchor="lm")
+    draw.text((image.width, 22), one_line(note), fill=GREY, font=_font(16), anchor="rm")
     return framed
 
 
 def sheet(panels: Sequence[Image.Image], caption: str, legend: Sequence[tuple[str, Colour]] = ()) -> Image.Image:
     """Panels of one size in a row; below them a legend of names with their colours, and a caption."""
     width, height = panels[0].size
+    legend = [(one_line(name), colour) for name, colour in legend]
     total = len(panels) * (width + GAP) + GAP
     places, rows = _flow([name for name, _ in legend], total - 2 * GAP)
     top = height + GAP  # of the legend
@@ -79,7 +115,7 @@ def sheet(panels: Sequence[Image.Image], caption: str, legend: Sequence[tuple[st
         y = top + 28 * row
         draw.rounded_rectangle((GAP + x, y + 5, GAP + x + 24, y + 21), radius=3, fill=colour)
         draw.text((GAP + x + 32, y + 13), name, fill=INK, font=_font(15), anchor="lm")
-    draw.text((GAP, top + 28 * rows + 20), caption, fill=GREY, font=_font(15), anchor="lm")
+    draw.text((GAP, top + 28 * rows + 20), one_line(caption), fill=GREY, font=_font(15), anchor="lm")
     return image
 
 
@@ -124,12 +160,13 @@ def draw_objects(image: Image.Image, objects: Sequence[DrawnObject]) -> Image.Im
     for one in objects:
         x, y, width, height = (scale * v for v in one.box)
         draw.rectangle((x, y, x + width, y + height), outline=one.colour, width=3)
-        text_width = draw.textlength(one.text, font=_font(15)) + 12
+        text = one_line(one.text)
+        text_width = draw.textlength(text, font=_font(15)) + 12
         left = min(max(x, 0), max(canvas.width - text_width, 0))
         top = y - 24 if y >= 24 else min(y + height, canvas.height - 24)
         draw.rounded_rectangle((left, top, left + text_width, top + 24), radius=4, fill=one.colour)
         dark = np.dot(one.colour, (0.299, 0.587, 0.114)) < 150
-        draw.text((left + 6, top + 12), one.text, fill="white" if dark else INK, font=_font(15), anchor="lm")
+        draw.text((left + 6, top + 12), text, fill="white" if dark else INK, font=_font(15), anchor="lm")
     return canvas
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -9,11 +10,12 @@ import time
 import rich.box
 import rich.table
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import duration, notice, out, warn
+from hcnet_cli.console import about, duration, notice, out, warn
 from hcnet_cli.data import loader
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task, to_device
@@ -21,8 +23,13 @@ from hcnet_cli.files import existing_parent
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 
+QUICK_SECONDS = 2.0  # of the first step, below which it is made again for its time
 TRIAL_SECONDS = 0.3  # of a step, above which the time estimate tries no larger batch
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
+FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
+MANY_IMAGES = 100_000  # training images, from which a recipe for small data is no help
+LARGEST_SMALL = 96  # pixels, the largest images that the recipe for small images is for
+LONG_SECONDS = 86400.0  # of training, from which the plan proposes less
 USED_BY = {  # fields of `schedule` that some kinds alone use
     "milestones": ("multistep",),
     "gamma": ("multistep",),
@@ -46,8 +53,10 @@ def print_plan(
     seconds = seconds_per_image(recipe, data, task, device)
     for name, text in _lines(folder, recipe, data, task, device, seconds).items():
         out.print(f"{name + ':':<15}{text}", markup=False)
-    notice_many_passes(build.steps(recipe, data))
-    remark_on_schedule(recipe, build.steps(recipe, data))
+    steps = build.steps(recipe, data)
+    notice_many_passes(steps)
+    remark_on_schedule(recipe, steps)
+    notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total))
     if shutil.disk_usage(existing_parent(folder.path)).free < disk_need(recipe, task):
         warn("The disk has too little space for this run's checkpoints.")
 
@@ -61,9 +70,11 @@ def _lines(
     size = "x".join(map(str, data.img_size))
     shortened = " (shortened to half of the run)" if plan.shortened else ""
     evaluated = f"every {plan.eval_every}" if plan.eval_every < plan.total else "at the end"
+    remarks = {"data notes": " ".join(info.remarks())} if info.remarks() else {}
     lines = {
         "data": f"{info.name}: {info.num_train} training, {info.num_val} validation images, {info.num_classes} classes "
         f"({info.path})",
+        **remarks,
         "model": f"{params / 1e6:.2f} M parameters, {macs / 1e9:.2f} G MACs at {size} (convolutions, linear layers, "
         "matrix products)",
         "batch": f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes",
@@ -198,22 +209,77 @@ def saved_activations(task: Task, image: tuple[int, int]) -> int:
 def seconds_per_image(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) -> float:
     """Forward and backward time of one training image, measured on a few batches of real data. Rough.
 
-    Starts with 2 images and grows, up to the micro-batch, until a step takes TRIAL_SECONDS.
+    Starts with 2 images, twice where that is quick, for the first step takes longer; then grows, up to the micro-batch,
+    until a step takes TRIAL_SECONDS. UserError for parameters that are not trained.
     """
     most = recipe.train.batch_size // (recipe.train.accumulate * dist.processes())
-    size, seconds = 0, 0.0
     task.to(device).train()
-    while size < most and seconds < TRIAL_SECONDS:
-        size = min(4 * size or 2, most)
-        batches = loader.TrainLoader(
-            data.train, batch_size=size, accumulate=1, total_steps=2, seed=0, workers=0, collate=data.collate
-        )
-        for batch in batches.iterate(0):
-            begun = time.perf_counter()
+
+    def step(size: int) -> float:
+        indices = [n * len(data.train) // size for n in range(size)]
+        batch = loader.sample_batch(data.train, indices, recipe.train.seed, data.collate)
+        begun = time.perf_counter()
+        with engine.autocast(recipe.train.precision, device):
             losses = task(to_device(batch, device))
-            torch.stack(list(losses.values())).sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - begun
+        torch.stack([loss.float() for loss in losses.values()]).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    size = min(2, most)
+    seconds = step(size)
+    engine.check_unused(task)
+    if seconds < QUICK_SECONDS:
+        seconds = step(size)
+    while size < most and seconds < TRIAL_SECONDS:
+        size = min(4 * size, most)
+        seconds = step(size)
     task.zero_grad(set_to_none=True)
     return seconds / size
+
+
+# --- what fits the data -----------------------------------------------------------------------------------------------
+
+
+def training_time(recipe: Recipe, seconds: float, steps: int) -> float:
+    """Seconds of `steps` steps by all processes, from the seconds for an image by one."""
+    return seconds * recipe.train.batch_size * steps / dist.processes()
+
+
+def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
+    """Says which recipe and flags fit where images are far smaller than the recipe's, where they are few for its
+    schedule, or where `seconds` of training are days.
+    """
+    steps, side = build.steps(recipe, data), typical_side(data)
+    small, img_size = recipe.spec.small_recipe, getattr(recipe.data, "img_size", None)
+    reasons = []
+    if img_size and side and 2 * side <= img_size:
+        reasons.append(f"the images have about {side} pixels a side and would be enlarged to {img_size}")
+    passes = steps.total * recipe.train.batch_size / data.info.num_train
+    if small and data.info.num_train < FEW_IMAGES and passes > MANY_FOR_FEW:
+        reasons.append(f"{data.info.num_train:,} training images are few for {passes:,.0f} passes over them")
+    if seconds > LONG_SECONDS:
+        reasons.append(f"training would take about {about(seconds)} here")
+    if not reasons or recipe.protocol == f"{recipe.task}/{small}":
+        return
+    notice(f"Does the recipe fit the data? {'; '.join(reasons)[0].upper()}{'; '.join(reasons)[1:]}.")
+    few = data.info.num_train < MANY_IMAGES
+    if small and img_size and (few or (side and side <= LARGEST_SMALL)):
+        fitting = min(LARGEST_SMALL, max(32, 32 * round((side or img_size) / 32)))
+        size = "" if fitting == 32 else f" --set data.img_size={fitting}"
+        notice(f"Fits better: hcnet {recipe.task} --recipe {recipe.task}/{small} --data {recipe.data.path}{size}")
+        return
+    length = max(1, int(recipe.schedule.length * LONG_SECONDS / seconds))
+    flag = f"--epochs {length}" if recipe.schedule.unit == "epochs" else f"--set schedule.length={length}"
+    notice(f"{flag} takes about {about(LONG_SECONDS)}; a GPU, or torchrun on several, takes far less.")
+
+
+def typical_side(data: DataSplits) -> int | None:
+    """The median, over some training images, of the shorter side in pixels; None where none can be opened."""
+    count = min(16, len(data.train))
+    sides = []
+    for n in range(count):
+        file = data.train.sample_path(n * len(data.train) // count)
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(file) as image:
+            sides.append(min(image.size))
+    return sorted(sides)[len(sides) // 2] if sides else None

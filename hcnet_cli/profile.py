@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import resource
 import statistics
@@ -32,20 +34,17 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
     Norms, pooling, biases and element-wise work are not counted, as in the tables of papers. Nothing is computed:
     tensors among `inputs`, parameters and buffers are replaced by meta tensors, so any size takes milliseconds.
     """
-    state = {
-        name: tensor.to("meta")
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-    }
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    state = {name: tensor.to("meta") for name, tensor in named}
     meta_inputs = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
     with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
         torch.func.functional_call(model, state, meta_inputs)
-    return counter.get_total_flops() // 2  # the counter's convention is two operations per multiply-accumulate
+    return int(counter.get_total_flops()) // 2  # the counter's convention is two operations per multiply-accumulate
 
 
 def throughput(
     model: nn.Module,
-    image_size: int | tuple[int, int],
+    image_size: int,
     *,
     batch_size: int = 64,
     seconds: float = 5.0,
@@ -57,31 +56,33 @@ def throughput(
     precision: "fp32", or "bf16" / "fp16" under autocast. The model is moved to `device` and stays there.
     """
     device = torch.device(device)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     model.to(device)
-    images = torch.randn(batch_size, getattr(model, "in_chans", 3), height, width, device=device)
+    images = torch.randn(batch_size, getattr(model, "in_chans", 3), image_size, image_size, device=device)
     dtype = DTYPES[precision]
     with (
         evaluating(model),
         torch.inference_mode(),
         torch.autocast(device.type, dtype, enabled=dtype is not torch.float32),
     ):
-
-        def timed(repeats: int) -> float:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                model(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter() - start
-
-        timed(1)  # allocations, kernel choice, compilation
-        repeats = max(1, round(0.5 / timed(1)))
+        run = functools.partial(model, images)
+        run()  # allocations, kernel choice, compilation
+        repeats = max(1, round(0.5 / timed(run, 1, device)))
         rates: list[float] = []
         stop = time.perf_counter() + seconds
         while not rates or time.perf_counter() < stop:
-            rates.append(batch_size * repeats / timed(repeats))
+            rates.append(batch_size * repeats / timed(run, repeats, device))
     return statistics.median(rates)
+
+
+def timed(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds that `repeats` calls take, waiting for the device at both ends."""
+    synchronize: Callable[[], object] = getattr(torch, device.type).synchronize  # torch.cpu, torch.cuda, torch.mps
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize()
+    return time.perf_counter() - start
 
 
 def peak_memory_mb(device: str | torch.device | None = None) -> float:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_m
 
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.plain_yaml import parse_yaml
-from hcnet_cli.schema import DataPart, EvaluationPart, Model, Optim, Part, Schedule, Train
+from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Model, Optim, Part, Schedule, Train
 from hcnet_cli.sizes import COMPONENTS, SIZES
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.spec import Spec
@@ -291,7 +291,7 @@ def format_validation_error(error: ValidationError, task: str, origin: str, sour
     loc = [str(part) for part in first["loc"] if str(part) not in tags]
     key = ".".join(loc)
     for name, source in sources.items():
-        if (first["type"] == "value_error" and name.startswith(f"{key}.")) or key.startswith(name):
+        if key == name or key.startswith(f"{name}.") or (first["type"] == "value_error" and name.startswith(f"{key}.")):
             origin = source
     if first["type"] == "extra_forbidden":
         return f'{origin}: unknown key "{key}".{did_you_mean(key, known_keys(task))}'
@@ -376,7 +376,7 @@ def changes(recipe: Recipe) -> dict[str, Any]:
     if recipe.protocol not in shipped():
         return {}
     base = resolve(recipes_dir() / f"{recipe.protocol}.yaml", [("model.size", recipe.model.size, "--size")]).recipe
-    shape = {f"model.{name}" for name in ("name", "args", "depths", "dims", "kernel_size", "mlp_ratio")}
+    shape = {f"model.{name}" for name in ("name", "args", *SHAPE_FIELDS)}
     free = ALLOWED_TO_VARY | shape
     if recipe.model.name:
         free |= {"model.drop_path_rate"} if recipe.model.drop_path_rate is None else set()
@@ -398,7 +398,7 @@ def variant(recipe: Recipe) -> str:
         return "-".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
     parts = [f"no-{name}" for name in COMPONENTS if name in recipe.model.disable]
-    for name in ("depths", "dims", "kernel_size", "mlp_ratio"):
+    for name in SHAPE_FIELDS:
         value = getattr(recipe.model, name)
         if value is not None:
             parts.append(f"{name}={shown(value)}")

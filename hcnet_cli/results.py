@@ -27,7 +27,7 @@ KEYS = (  # of a row's values; each metric is followed by half of its 95 % inter
     *(key for metric in METRICS.values() for key in (metric, f"{metric}_ci")),
     *("difference", "reference", "n", "seeds", "epochs", "steps_done", "steps_total", "batch_size", "precision"),
     *("metric_notes", "status", "source", "runs", "commit", "machine", "device", "speed_notes", "command"),
-    *("started", "finished", "error", "schedule"),
+    *("started", "finished", "error", "schedule", "data_notes"),
 )
 DIFFERENCE = Column("difference", "vs. published", "difference", measured_only=True)
 RUN_COLUMNS = (  # after the task's own columns, where a run has the value
@@ -188,6 +188,7 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "started": min(i.started for i in infos),
         "finished": max(i.finished for i in infos),
         "error": info.error,
+        "data_notes": " ".join(dict.fromkeys(note for i in infos for note in i.data.notes)),
     }
     for key in (metric.key for metric in spec.metrics):
         if all(key in i.metrics for i in infos):  # a metric that some seeds lack is not averaged over the others
@@ -277,6 +278,7 @@ def _notes(spec: Spec, protocol: str, table: Table) -> list[str]:
 
     notes = [spec.protocol_notes[protocol]] if protocol in spec.protocol_notes else []
     notes += [f"Evaluation: {text}." for text in each("metric_notes")]
+    notes += each("data_notes")
     inputs = ", ".join(each("macs_input"))
     at = spec.macs_note if protocol else f", at {inputs}" if inputs else ""
     notes.append(MACS_NOTE.format(at=at) + (" Published values as their sources print them." if published else ""))

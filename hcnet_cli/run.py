@@ -16,12 +16,12 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, files, optim, plan, pretrained, profile, runs
+from hcnet_cli import build, dist, engine, files, optim, plan, pretrained, profile, rehearsal, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, duration, notice, out, warn
+from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision
-from hcnet_cli.engine import Evaluation, Evaluator, Task
+from hcnet_cli.engine import Evaluation, Task
 from hcnet_cli.previous import check_finished, identity, previous_record
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo, Session
@@ -101,8 +101,9 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
 
 def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
     folder, recipe = run.folder, run.recipe
-    if options.fresh or dist.from_main(folder.is_cleared):
-        if not options.fresh:
+    fresh = options.fresh and not dist.from_main(lambda: folder.waited)  # what was waited for is fresh
+    if fresh or dist.from_main(folder.is_cleared):
+        if not fresh:
             notice(f"A --fresh was stopped while it cleared {folder.path}: the rest of the old run is removed.")
         dist.from_main(folder.clear)
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
@@ -124,18 +125,21 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info = with_progress(info, state)
     info.metric_notes = protocols(job.evaluations)
     info.kernels = list(job.kernels)
+    _announce(run, info, state)
+    seconds = rehearsal.rehearse(job, recipe, run.data, folder.path)
+    _announce_time(run, info, state, seconds)
     if dist.is_main():
         files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
         info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
         folder.rewind(state.step)
         folder.write(info)
-    _announce(run, info, state)
 
     def on_evaluation(state: engine.State) -> None:
         folder.write(with_progress(info, state))
 
     try:
         stopped_by = engine.fit(job, folder, state, on_evaluation)
+        further = {} if stopped_by else _score_best_weights(job, folder)
     except BaseException as error:
         failed = not isinstance(error, KeyboardInterrupt)
         update = {"status": "failed" if failed else "interrupted", "error": str(error) if failed else ""}
@@ -146,7 +150,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info.peak_memory_mb = round(profile.peak_memory_mb(run.device), 1)
     info.status = "interrupted" if stopped_by else "finished"
     if not stopped_by:
-        info.metrics |= _score_best_weights(job, folder)
+        info.metrics |= further
         _measure_speed(info, run)
     info.finished = runs.now()
     if dist.is_main():
@@ -199,7 +203,7 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         init=vars(run.init) if run.init else {},
         git_commit=commit,
         git_dirty=dirty,
-        argv=list(options.argv),
+        argv=[one.encode("utf-8", "backslashreplace").decode() for one in options.argv],
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -227,6 +231,8 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
+    for line in info.data.remarks():
+        notice(line)
     plan.notice_many_passes(build.steps(run.recipe, run.data))
     if run.recipe.train.compile and info.device == "cpu":
         notice("On a CPU, training is not faster compiled (docs/speed.md).")
@@ -235,6 +241,17 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         notice(str(run.init))
     if state.step:
         notice(f"Going on from step {state.step}.")
+
+
+def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: float) -> None:
+    """How long the training takes, from the rehearsed step, and what would fit the data better."""
+    left = plan.training_time(run.recipe, seconds, info.steps_total - state.step)
+    if state.step < info.steps_total:
+        to_go = " to go" if state.step else ""
+        by = f", {dist.processes()} processes" if dist.processes() > 1 else ""
+        notice(f"About {about(left)}{to_go} on this {run.device.type}{by}, evaluation not counted.")
+    if not state.step and dist.is_main():
+        plan.notice_what_fits(run.recipe, run.data, left)
 
 
 # --- after ------------------------------------------------------------------------------------------------------------
@@ -266,9 +283,13 @@ def _measure_speed(info: RunInfo, run: RunSetup) -> None:
     assert info.img_size is not None
     if hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(False)
-    rate = profile.throughput(
-        model, info.img_size, batch_size=batch, seconds=1.0, device=run.device, precision=info.precision
-    )
+    try:
+        rate = profile.throughput(
+            model, info.img_size, batch_size=batch, seconds=1.0, device=run.device, precision=info.precision
+        )
+    except Exception as error:  # too little memory for the batch, say: a column stays empty, the run is whole
+        warn(f"The speed of inference could not be measured: {str(error).splitlines()[0] if str(error) else error!r}.")
+        return
     info.images_per_second = round(rate, 1)
     info.speed_notes = f"inference, batch {batch}, {info.precision}, {info.device}, {torch.get_num_threads()} threads"
 
@@ -312,30 +333,15 @@ def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
     further = job.evaluations[1:]
     if not further:
         return {}
-    build.load_init(job.task, *build.read_init(str(folder.path)))
+    build.load_own(job.task, folder.path)
     scores: dict[str, float] = {}
     for evaluation in further:
         notice(f"Evaluating the best weights as {evaluation.name}: {evaluation.task.protocol}.")
         metrics, evaluator = engine.evaluate(dataclasses.replace(job, ema=None), evaluation)
         scores |= suffixed(metrics, evaluation, first=False)
         if dist.is_main():
-            keep(evaluator, folder.path / "final" / evaluation.name)
+            engine.save_final(evaluator, folder.path / "final" / evaluation.name)
     return scores
-
-
-def keep(evaluator: Evaluator, place: Path) -> None:
-    """Saves what is worth keeping of the predictions (main process)."""
-    with files.writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-        evaluator.save(place)
-
-
-def lacking(init: LoadReport, task: Task) -> str:
-    """What weights that were loaded lack of the task's, for people; "" where they are whole."""
-    names = sorted({*init.missing, *init.reinitialised})
-    if init.total < len(task.model.state_dict()):
-        names.insert(0, "the head")
-    return ", ".join(names[:5])
 
 
 def differing_scores(info: RunInfo, scores: Mapping[str, float]) -> str:
@@ -360,10 +366,8 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
                 f"{folder.path} has weights, but no run.json that says of what.",
                 hint="Restore run.json, or name the weights with --init and the run with another --name.",
             )
-        init = build.load_init(task, *build.read_init(str(folder.path)))
-        if missing := lacking(init, task):
-            raise UserError(f"{folder.best} is not of the model in {folder.recipe_file}: it lacks {missing}.")
-    elif init is None or (missing := lacking(init, task)):
+        init = build.load_own(task, folder.path)
+    elif init is None or (missing := build.lacking(init, task)):
         why = f", and {init.source} lacks {missing}" if init else ""
         raise UserError(
             f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",
@@ -397,6 +401,6 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
                 info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
                 info.sessions = [_session(info, 0)]
                 for number, (one, _, evaluator) in enumerate(scored):
-                    keep(evaluator, folder.path / "final" / (one.name if number else ""))
+                    engine.save_final(evaluator, folder.path / "final" / (one.name if number else ""))
                 folder.write(info)
     return info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -18,20 +19,27 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, notice
 from hcnet_cli.files import sync, write_text, writing
 from hcnet_cli.header import read_metadata
 from hcnet_cli.plausible import implausible
 from hcnet_cli.recipe import Recipe
 
 SCHEMA = 1
+WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process trains is waited for, not refused
+WAITING = "Waiting for another process that is working"
 RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain")
 RUN_FILES = ("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml")
 CLEARED = {"schema_version": SCHEMA, "status": "cleared"}
 
 
 class DataInfo(BaseModel):
-    """The data a run saw. `name` is what tables group by; `digest` covers the list of files and classes."""
+    """The data a run saw. `name` is what tables group by.
+
+    `digest` covers the contents and names of all files, the classes and their order; with `trust` "names", only names
+    and sizes. `bits` are those of grey images of more than 8 bits, if there are any. `left_out` counts what the folder
+    holds and the run does not use, by reason. `notes` belong under every table that shows the run.
+    """
 
     name: str
     digest: str
@@ -40,6 +48,18 @@ class DataInfo(BaseModel):
     num_val: int
     num_classes: int
     split: str = "val"
+    trust: Literal["content", "names"] = "content"
+    bits: int | None = None
+    left_out: dict[str, int] = {}
+    notes: list[str] = []
+
+    def remarks(self) -> list[str]:
+        """What people must know of the data before a run, a line each."""
+        lines = [f"16-bit grey images are read as {self.bits}-bit (data.bits)."] if self.bits else []
+        if self.left_out:
+            counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
+            lines.append(f"Left out of the data: {counts}. `hcnet check` names them.")
+        return [*lines, *self.notes]
 
 
 class Session(BaseModel):
@@ -156,7 +176,10 @@ def now() -> str:
 
 
 class RunFolder:
-    """One run's folder. Only the main process writes; `lock` keeps a second command out."""
+    """One run's folder. Only the main process writes; `lock` keeps a second command out.
+
+    `waited`: another process was at work here, and this one has waited for it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -164,20 +187,28 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.log_file = path / "metrics.jsonl"
         self.best = path / "best.safetensors"
+        self.waited = False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a command works in the folder; a second one gets a UserError at once."""
+        """Held while a command works in the folder; a second one gets a UserError at once.
+
+        With WAIT_VARIABLE in the environment it waits instead, as the cells of studies do that share a run.
+        """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / ".lock")
             try:
                 lock.acquire(timeout=1)  # `is_locked` holds it for a moment
             except Timeout:
-                raise UserError(
-                    f"Another process is working in {self.path}.",
-                    hint="Wait for it, stop it, or give this run another --name.",
-                ) from None
+                self.waited = bool(os.environ.get(WAIT_VARIABLE))
+                if not self.waited:
+                    raise UserError(
+                        f"Another process is working in {self.path}.",
+                        hint="Wait for it, stop it, or give this run another --name.",
+                    ) from None
+                notice(f"{WAITING} in {self.path}.")
+                lock.acquire(poll_interval=0.5)
         try:
             yield
         finally:

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from hcnet_cli.console import did_you_mean
-from hcnet_cli.sizes import COMPONENTS, SIZES
+from hcnet_cli.sizes import COMPONENTS, SIZES, ordered_components
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Triple = tuple[float, float, float]
@@ -22,6 +22,7 @@ NaturalInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Pair = tuple[PositiveInt, PositiveInt]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+SHAPE_FIELDS = ("depths", "dims", "kernel_size", "mlp_ratio")  # of the section `model`, HcNet's own
 
 
 def field(
@@ -53,6 +54,17 @@ class DataPart(Part):
     path: str | None = field(None, "Data folder, or the name of an embedded set.", fingerprint="never")
     mean: Triple = field(IMAGENET_MEAN, "Mean of the channels, of values in 0..1.")
     std: Triple = field(IMAGENET_STD, "Standard deviation of the channels, of values in 0..1.")
+    bits: Annotated[int, Field(ge=8, le=32)] | None = field(
+        None,
+        "Bits that grey images of more than 8 bits use: 8, 10, 12, 16; null: measured over the data.",
+        fingerprint="changed",
+    )
+    trust: Literal["content", "names"] = field(
+        "content",
+        "`content`: the data are known by the contents of their files; `names`: by names and sizes alone, which misses "
+        "what is changed in place.",
+        fingerprint="never",
+    )
 
 
 NORMALISATION = "RGB in 0..1, minus mean, divided by std"  # what every format does with its mean and std
@@ -95,16 +107,27 @@ class Model(Part):
         False, "Compute each block again in the backward pass: less memory, more time.", fingerprint="never"
     )
 
-    @model_validator(mode="after")
-    def _known_names(self) -> Model:
-        if self.size not in SIZES:
-            raise ValueError(f'unknown size "{self.size}" (known: {", ".join(SIZES)}).{did_you_mean(self.size, SIZES)}')
-        for name in self.disable:
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, size: str) -> str:
+        if size not in SIZES:
+            raise ValueError(f'unknown size "{size}" (known: {", ".join(SIZES)}).{did_you_mean(size, SIZES)}')
+        return size
+
+    @field_validator("disable")
+    @classmethod
+    def _known_components(cls, disable: tuple[str, ...]) -> tuple[str, ...]:
+        for name in disable:
             if name not in COMPONENTS:
                 raise ValueError(
                     f'unknown component "{name}" (known: {", ".join(COMPONENTS)}).{did_you_mean(name, COMPONENTS)}'
                 )
-        shape = [key for key in ("depths", "dims", "kernel_size", "mlp_ratio") if getattr(self, key) is not None]
+        ordered_components(disable)
+        return disable
+
+    @model_validator(mode="after")
+    def _own_arguments(self) -> Model:
+        shape = [key for key in SHAPE_FIELDS if getattr(self, key) is not None]
         if self.name and (shape or self.disable):
             key = shape[0] if shape else "disable"
             raise ValueError(f"model.{key} belongs to HcNet; {self.name} takes its arguments in model.args.")
@@ -126,7 +149,9 @@ class Optim(Part):
         {}, "Further arguments of the optimizer. adamw: `betas: [0.9, 0.999]`, `eps: 1e-8`.", fingerprint="changed"
     )
     lr: PositiveFloat = field(..., "Peak learning rate. It is never scaled by the batch size.")
-    weight_decay: Annotated[float, Field(ge=0)] = field(0.05, "Weight decay.")
+    weight_decay: Annotated[float, Field(ge=0)] = field(
+        0.05, "Weight decay of the parameters that `no_decay` does not except."
+    )
     clip_grad: PositiveFloat | None = field(None, "Largest norm of all gradients together; null: no clipping.")
     no_decay: Literal["1d", "norm"] = field(
         "1d",
@@ -160,12 +185,12 @@ class Schedule(Part):
     """Learning rate over steps (optim.lr_at). Durations are in `unit`; the code counts optimizer steps."""
 
     kind: Literal["cosine", "multistep", "poly"] = field("cosine", "Shape of the learning rate after the warm-up.")
-    unit: Literal["epochs", "steps"] = field("epochs", "Of `length`, `milestones` and `train.eval_every`.")
+    unit: Literal["epochs", "steps"] = field("epochs", "Unit of `length`, `milestones` and `train.eval_every`.")
     length: PositiveInt = field(..., "Length of the training.", unit="schedule.unit")
     warmup: Annotated[float, Field(ge=0)] = field(
         0, "Length of the linear warm-up; at most half of the training.", unit="schedule.warmup_unit"
     )
-    warmup_unit: Literal["epochs", "steps"] = field("epochs", "Of `warmup`.")
+    warmup_unit: Literal["epochs", "steps"] = field("epochs", "Unit of `warmup`.")
     warmup_ratio: Fraction = field(1.0e-3, "Learning rate of the first step over the peak.")
     warmup_inside: bool = field(
         False, "cosine: it runs from step 0 and the warm-up hides its beginning, as in the authors' code."
@@ -177,7 +202,7 @@ class Schedule(Part):
 
 
 class Train(Part):
-    """How the run is driven."""
+    """Batches, precision, evaluation and checkpoints."""
 
     batch_size: PositiveInt = field(..., "Images per optimizer step, over all processes and micro-batches.")
     accumulate: PositiveInt = field(
@@ -190,14 +215,14 @@ class Train(Part):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = field(
         None, "Decay of the moving average of the weights, which is then evaluated; null: none."
     )
-    eval_every: PositiveInt = field(1, "Evaluate this often.", unit="schedule.unit")
+    eval_every: PositiveInt = field(1, "Interval between evaluations.", unit="schedule.unit")
     eval_batch_size: PositiveInt | None = field(
         None, "Images at a time in evaluation; null: as in training.", fingerprint="never"
     )
     save_every: PositiveFloat = field(
         10.0, "Time between checkpoints, besides those at evaluations.", unit="minutes", fingerprint="never"
     )
-    log_every: PositiveInt = field(50, "Time between lines of the log.", unit="steps", fingerprint="never")
+    log_every: PositiveInt = field(50, "Optimizer steps between lines of the log.", unit="steps", fingerprint="never")
     workers: NaturalInt = field(8, "Processes that load data; 0: the main process.", fingerprint="never")
     compile: bool = field(False, "Use torch.compile.", fingerprint="never")
     kernels: bool = field(

@@ -74,7 +74,7 @@ COMPONENTS = {  # what `--disable` takes, and what is left without it
     "anisotropy": "the fixed 5-point Laplacian (1, 1, -4, 1, 1) / 4 for every channel",
     "conservation": "the raw kernel w instead of the zero-sum stencil: an ordinary depthwise convolution",
 }
-INCLUDES = {  # a component -> those that are gone with it, so that disabling them too means nothing
+INCLUDES = {  # a component -> those that are left out with it, so disabling them too has no meaning
     "conduction": ("gate", "anisotropy", "conservation"),
     "anisotropy": ("conservation",),
 }

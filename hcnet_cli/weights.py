@@ -109,6 +109,17 @@ class LoadReport:
         return "\n".join(lines)
 
 
+def check_dtypes(named: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    """UserError for tensors whose kind of number is not the model's: copying would cast them without a word."""
+    for name, value in named.items():
+        if name in own and value.is_floating_point() != own[name].is_floating_point():
+            kind, needed = (str(x.dtype).removeprefix("torch.") for x in (value, own[name]))
+            raise UserError(
+                f"{source}: {name} holds {kind}, the model needs {needed}.",
+                hint="Quantised or converted weights cannot be loaded; name the original ones.",
+            )
+
+
 def load_into(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -131,6 +142,7 @@ def load_into(
         while key not in own and key.startswith(PREFIXES):
             key = key.split(".", 1)[1]
         named[key if key in own else name] = value
+    check_dtypes(named, own, source)
     fits = {name for name, value in named.items() if name in own and value.shape == own[name].shape}
     report = LoadReport(
         source=source,

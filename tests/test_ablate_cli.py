@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL_MODEL, Done
+from conftest import SMALL_MODEL, Done, environment
 
 from hcnet_cli import runs
 from hcnet_cli.study import machine
@@ -177,6 +178,7 @@ def test_jobs_divide_cores_and_gpus(hcnet: Hcnet, fake: Callable[..., None], mon
 
 def test_torchrun_is_refused(hcnet: Hcnet, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     done = hcnet("ablate", "--disable", "gate")
     assert done.code == 2
     assert "without torchrun" in done.err
@@ -285,6 +287,39 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(
     assert hcnet("ablate", "--disable", "gate").code == 0
     assert set(states().values()) == {"finished"}
     assert len(list(Path("results/runs").iterdir())) == 6
+
+
+def test_studies_at_once_that_share_an_arm_train_it_once(folder_of_images: Path, tmp_path: Path) -> None:
+    """Two real commands; the one that comes second to the shared baseline waits for it, and both end well."""
+    line = [sys.executable, "-m", "hcnet_cli", "ablate", *map(str, SMALL), "--data", str(folder_of_images)]
+    line += ["--seeds", "0", "--out", str(tmp_path), "--disable"]
+    started = [
+        subprocess.Popen([*line, name], env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in ("refinement", "gate")
+    ]
+    ended = [process.communicate(timeout=250) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    records = [json.loads(file.read_text()) for file in (tmp_path / "studies").glob("*.json")]
+    assert [[cell["state"] for cell in one["cells"]] for one in records] == [["finished"] * 2] * 2
+    shared = {cell["run"] for one in records for cell in one["cells"] if cell["arm"] == "full"}
+    assert len(shared) == 1
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_a_run_in_use_is_waited_for_where_the_environment_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, second = runs.RunFolder(tmp_path), runs.RunFolder(tmp_path)
+    monkeypatch.setenv(runs.WAIT_VARIABLE, "1")
+    with folder.lock():
+        waiting = threading.Thread(target=lambda: second.lock().__enter__())
+        waiting.start()
+        while runs.WAITING not in capfd.readouterr().err:
+            time.sleep(0.05)
+        assert waiting.is_alive()
+    waiting.join(timeout=20)
+    assert second.waited
+    assert not folder.waited
 
 
 def test_a_second_command_at_the_same_study_is_refused(hcnet: Hcnet, fake: Callable[..., None]) -> None:

@@ -22,6 +22,7 @@ LAYERS = [
     ["bench"],
     ["evaluate", "explain", "check"],
     ["run"],
+    ["rehearsal"],
     ["plan", "previous"],
     ["build"],
     ["task modules"],  # tasks/*/task.py

@@ -52,6 +52,7 @@ def measurement(*contenders: Contender, **values: Any) -> Measurement:
 
 def test_contenders_alternate_and_every_round_begins_with_the_next() -> None:
     played: list[str] = []
+    told: list[str] = []
 
     def job(name: str) -> Callable[[], int]:
         def run() -> int:
@@ -60,9 +61,10 @@ def test_contenders_alternate_and_every_round_begins_with_the_next() -> None:
 
         return run
 
-    rounds = list(take_turns({name: job(name) for name in "abc"}, 4))
+    rounds = list(take_turns({name: job(name) for name in "abc"}, 4, told.append, []))
     assert "".join(played) == "abcbcacababc"
     assert rounds[1] == {"b": 4, "c": 5, "a": 6}
+    assert told[1] == "round 2 of 4"
 
 
 def test_a_round_cut_short_does_not_count() -> None:
@@ -73,7 +75,7 @@ def test_a_round_cut_short_does_not_count() -> None:
             return turn
         raise KeyboardInterrupt
 
-    rounds = take_turns({"a": job, "b": job}, 2)
+    rounds = take_turns({"a": job, "b": job}, 2, lambda _: None, [])
     assert next(rounds) == {"a": 1, "b": 2}
     with pytest.raises(KeyboardInterrupt):
         next(rounds)
@@ -153,12 +155,12 @@ def test_a_turn_gives_images_per_second_and_milliseconds(monkeypatch: pytest.Mon
     def single() -> None: ...
 
     took = {whole: 2.0, single: 0.1}
-    monkeypatch.setattr(bench, "seconds", lambda run, repeats, _: took[run])
+    monkeypatch.setattr(profile, "timed", lambda run, repeats, _: took[run])
     settings, repeats = Settings(8, 224, 3, CPU), {"rate": 4, "latency": 5}
-    assert bench._turn(contender("a", []), bench.Runner(whole, single, repeats), settings)() == (16.0, 20.0)
-    one = bench._turn(contender("a", []), bench.Runner(whole, None, repeats), Settings(1, 224, 3, CPU))
+    assert bench.turn_of(contender("a", []), settings, whole, single, repeats)() == (16.0, 20.0)
+    one = bench.turn_of(contender("a", []), Settings(1, 224, 3, CPU), whole, None, repeats)
     assert one() == (2.0, 500.0)
-    training = bench._turn(contender("a", [], mode="train"), bench.Runner(whole, None, repeats), settings)
+    training = bench.turn_of(contender("a", [], mode="train"), settings, whole, None, repeats)
     assert training() == (16.0, None)
 
 
@@ -327,9 +329,11 @@ def test_a_contender_that_fails_on_the_way_leaves_the_others_their_rounds(monkey
 
     def sound() -> None: ...
 
-    monkeypatch.setattr(bench, "seconds", seconds)
-    runners = {"a": broken, "b": sound}
-    monkeypatch.setattr(bench, "prepare", lambda c, *_: bench.Runner(runners[c.model], None, {"rate": 1, "latency": 1}))
+    monkeypatch.setattr(profile, "timed", seconds)
+    runs = {"a": broken, "b": sound}
+    monkeypatch.setattr(
+        bench, "prepare", lambda c, settings, *_: bench.turn_of(c, settings, runs[c.model], None, {"rate": 1})
+    )
     asked = [contender("a", []), contender("b", [])]
     bench.measure(asked, Settings(8, 32, 5, CPU))
     assert asked[0].error == "RuntimeError: the device is gone"
@@ -341,8 +345,8 @@ def test_a_contender_that_fails_on_the_way_leaves_the_others_their_rounds(monkey
 def test_ctrl_c_prints_the_finished_rounds(hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = bench.take_turns
 
-    def interrupted(jobs: Any, rounds: int) -> Any:
-        yield from turns(jobs, 2)
+    def interrupted(jobs: Any, rounds: int, *others: Any) -> Any:
+        yield from turns(jobs, 2, *others)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "take_turns", interrupted)
@@ -432,7 +436,7 @@ def test_both_pipelines_augment_with_the_same_settings(folder_of_images: Path) -
     recipe = bench_data.read_recipe("imagenet", str(folder_of_images), 32)
     unusual = {"scale": (0.3, 0.9), "ratio": (0.5, 1.5), "hflip": 0.3, "vflip": 0.2, "re_mode": "rand", "re_count": 3}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=unusual)})
-    ours = bench_data.build.build_data(recipe).train.transform
+    ours = bench_data.build.open_data(recipe).train.transform
     images = create_dataset("", root=str(folder_of_images), split="train", is_training=True)
     bench_data.timm_loader(images, recipe, batch_size=8, workers=0, prefetcher=False)
     timms = images.transform.transforms
@@ -463,8 +467,8 @@ def test_embedded_digits_are_data_too_and_ctrl_c_keeps_the_rounds_so_far(
     monkeypatch.setattr(bench_data, "TURN", 8)
     real = bench_data.take_turns
 
-    def interrupted(jobs: Any, rounds: int) -> Any:
-        yield next(real(jobs, rounds))
+    def interrupted(*arguments: Any) -> Any:
+        yield next(real(*arguments))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench_data, "take_turns", interrupted)

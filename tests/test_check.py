@@ -125,7 +125,11 @@ def test_a_coco_folder(hcnet: Hcnet, tmp_path: Path) -> None:
             (tmp_path / f"c/annotations/instances_{split}2017.json").write_text(json.dumps(one))
         return tmp_path / "c"
 
-    assert set(findings(hcnet, write(), code=0)) == {"classes without train objects", "classes without val objects"}
+    assert set(findings(hcnet, write(), code=0)) == {
+        "classes without train objects",
+        "classes without val objects",
+        "left out: training images smaller than 32 pixels",
+    }
     train, val = content["train"], content["val"]
     train["annotations"][0]["bbox"] = [5, 5, 0.5, 10]
     train["annotations"][1]["bbox"] = [35, 25, 10, 10]

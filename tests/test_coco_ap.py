@@ -16,7 +16,8 @@ from pycocotools.cocoeval import COCOeval
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError
-from hcnet_cli.tasks.detection.metric import NUMBERS, CocoAP, read_truth
+from hcnet_cli.tasks.detection.annotations import read_annotations
+from hcnet_cli.tasks.detection.metric import NUMBERS, CocoAP
 
 SIZE = 200
 CATEGORY_IDS, NAMES = [1, 7, 90], ["ant", "bee", "cat"]
@@ -90,7 +91,8 @@ def world(tmp_path: Path) -> tuple[Path, list[tuple[dict[str, Any], dict[str, An
 
 
 def scored(file: Path, pairs: list, **arguments: Any) -> CocoAP:
-    evaluator = CocoAP(file, CATEGORY_IDS, NAMES, **arguments)
+    truth = read_annotations(file, masks=arguments.get("masks", True), scoring=True)
+    evaluator = CocoAP(truth, **arguments)
     for prediction, target in pairs:
         evaluator.update([prediction], {"target": [target]})
     return evaluator
@@ -198,8 +200,9 @@ def test_boxes_alone(world) -> None:
 def test_ground_truth_is_completed(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     annotation = {"id": 0, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 5], "segmentation": [[1, 2], [0] * 6]}
-    file.write_text(json.dumps({"images": [], "categories": [], "annotations": [annotation]}))
-    (entry,) = read_truth(file)["annotations"]
+    images = [{"id": 1, "file_name": "1.png", "width": 9, "height": 9}]
+    file.write_text(json.dumps({"images": images, "categories": [{"id": 1}], "annotations": [annotation]}))
+    (entry,) = read_annotations(file, scoring=True).coco()["annotations"]
     assert (entry["id"], entry["iscrowd"], entry["area"]) == (1, 0, 20)
     assert entry["segmentation"] == [[0] * 6]
 

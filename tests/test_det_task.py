@@ -18,6 +18,7 @@ from hcnet_cli import dist, rng
 from hcnet_cli.data import embedded
 from hcnet_cli.data.loader import EvalLoader, TrainLoader
 from hcnet_cli.tasks.detection import coco
+from hcnet_cli.tasks.detection.annotations import read_annotations
 from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
 from hcnet_cli.tasks.detection.task import DetectionTask, paste_masks
 
@@ -54,9 +55,7 @@ def task_on(root: Path, drop_path_rate: float = 0.0, split: str = "val", **chang
     dataset = coco.CocoDataset(annotations, images, train=split == "train", img_scale=(128, 128))
     task = DetectionTask(
         model,
-        annotation_file=annotations.file,
-        category_ids=annotations.category_ids,
-        class_names=annotations.class_names,
+        truth=read_annotations(annotations.file, scoring=True),
         load_image=dataset.load_image if split == "val" else None,
     )
     return task, dataset
@@ -238,7 +237,7 @@ def test_one_batch_is_learnt(scenes: Path, tmp_path: Path) -> None:
     data["annotations"] = [a for a in data["annotations"] if a["image_id"] in ids]
     file = tmp_path / "two.json"
     file.write_text(json.dumps(data))
-    task.scoring["annotation_file"] = file
+    task.scoring["truth"] = read_annotations(file, scoring=True)
     evaluator = task.evaluator()
     with torch.inference_mode():
         for i in chosen:

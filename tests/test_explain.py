@@ -22,6 +22,7 @@ from torchvision.transforms import Normalize
 from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
+from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.explain import explain, load
 from hcnet_cli.explain.heat import (
     HeatStep,
@@ -293,7 +294,7 @@ def test_windows_are_centres_of_one_size() -> None:
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def normalised(data: build.Data, indices: Iterable[int], recipe: rcp.Recipe) -> list[Tensor]:
+def normalised(data: DataSplits, indices: Iterable[int], recipe: rcp.Recipe) -> list[Tensor]:
     theirs = Normalize(recipe.data.mean, recipe.data.std)
     return [theirs(data.val[index, 0, 0]["image"].permute(2, 0, 1) / 255) for index in indices]
 
@@ -310,7 +311,7 @@ def test_pictures_and_numbers_of_a_run(drawn: Path) -> None:
     assert list(found["captions"]) == [name[:-4] for name in PICTURES]
     assert [(b["stage"], b["block"]) for b in found["blocks"]] == [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)]
     _, recipe, backbone = load(drawn)
-    data = build.build_data(recipe)
+    data = build.open_data(recipe)
     for block, step in zip(found["blocks"], heat_steps(backbone, normalised(data, range(10), recipe)), strict=True):
         assert block["rate"]["mean"] == pytest.approx(step.rate.mean(), rel=1e-5)
         gain = [
@@ -341,7 +342,7 @@ def test_one_image_instead_of_the_data(drawn: Path, folder_of_images: Path, tmp_
     assert found["images"] == 1
     assert file.name in found["model"]
     _, recipe, backbone = load(run)
-    data = build.build_data(recipe)
+    data = build.open_data(recipe)
     (index,) = (i for i in range(10) if data.val.sample_path(i) == str(file))
     steps = heat_steps(backbone, normalised(data, [index], recipe))
     assert [b["rate"]["mean"] for b in found["blocks"]] == pytest.approx([s.rate.mean() for s in steps], rel=1e-5)

@@ -46,8 +46,8 @@ def small(**kwargs: object) -> HcNet:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two images in the first stage, and recomputation on small maps too."""
     monkeypatch.delenv(kernels.SWITCH, raising=False)
-    monkeypatch.setattr(refinement, "CHUNK_ELEMENTS", 2 * 4 * 8 * 16 * 16)
-    monkeypatch.setattr(refinement, "CHECKPOINT_ELEMENTS", 0)
+    monkeypatch.setattr(refinement.LeanRefinement, "chunk_elements", 2 * 4 * 8 * 16 * 16)
+    monkeypatch.setattr(refinement.LeanRefinement, "checkpoint_elements", 0)
 
 
 def accelerated(model: HcNet, inference: bool = False) -> HcNet:

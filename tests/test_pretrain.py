@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hcnet_cli.models  # noqa: F401  (registers the sizes with timm)
-from hcnet_cli import build, runs
+from hcnet_cli import plan, runs
 
 Hcnet = Callable[..., Done]
 SMALL = (
@@ -226,14 +226,15 @@ def test_time_is_estimated_with_whole_batches_where_two_images_are_quick(
 ) -> None:
     """Two images at a time take a small model's GPU or CPU several times as long an image as its batch does."""
     seen: list[int] = []
-    real = build.loader.TrainLoader
+    real = plan.loader.sample_batch
 
-    def noting(*arguments: Any, batch_size: int, **more: Any) -> Any:
-        seen.append(batch_size)
-        return real(*arguments, batch_size=batch_size, **more)
+    def noting(images: Any, indices: Any, *more: Any) -> Any:
+        seen.append(len(indices))
+        return real(images, indices, *more)
 
-    monkeypatch.setattr(build, "TRIAL", trial)
-    monkeypatch.setattr(build.loader, "TrainLoader", noting)
+    monkeypatch.setattr(plan, "TRIAL_SECONDS", trial)
+    monkeypatch.setattr(plan, "QUICK_SECONDS", 0)
+    monkeypatch.setattr(plan.loader, "sample_batch", noting)
     assert hcnet("pretrain", *SMALL, "--data", folder_of_images, "--dry-run").code == 0
     assert seen == sizes
 
@@ -290,8 +291,8 @@ def test_another_optimizer_is_a_value_of_the_recipe(hcnet: Hcnet, folder_of_imag
         (("--name", "a/b"), "not the name of a folder"),
         (("--name", ""), "not the name of a folder"),
         (("--init", ""), '"init" cannot be ""'),
-        (("--eval-only", "--fresh"), "--fresh has no place"),
-        (("--eval-only", "--dry-run"), "--dry-run has no place"),
+        (("--eval-only", "--fresh"), "cannot be combined with --fresh"),
+        (("--eval-only", "--dry-run"), "cannot be combined with --dry-run"),
         (("--eval-only",), "There are no weights to evaluate"),
         (("--batch-size", "7", "--accumulate", "2"), "does not divide"),
         (("--batch-size", "6000"), "fewer than one batch"),

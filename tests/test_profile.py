@@ -86,8 +86,7 @@ def test_evaluating_restores_modes_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("image_size", [16, (8, 24)])
-def test_throughput_runs_the_model_asked_for(precision: str, image_size: int | tuple[int, int]) -> None:
+def test_throughput_runs_the_model_asked_for(precision: str) -> None:
     seen = []
 
     class Model(nn.Module):
@@ -98,11 +97,10 @@ def test_throughput_runs_the_model_asked_for(precision: str, image_size: int | t
             seen.append((x.shape, out.dtype, self.training, torch.is_inference_mode_enabled()))
             return out
 
-    rate = throughput(Model(), image_size, batch_size=2, seconds=0.0, device="cpu", precision=precision)
+    rate = throughput(Model(), 16, batch_size=2, seconds=0.0, device="cpu", precision=precision)
     assert rate > 0
-    height, width = (16, 16) if image_size == 16 else (8, 24)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    assert set(seen) == {(torch.Size([2, 1, height, width]), dtype, False, True)}
+    assert set(seen) == {(torch.Size([2, 1, 16, 16]), dtype, False, True)}
 
 
 def test_peak_memory_is_a_plausible_number_of_mib() -> None:

@@ -106,6 +106,7 @@ def test_the_fingerprint_covers_what_can_change_a_number_and_nothing_else() -> N
     base = resolve()
     free = {
         "data.path": "/elsewhere",
+        "data.trust": "names",
         "train.workers": 7,
         "train.accumulate": 2,
         "train.compile": True,
@@ -131,10 +132,10 @@ def test_changes_are_what_departs_from_the_protocol() -> None:
     assert rcp.changes(resolve(("train.seed", 3), ("model.size", "s"), ("train.workers", 3))) == {}
     assert rcp.changes(resolve(("schedule.length", 3), ("optim.lr", 0.1))) == {"optim.lr": 0.1, "schedule.length": 3}
     shaped = resolve(
-        ("model.kernel_size", 3), ("model.disable", ["gate", "conduction"]), ("model.depths", [1, 1, 2, 1])
+        ("model.kernel_size", 3), ("model.disable", ["refinement", "conduction"]), ("model.depths", [1, 1, 2, 1])
     )
     assert rcp.changes(shaped) == {}
-    assert rcp.variant(shaped) == "no-conduction+no-gate+depths=1-1-2-1+kernel_size=3"
+    assert rcp.variant(shaped) == "no-conduction+no-refinement+depths=1-1-2-1+kernel_size=3"
 
 
 def test_drop_path_is_the_sizes_own_unless_the_recipe_says_otherwise() -> None:

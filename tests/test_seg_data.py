@@ -383,20 +383,3 @@ def test_evaluation_item_has_each_ratio_and_the_original_label(root):
     batch = scene_parsing.collate_scenes([item, data[0, 0, 0]])
     assert batch["sample"].tolist() == [index, 0]
     assert [tuple(label.shape) for label in batch["label"]] == [(40, 100), tuple(data[0, 0, 0]["label"].shape)]
-
-
-def test_a_whole_ade20k_is_recognised(root, monkeypatch):
-    """150 classes and 2000 validation images have the name under which results stand beside published ones; another
-    folder of that name has not.
-    """
-    pairs = scene_parsing._pairs
-
-    def many(folder, split):
-        images, labels = pairs(folder, split)
-        return (np.resize(images, 2000), np.resize(labels, 2000)) if split == "validation" else (images, labels)
-
-    monkeypatch.setattr(scene_parsing, "_pairs", many)
-    assert open_folder(root, num_classes=150, scan_labels=False).name == "ade20k"
-    assert open_folder(root, num_classes=3, scan_labels=False).name != "ade20k"
-    moved = root.rename(root.parent / "ADE20K")
-    assert open_folder(moved, num_classes=3, scan_labels=False).name == "ade20k-data"

@@ -6,13 +6,12 @@ What is measured and how: docs/speed.md.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from hcnet_cli import build, rng
 from hcnet_cli import recipe as rcp
 from hcnet_cli.bench import tables
-from hcnet_cli.bench.turns import cpu_of_others, other_load_note, ratio, take_turns
+from hcnet_cli.bench.turns import cores_of_others, other_load_notes, ratio, take_turns
 from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.images import read_image
@@ -37,11 +36,16 @@ from hcnet_cli.tasks.classification.spec import SPEC, ImageFolder
 
 SAMPLE = 64  # images of a turn for the parts before the loader
 TURN = 128  # images that each process delivers in a loader's turn, about
+TIMMS_NAMES = {  # of the recipe's settings, each an argument of timm's loader by the same name
+    *("re_prob", "re_mode", "re_count", "scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment"),
+    *("interpolation", "mean", "std"),
+}
 ENDLESS = 10**9  # optimizer steps
+BICUBIC = Image.Resampling.BICUBIC
 PICTURES = 128  # in the folder that is made where none is named
 
 
-@dataclass
+@dataclass(eq=False)
 class Pipeline:
     """One way to the same batches. Figures are images/s, one of each kind for a round."""
 
@@ -68,8 +72,7 @@ class Measurement:
 def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
     """The recipe whose augmentation is timed, for the folder `data`."""
     changes: list[tuple[str, Any, str]] = [("data.path", data, "--data")]
-    if img_size is not None:
-        changes.append(("data.img_size", img_size, "--img-size"))
+    changes += [("data.img_size", img_size, "--img-size")] if img_size is not None else []
     recipe = rcp.resolve(rcp.recipe_file(name, SPEC.name), changes).recipe
     if not isinstance(recipe.data, ImageFolder):
         raise UserError(f"The recipe {name} is for {recipe.task}.", hint="Only pretraining reads image folders.")
@@ -99,10 +102,7 @@ def make_pictures(root: Path, count: int) -> int:
     for scale, light, colour in ((128, 45, 20), (32, 25, 8), (8, 14, 3), (2, 18, 3), (1, 28, 5)):
         for channels, strength in ((1, light), (3, colour)):
             noise = random.randn(height // scale + 1, width // scale + 1, channels).astype(np.float32)
-            planes = [
-                Image.fromarray(noise[..., c]).resize((width, height), Image.Resampling.BICUBIC)
-                for c in range(channels)
-            ]
+            planes = (Image.fromarray(noise[..., c]).resize((width, height), BICUBIC) for c in range(channels))
             canvas += strength * np.stack([np.asarray(plane) for plane in planes], axis=-1)
     pixels = np.clip(canvas, 0, 255).astype(np.uint8)
     total = 0
@@ -125,13 +125,7 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
     data = build.open_data(recipe)
     images, normalise = data.train, augment.Normalise(recipe.data.mean, recipe.data.std)
     batches = loader.TrainLoader(
-        images,
-        batch_size=batch_size,
-        accumulate=1,
-        total_steps=ENDLESS,
-        seed=0,
-        workers=workers,
-        collate=data.collate,
+        images, batch_size=batch_size, accumulate=1, total_steps=ENDLESS, seed=0, workers=workers, collate=data.collate
     )
 
     def start(number: int) -> Iterator[Tensor]:
@@ -169,22 +163,11 @@ def timm_loader(images: Any, recipe: Recipe, batch_size: int, workers: int, pref
         input_size=(3, config.img_size, config.img_size),
         batch_size=batch_size,
         is_training=True,
-        re_prob=config.re_prob,
-        re_mode=config.re_mode,
-        re_count=config.re_count,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,  # type: ignore[arg-type]  # timm takes None, though it does not say so
-        auto_augment=config.auto_augment,
-        interpolation=config.interpolation,
-        mean=config.mean,
-        std=config.std,
         num_workers=workers,
         use_prefetcher=prefetcher,
         persistent_workers=False,  # idle ones would go on reading during the turns of others
         device=torch.device("cpu"),
+        **config.model_dump(include=TIMMS_NAMES),
     )
     augment.allow_zero_bits(images.transform)
     return batches
@@ -199,33 +182,27 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        pipelines = [
-            ours(recipe, batch_size, workers),
-            timms(recipe, root, batch_size, workers, prefetcher=True),
-            timms(recipe, root, batch_size, workers, prefetcher=False),
-        ]
+        pipelines = [ours(recipe, batch_size, workers)]
+        pipelines += [timms(recipe, root, batch_size, workers, prefetcher) for prefetcher in (True, False)]
         made = Measurement(pipelines, data, batch_size, recipe.data.img_size, workers, rounds)
         for pipeline in pipelines:  # the files come from the disk once, before the clock runs
             for index in _sample(pipeline):
                 pipeline.augment(index)
         numbers = itertools.count()
-        turns = take_turns({p.name: _turn(p, made, numbers) for p in pipelines}, rounds)
-        before, begun = cpu_of_others(), time.perf_counter()
+        jobs = {pipeline: _turn(pipeline, made, numbers) for pipeline in pipelines}
+        used: list[tuple[float, float]] = []
         try:
             with status_line() as tell:
-                for number in range(1, rounds + 1):
-                    tell(f"round {number} of {rounds}")
-                    for name, found in next(turns).items():
-                        figures = next(p.figures for p in pipelines if p.name == name)
-                        for kind, rate in found.items():
-                            figures[kind].append(rate)
+                for found in take_turns(jobs, rounds, tell, used):
+                    for pipeline, rates in found.items():
+                        for kind, rate in rates.items():
+                            pipeline.figures[kind].append(rate)
         except KeyboardInterrupt:
             if not pipelines[0].figures["loader"]:
                 raise
             made.rounds, made.stopped = len(pipelines[0].figures["loader"]), True
-        after, wall = cpu_of_others(), time.perf_counter() - begun
-        if before is not None and after is not None and not workers:  # workers are other processes too
-            made.others = (after - before) / wall
+        if not workers:  # workers are other processes too
+            made.others = cores_of_others(used)
         return made
     finally:
         torch.set_num_threads(threads)
@@ -239,12 +216,12 @@ def _turn(pipeline: Pipeline, made: Measurement, numbers: Iterator[int]) -> Call
     """Images/s of the parts, one image after another, and of the loader once its first batches are there."""
 
     def turn() -> dict[str, float]:
-        rates = {}
+        rates, sample = {}, _sample(pipeline)
         for kind, part in (("decode", pipeline.decode), ("augment", pipeline.augment)):
             begun = time.perf_counter()
-            for index in _sample(pipeline):
+            for index in sample:
                 part(index)
-            rates[kind] = len(_sample(pipeline)) / (time.perf_counter() - begun)
+            rates[kind] = len(sample) / (time.perf_counter() - begun)
         processes = max(1, made.workers)
         count = processes * max(1, round(TURN / made.batch_size))
         batches = pipeline.batches(next(numbers))
@@ -302,8 +279,7 @@ def table(made: Measurement) -> Table:
     ]
     if made.stopped:
         notes.append(f"Stopped after {made.rounds} of the rounds asked for.")
-    if (load := other_load_note(made.others)) is not None:
-        notes.append(load)
+    notes += other_load_notes(made.others)
     title = f"Input pipeline: {made.data}, {made.img_size} x {made.img_size}, batch {made.batch_size}"
     rows = [Row("measured", values) for values in summary(made)]
     return Table("bench", title, COLUMNS, rows, notes, whole="--output FILE.md")
@@ -315,8 +291,7 @@ def page(made: Measurement, known: Mapping[str, str]) -> str:
 
 def json_text(made: Measurement, known: Mapping[str, str]) -> str:
     """Everything, with the figures of each round."""
-    rows: Sequence[dict[str, Any]] = [
-        {**values, "rounds": pipeline.figures} for values, pipeline in zip(summary(made), made.pipelines, strict=True)
-    ]
-    fields = {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.name != "pipelines"}
-    return json.dumps({**known, **fields, "pipelines": rows}, indent=1, ensure_ascii=False) + "\n"
+    pairs = zip(summary(made), made.pipelines, strict=True)
+    fields = {name: value for name, value in vars(made).items() if name != "pipelines"}
+    fields["pipelines"] = [{**values, "rounds": pipeline.figures} for values, pipeline in pairs]
+    return json.dumps({**known, **fields}, indent=1, ensure_ascii=False) + "\n"

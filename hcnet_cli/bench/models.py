@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from hcnet_cli import files, kernels, optim, profile, rng
-from hcnet_cli.bench.turns import cpu_of_others, seconds, take_turns
+from hcnet_cli.bench.turns import cores_of_others, take_turns
 from hcnet_cli.console import UserError, did_you_mean, status_line, warn
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.models import HcNet, remap_official_state_dict
@@ -33,6 +33,7 @@ PLAIN = ":plain"  # after the name of an HcNet: without hcnet_cli.kernels
 NAMES = {size.timm_name for size in SIZES.values()}
 MODES = ("infer", "train")
 ENDINGS = (".md", ".json")
+Turn = Callable[[], "tuple[float, float | None] | None"]  # images/s, ms at batch 1 in inference; None once it failed
 SECONDS = {"rate": 0.5, "latency": 0.15}  # about what a contender gets of a round, but one pass at least
 WARM_UP = 3  # passes: compilation, choice of kernels, the optimizer's state
 
@@ -119,21 +120,18 @@ def _words(text: str) -> list[str]:
 
 def model_name(word: str) -> str:
     """The name in timm's registry of a typed word (that name itself, or a size), with ":plain" kept; or "reference"."""
-    if word == "literal":
-        return REFERENCE
-    if word.endswith(PLAIN):
-        name = model_name(word.removesuffix(PLAIN))
-        if name not in NAMES:
-            raise UserError(f"{word}: only HcNets have kernels to leave out.", hint=f"Write {name} without {PLAIN}.")
-        return name + PLAIN
-    if word == REFERENCE or (word not in SIZES and timm.is_model(word)):
-        return word
-    if word in SIZES:
-        return SIZES[word].timm_name
-    raise UserError(
-        f'Unknown model "{word}".{did_you_mean(word, [REFERENCE, *SIZES, *timm.list_models()])}',
-        hint=f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, and every model of timm.",
-    )
+    name, plain = word.removesuffix(PLAIN), word.endswith(PLAIN)
+    if name in SIZES:
+        name = SIZES[name].timm_name
+    elif name == "literal":
+        name = REFERENCE
+    if name != REFERENCE and not timm.is_model(name):
+        hint = f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, and every model of timm."
+        like = did_you_mean(name, [REFERENCE, *SIZES, *timm.list_models()])
+        raise UserError(f'Unknown model "{name}".{like}', hint=hint)
+    if plain and name not in NAMES:
+        raise UserError(f"{word}: only HcNets have kernels to leave out.", hint=f"Write {name} without {PLAIN}.")
+    return name + PLAIN if plain else name
 
 
 def check_output(output: Path | None) -> None:
@@ -170,18 +168,9 @@ def literal(model: HcNet) -> ReferenceHcNet:
     return twin
 
 
-@dataclass
-class Runner:
-    """One pass or training step of a contender on a batch, and on one image."""
-
-    whole: Callable[[], None]
-    single: Callable[[], None] | None
-    repeats: dict[str, int]
-
-
 def prepare(
     contender: Contender, settings: Settings, literal_of: str, layouts: dict[tuple[str, ...], torch.memory_format]
-) -> Runner:
+) -> Turn:
     """Builds, compiles and warms up; fills in what needs no clock. Raises whatever the model or compiler raises.
 
     layouts: what was found fastest for the same model, shared between its eager and compiled forms.
@@ -202,27 +191,29 @@ def prepare(
     if isinstance(model, HcNet) and not contender.model.endswith(PLAIN):
         contender.kernels = kernels.accelerate(model, inference=not training)
 
-    def passes(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
-        return training_step(model, forward, images, dtype) if training else inference(forward, images)
+    def passes(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], object]:
+        if training:
+            return training_step(model, forward, images, dtype)
+        return torch.inference_mode()(partial(forward, images))
 
     if isinstance(model, ReferenceHcNet):
         layout = torch.contiguous_format
-    elif isinstance(model, HcNet):  # converts images itself, as it must with those of a data loader
+    elif isinstance(model, HcNet):
         layout = torch.channels_last
-        model.to(memory_format=layout)
     else:
         key = (contender.model, contender.mode, contender.precision)
         if key not in layouts:
             layouts[key] = faster_layout(model, images, device, passes)
         layout = layouts[key]
-        model.to(memory_format=layout)
+    model.to(memory_format=layout)
+    if not isinstance(model, HcNet):  # HcNet converts images itself, as it must with those of a data loader
         images = images.contiguous(memory_format=layout)
     contender.layout = "channels_last" if layout is torch.channels_last else "contiguous"
 
     forward: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if contender.compiled else model
     whole = passes(forward, images)
     single = None if training or settings.batch_size == 1 else passes(forward, images[:1].clone())
-    runs_of = {"rate": whole, **({"latency": single} if single else {})}
+    runs_of = {"rate": whole} | ({"latency": single} if single else {})
     # Compilation happens at the first pass, and these settings matter only then. A model's graphs are kept for good.
     with (
         torch._inductor.config.patch(freezing=not training),
@@ -231,16 +222,36 @@ def prepare(
         for run, _ in itertools.product(runs_of.values(), range(WARM_UP)):
             run()
         contender.peak_bytes = profile.peak_allocation(whole, device)
-    repeats = {kind: max(1, round(SECONDS[kind] / seconds(run, 1, device))) for kind, run in runs_of.items()}
-    return Runner(whole, single, repeats)
+    repeats = {kind: max(1, round(SECONDS[kind] / profile.timed(run, 1, device))) for kind, run in runs_of.items()}
+    return turn_of(contender, settings, whole, single, repeats)
 
 
-def inference(forward: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        with torch.inference_mode():
-            forward(images)
+def turn_of(
+    contender: Contender,
+    settings: Settings,
+    whole: Callable[[], object],
+    single: Callable[[], object] | None,
+    repeats: dict[str, int],
+) -> Turn:
+    """A contender's part of a round: passes or steps on a batch (`whole`), then passes on one image (`single`)."""
+    device = settings.device
 
-    return run
+    def turn() -> tuple[float, float | None] | None:
+        if contender.error:
+            return None
+        try:
+            rate = settings.batch_size * repeats["rate"] / profile.timed(whole, repeats["rate"], device)
+            if contender.mode == "train":
+                return rate, None
+            if single is None:
+                return rate, 1000 / rate
+            return rate, 1000 * profile.timed(single, repeats["latency"], device) / repeats["latency"]
+        except Exception as error:
+            contender.error = reason(error)
+            contender.rates.clear()
+            return None
+
+    return turn
 
 
 def training_step(
@@ -261,14 +272,14 @@ def training_step(
 
 
 def faster_layout(
-    model: nn.Module, images: Tensor, device: torch.device, passes: Callable[[nn.Module, Tensor], Callable[[], None]]
+    model: nn.Module, images: Tensor, device: torch.device, passes: Callable[[nn.Module, Tensor], Callable[[], object]]
 ) -> torch.memory_format:
     """Contiguous or channels_last, whichever a short eager trial finds faster."""
     best: dict[torch.memory_format, float] = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         run = passes(model.to(memory_format=layout), images.contiguous(memory_format=layout))
         run()
-        best[layout] = min(seconds(run, 1, device) for _ in range(3))
+        best[layout] = min(profile.timed(run, 1, device) for _ in range(3))
     return min(best, key=lambda layout: best[layout])
 
 
@@ -276,13 +287,9 @@ def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], o
     """A product of two large squares, and its floating point operations. Smaller squares where it is slow (fp16)."""
     size, limit = 256, 8192 if device.type == "cuda" else 2048
     while True:
-        a, b = (torch.randn(size, size).to(device, profile.DTYPES[precision]) for _ in range(2))
-
-        def run(a: Tensor = a, b: Tensor = b) -> Tensor:
-            return torch.mm(a, b)
-
+        run = partial(torch.mm, *(torch.randn(size, size).to(device, profile.DTYPES[precision]) for _ in range(2)))
         run()
-        if size >= limit or seconds(run, 1, device) > 0.05:
+        if size >= limit or profile.timed(run, 1, device) > 0.05:
             return run, 2 * size**3
         size *= 2
 
@@ -296,9 +303,8 @@ def measure(asked: list[Contender], settings: Settings) -> Measurement:
     Ctrl-C ends it with the finished rounds, if there are any.
     """
     made = Measurement(settings, asked)
-    literal_of = next(
-        (c.model.removesuffix(PLAIN) for c in asked if c.model.removesuffix(PLAIN) in NAMES), SIZES["t"].timm_name
-    )
+    names = (contender.model.removesuffix(PLAIN) for contender in asked)
+    literal_of = next((name for name in names if name in NAMES), SIZES["t"].timm_name)
     used: list[tuple[float, float]] = []  # by others, in how many seconds
     with status_line() as tell:
         try:
@@ -312,8 +318,7 @@ def measure(asked: list[Contender], settings: Settings) -> Measurement:
             if not any(c.rates for c in asked):
                 raise
             made.stopped = True
-    if used:
-        made.others = sum(cpu for cpu, _ in used) / sum(wall for _, wall in used)
+    made.others = cores_of_others(used)
     return made
 
 
@@ -322,76 +327,34 @@ def _measure_mode(
 ) -> None:
     settings, asked = made.settings, made.of(mode)
     layouts: dict[tuple[str, ...], torch.memory_format] = {}
-    jobs: dict[Contender | str, Callable[[], tuple[float, float | None] | None]] = {}
+    jobs: dict[Contender | str, Turn] = {}
     for number, contender in enumerate(asked, 1):
         what = "compiling" if contender.compiled else "preparing"
         tell(f"{mode}: {what} {number} of {len(asked)}: {contender.model}, {contender.form}")
         try:
-            runner = prepare(contender, settings, literal_of, layouts)
+            jobs[contender] = prepare(contender, settings, literal_of, layouts)
         except Exception as error:  # a model or a compiler can raise anything; the others are still worth timing
             contender.error = reason(error)
             warn(f"{contender.model}, {contender.form}, {mode}: {contender.error}")
-        else:
-            jobs[contender] = _turn(contender, runner, settings)
     if not jobs:
         return
-    matmul: dict[str, list[float]] = {}
-    for precision in dict.fromkeys(c.precision for c in asked if c in jobs):
-        jobs[precision] = _matmul_turn(precision, settings.device)
-        matmul[precision] = []
-    made.matmul[mode] = matmul
-    turns = take_turns(jobs, settings.rounds)
-    for number in range(1, settings.rounds + 1):
-        tell(f"{mode}: round {number} of {settings.rounds}")
-        before, start = cpu_of_others(), time.perf_counter()
-        found = next(turns)
-        after, wall = cpu_of_others(), time.perf_counter() - start
-        if before is not None and after is not None:
-            used.append((after - before, wall))
-        for who, figures in found.items():
-            if figures is None:
-                continue
-            if isinstance(who, str):
-                matmul[who].append(figures[0])
-                continue
-            who.rates.append(figures[0])
-            if figures[1] is not None:
-                who.latencies.append(figures[1])
+    precisions = dict.fromkeys(c.precision for c in asked if c in jobs)
+    jobs |= {precision: _matmul_turn(precision, settings.device) for precision in precisions}
+    matmul = made.matmul[mode] = {precision: [] for precision in precisions}
+    for found in take_turns(jobs, settings.rounds, lambda text: tell(f"{mode}: {text}"), used):
+        for who, (rate, latency) in ((who, figures) for who, figures in found.items() if figures):
+            (matmul[who] if isinstance(who, str) else who.rates).append(rate)
+            if latency is not None and not isinstance(who, str):
+                who.latencies.append(latency)
 
 
-def _turn(contender: Contender, runner: Runner, settings: Settings) -> Callable[[], tuple[float, float | None] | None]:
-    """A contender's part of a round: images/s, and ms at batch 1 in inference; None once it has failed."""
-
-    def turn() -> tuple[float, float | None] | None:
-        if contender.error:
-            return None
-        try:
-            rate = (
-                settings.batch_size
-                * runner.repeats["rate"]
-                / seconds(runner.whole, runner.repeats["rate"], settings.device)
-            )
-            if contender.mode == "train":
-                return rate, None
-            if runner.single is None:
-                return rate, 1000 / rate
-            took = seconds(runner.single, runner.repeats["latency"], settings.device)
-            return rate, 1000 * took / runner.repeats["latency"]
-        except Exception as error:
-            contender.error = reason(error)
-            contender.rates.clear()
-            return None
-
-    return turn
-
-
-def _matmul_turn(precision: str, device: torch.device) -> Callable[[], tuple[float, None]]:
+def _matmul_turn(precision: str, device: torch.device) -> Turn:
     run, operations = matrix_product(precision, device)
-    return lambda: (operations / seconds(run, 1, device) / 1e9, None)
+    return lambda: (operations / profile.timed(run, 1, device) / 1e9, None)
 
 
 def reason(error: Exception) -> str:
     """What went wrong in one line."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    first, *_ = str(error).strip().splitlines() or [""]
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return f"{kind}{text}"[:200].rstrip(": ")
+    return f"{kind}{first.strip()}"[:200].rstrip(": ")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 import hcnet_cli
 from hcnet_cli import report, runs
 from hcnet_cli.bench.models import REFERENCE, Contender, Measurement
-from hcnet_cli.bench.turns import other_load_note, ratio
+from hcnet_cli.bench.turns import other_load_notes, ratio
 from hcnet_cli.table import Column, Row, Table
 
 SPEED_ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
@@ -31,19 +32,23 @@ def baseline(asked: Sequence[Contender]) -> Contender | None:
     return next((c for c in ran if (c.model, c.form) == (REFERENCE, "fp32 eager")), ran[0] if ran else None)
 
 
-def figures(contender: Contender, unit: Contender, peak: float) -> dict[str, Any]:
-    """What a row shows. peak: GFLOP/s of the matrix product in the contender's precision."""
-    rate = statistics.median(contender.rates)
+def figures(contender: Contender, unit: Contender | None, made: Measurement) -> dict[str, Any]:
+    """A contender's fields and, where it ran, the figures of its row."""
+    fields = dataclasses.asdict(contender)
+    if not contender.rates or unit is None or contender.macs is None:
+        return fields
+    rate, peak = statistics.median(contender.rates), max(made.matmul[contender.mode][contender.precision])
     factor = 3 if contender.mode == "train" else 1  # backward: twice the work of forward
-    gflops = None if contender.macs is None else 2 * contender.macs * factor * rate / 1e9
+    gflops = 2 * contender.macs * factor * rate / 1e9
     return {
+        **fields,
         "images_per_second": rate,
         "ratio": ratio(contender.rates, unit.rates),
         "spread": f"{_short(min(contender.rates))}–{_short(max(contender.rates))}",
         "latency_ms": statistics.median(contender.latencies) if contender.latencies else None,
         "peak_mib": None if contender.peak_bytes is None else contender.peak_bytes / 2**20,
         "gflops": gflops,
-        "share": None if gflops is None else 100 * gflops / peak,
+        "share": 100 * gflops / peak,
     }
 
 
@@ -78,20 +83,17 @@ def _table(made: Measurement, mode: str) -> Table:
     rows: list[Row] = []
     notes: list[str] = []
     for contender in asked:
-        values: dict[str, Any] = {"model": contender.model, "form": contender.form, "layout": contender.layout}
+        values = {**figures(contender, unit, made), "form": contender.form}
         values["params_m"] = None if contender.params is None else contender.params / 1e6
         values["macs_g"] = None if contender.macs is None else contender.macs / 1e9
-        mark = ""
-        if contender.rates and unit is not None:
-            values |= figures(contender, unit, max(made.matmul[mode][contender.precision]))
-        elif contender.error:
-            notes.append(f"[{len(notes) + 1}] {contender.error}")
-            mark = f"[{len(notes)}]"
+        mark = f"[{len(notes) + 1}]" if contender.error else ""
+        notes += [f"{mark} {contender.error}"] if mark else []
         rows.append(Row("measured", values, mark=mark))
     columns = [c for c in COLUMNS if c.key != "latency_ms" or mode == "infer"]
     if unit is None:
         return Table("bench", TITLES[mode], columns, rows, [*notes, "Nothing ran to the end of a round."])
     rounds = len(unit.rates)
+    peaks = [f"{max(rates):,.0f} GFLOP/s in {precision}" for precision, rates in made.matmul[mode].items()]
     notes += [
         f"images/s: median of {rounds} round{'s' * (rounds != 1)}, in each of which every contender has a turn; "
         "min–max: over the rounds.",
@@ -99,18 +101,13 @@ def _table(made: Measurement, mode: str) -> Table:
         f"peak: tensors allocated in one {'training step' if mode == 'train' else 'pass'} above what lay there before "
         "(activations, gradients, temporaries; not weights).",
         "of peak: achieved GFLOP/s (two for a MAC" + (", three times those of the forward pass" * (mode == "train"))
-        + f") as a share of a large matrix product's, measured in the same rounds: {_peaks(made.matmul[mode])}.",
+        + f") as a share of a large matrix product's, measured in the same rounds: {', '.join(peaks)}.",
     ]  # fmt: skip
     if made.stopped:
         notes.append(f"Stopped after {rounds} of {settings.rounds} rounds.")
-    if (load := other_load_note(made.others)) is not None:
-        notes.append(load)
+    notes += other_load_notes(made.others)
     title = f"{TITLES[mode]}: batch {settings.batch_size}, {settings.img_size} x {settings.img_size}"
     return Table("bench", title, columns, rows, notes, whole="--output FILE.md")
-
-
-def _peaks(matmul: Mapping[str, Sequence[float]]) -> str:
-    return ", ".join(f"{max(rates):,.0f} GFLOP/s in {precision}" for precision, rates in matmul.items())
 
 
 def machine(device: torch.device) -> str:
@@ -118,26 +115,20 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        if found := re.search(r"^model name\s*:\s*(.*\S)", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1]
     return platform.processor() or platform.machine()
 
 
 def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, str]:
     """Where figures come from, asked before the clock runs: command, machine, system, versions, commit, date."""
     commit, dirty = runs.git_state()
-    versions = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "hcnet": hcnet_cli.__version__,
-    }
+    libraries = f"torch {torch.__version__}, timm {timm.__version__}, hcnet {hcnet_cli.__version__}"
     return {
         "command": shlex.join(["hcnet", *argv[1:]]),
         "machine": f"{machine(device)}, {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)} used, {device}",
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": f"Python {platform.python_version()}, {libraries}",
         "environment": ", ".join(f"{name}={os.environ[name]}" for name in SPEED_ENVIRONMENT if name in os.environ)
         or "PyTorch's own allocator and threads",
         "commit": (commit or "unknown") + (" with changes" if dirty else ""),
@@ -147,23 +138,18 @@ def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, 
 
 def markdown(title: str, known: Mapping[str, str], made: Sequence[Table]) -> str:
     """A page that says how it was made, then the tables."""
-    lines = [f"# {title}", "", *(f"- {what}: {_code(what, text)}" for what, text in known.items()), ""]
-    return "\n".join(lines) + "\n" + report.render(made, "markdown")
-
-
-def _code(what: str, text: str) -> str:
-    return f"`{text}`" if what in ("command", "commit") else text
+    facts = [f"- {what}: " + (f"`{text}`" if what in ("command", "commit") else text) for what, text in known.items()]
+    return "\n".join([f"# {title}", "", *facts, "", report.render(made, "markdown")])
 
 
 def page(made: Measurement, known: Mapping[str, str]) -> str:
     """The Markdown file."""
     settings = made.settings
-    known = {
-        **known,
-        "protocol": f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, contenders alternating "
-        f"in {settings.rounds} round{'s' * (settings.rounds != 1)} after warm-up (docs/speed.md)",
-    }
-    text = markdown("Speed, side by side", known, tables(made))
+    protocol = (
+        f"batch {settings.batch_size}, {settings.img_size} x {settings.img_size}, contenders alternating "
+        f"in {settings.rounds} round{'s' * (settings.rounds != 1)} after warm-up (docs/speed.md)"
+    )
+    text = markdown("Speed, side by side", {**known, "protocol": protocol}, tables(made))
     if settings.device.type == "cpu":
         text += f"\n## On a GPU\n\nNot measured here. This fills it:\n\n    {gpu_command(made)}\n"
     return text
@@ -172,14 +158,9 @@ def page(made: Measurement, known: Mapping[str, str]) -> str:
 def gpu_command(made: Measurement) -> str:
     """The same bench on a CUDA device."""
     settings, asked = made.settings, made.contenders
-    lists = {
-        "models": (c.model for c in asked),
-        "mode": (c.mode for c in asked),
-        "precision": (c.precision for c in asked),
-    }
     words = ["hcnet", "bench"]
-    for flag, values in lists.items():
-        words += [f"--{flag}", ",".join(dict.fromkeys(values))]
+    for flag, key in (("--models", "model"), ("--mode", "mode"), ("--precision", "precision")):
+        words += [flag, ",".join(dict.fromkeys(getattr(contender, key) for contender in asked))]
     words += ["--compile"] if any(c.compiled for c in asked) else []
     words += ["--batch-size", str(settings.batch_size), "--img-size", str(settings.img_size)]
     words += ["--rounds", str(settings.rounds), "--device", "cuda", "--output", "speed-gpu.md"]
@@ -191,18 +172,12 @@ def json_text(made: Measurement, known: Mapping[str, str]) -> str:
     modes = []
     for mode in made.modes:
         unit = baseline(made.of(mode))
-        rows = []
-        for contender in made.of(mode):
-            row = dataclasses.asdict(contender)
-            if contender.rates and unit is not None:
-                row |= figures(contender, unit, max(made.matmul[mode][contender.precision]))
-            rows.append(row)
         modes.append(
             {
                 "mode": mode,
                 "unit": None if unit is None else f"{unit.model}, {unit.form}",
                 "matmul_gflops": made.matmul.get(mode, {}),
-                "contenders": rows,
+                "contenders": [figures(contender, unit, made) for contender in made.of(mode)],
             }
         )
     settings = {**dataclasses.asdict(made.settings), "device": str(made.settings.device)}

@@ -9,19 +9,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 OTHER_LOAD = 0.2  # cores that other processes may take before a note says so
 Key = TypeVar("Key")
 Figure = TypeVar("Figure")
 
 
-def take_turns(jobs: Mapping[Key, Callable[[], Figure]], rounds: int) -> Iterator[dict[Key, Figure]]:
-    """Yields what each job returned, round by round; every round begins with the next job."""
+def take_turns(
+    jobs: Mapping[Key, Callable[[], Figure]],
+    rounds: int,
+    tell: Callable[[str], None],
+    used: list[tuple[float, float]],
+) -> Iterator[dict[Key, Figure]]:
+    """Yields what each job returned, round by round; every round begins with the next job.
+
+    Appends to `used`, for each round, CPU seconds of other processes and seconds, where the system tells.
+    """
     names = list(jobs)
     for number in range(rounds):
+        tell(f"round {number + 1} of {rounds}")
+        before, start = cpu_of_others(), time.perf_counter()
         first = number % len(names)
-        yield {name: jobs[name]() for name in names[first:] + names[:first]}
+        found = {name: jobs[name]() for name in names[first:] + names[:first]}
+        after, wall = cpu_of_others(), time.perf_counter() - start
+        if before is not None and after is not None:
+            used.append((after - before, wall))
+        yield found
+
+
+def cores_of_others(used: Sequence[tuple[float, float]]) -> float | None:
+    return sum(cpu for cpu, _ in used) / sum(wall for _, wall in used) if used else None
 
 
 def ratio(rates: Sequence[float], unit: Sequence[float]) -> float:
@@ -40,25 +56,8 @@ def cpu_of_others() -> float | None:
     return used - time.process_time()
 
 
-def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Time of `repeats` calls, waiting for the device at both ends."""
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def other_load_note(others: float | None) -> str | None:
-    """What is to be said where other processes took a noticeable part of the machine."""
+def other_load_notes(others: float | None) -> list[str]:
+    """A note where other processes took a noticeable part of the machine."""
     if others is None or others < OTHER_LOAD:
-        return None
-    return f"This machine was busy: other processes took {others:.1f} of {os.cpu_count()} cores while the clock ran."
+        return []
+    return [f"This machine was busy: other processes took {others:.1f} of {os.cpu_count()} cores while the clock ran."]

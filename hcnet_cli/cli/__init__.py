@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -48,12 +49,17 @@ def main() -> None:
         # Read when torch is loaded, so set before any command runs; what the user has set stays.
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # waiting threads spin briefly: two runs can share the cores
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages: far fewer page faults
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             app(prog_name="hcnet")
         finally:
             sys.stdout.flush()
     except UserError as error:
+        if os.environ.get("HCNET_TRACEBACK"):
+            raise
         if is_main_process():
             err.print("[bold red]error:[/] ", end="")
             err.print(str(error), markup=False)

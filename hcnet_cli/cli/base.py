@@ -74,8 +74,8 @@ def _recipe_name(task: str, given: Mapping[str, Any]) -> str | None:
 
 def _flags(task: str, given: Mapping[str, Any]) -> list[Override]:
     flags = [
-        (key, given[parameter], f"--{parameter.removesuffix('_model').replace('_', '-')}")
-        for parameter, key in RECIPE_KEYS.items()
+        (key, given[parameter], flag)
+        for parameter, (flag, key) in RECIPE_KEYS.items()
         if given.get(parameter) is not None
     ]
     for option in TASKS[task].options:

@@ -11,6 +11,13 @@ from hcnet_cli.sizes import SIZES
 
 Size = Annotated[str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.")]
 DataPath = Annotated[str | None, typer.Option("--data", help="A data folder, or the name of an embedded set.")]
+DataTrust = Annotated[
+    str | None,
+    typer.Option(
+        "--data-trust",
+        help="How data are told apart: content (default: every file is read once), or names: names and sizes alone.",
+    ),
+]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped recipe (hcnet recipes ls) or a YAML file.")]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
@@ -52,17 +59,18 @@ EvalOnly = Annotated[
 ]
 Output = Annotated[Path | None, typer.Option("--output", help="Also write a .md or .json file.")]
 
-# Parameter of a training command -> the recipe field it sets.
+# Parameter of a training command -> its flag, and the recipe field it sets.
 RECIPE_KEYS = {
-    "size": "model.size",
-    "epochs": "schedule.length",
-    "steps": "schedule.length",
-    "batch_size": "train.batch_size",
-    "accumulate": "train.accumulate",
-    "lr": "optim.lr",
-    "seed": "train.seed",
-    "init": "init",
-    "precision": "train.precision",
-    "compile_model": "train.compile",
-    "workers": "train.workers",
+    "size": ("--size", "model.size"),
+    "epochs": ("--epochs", "schedule.length"),
+    "steps": ("--steps", "schedule.length"),
+    "batch_size": ("--batch-size", "train.batch_size"),
+    "accumulate": ("--accumulate", "train.accumulate"),
+    "lr": ("--lr", "optim.lr"),
+    "seed": ("--seed", "train.seed"),
+    "init": ("--init", "init"),
+    "precision": ("--precision", "train.precision"),
+    "compile_model": ("--compile", "train.compile"),
+    "workers": ("--workers", "train.workers"),
+    "data_trust": ("--data-trust", "data.trust"),
 }

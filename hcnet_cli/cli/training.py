@@ -46,6 +46,7 @@ def _parameters(spec: Spec) -> Parameters:
     return {
         "size": (options.Size, None),
         "data": (options.DataPath, None),
+        "data_trust": (options.DataTrust, None),
         "recipe": (options.RecipeName, None),
         spec.length_flag: (length, None),
         "batch_size": (options.BatchSize, None),
@@ -74,7 +75,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
     if given["eval_only"] and (given["dry_run"] or given["fresh"]):
         other = "fresh" if given["fresh"] else "dry-run"
-        raise UserError(f"--eval-only trains nothing, so --{other} has no place.")
+        raise UserError(f"--eval-only trains nothing: it cannot be combined with --{other}.")
     resolved = resolve(task, given)
     from hcnet_cli.run import Options, train
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hcnet_cli.data.folders import LeftOut
+from hcnet_cli.data.identity import Identity
 from hcnet_cli.data.images import Size
 
 FILES_SHOWN = 3  # in the line of a finding
@@ -65,6 +67,7 @@ class Audit:
     items: list[Item]
     classes: dict[str, dict[str, float]]
     count_pixels: Callable[[Item], NDArray[np.int64]] | None = None
+    bits: int | None = None  # of grey images of more than 8 bits
     findings: list[Finding] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # on the classes
     sizes: dict[str, list[Size]] = field(default_factory=lambda: defaultdict(list))  # of the images, by split
@@ -83,6 +86,16 @@ class Audit:
         if files:
             self.findings.append(Finding(what, files, wrong))
 
+    def note_identity(self, identity: Identity, left_out: LeftOut, notes: Sequence[str]) -> None:
+        """Adds what is left out, what changed unseen, and what is to be known of the data."""
+        unseen = "files changed though their size, times and inode did not (a run may have taken the old content)"
+        self.note(unseen, list(identity.changed), wrong=True)
+        for reason, names in left_out.items():
+            self.note(f"left out: {reason}", [self.relative(name) for name in sorted(names)])
+        if identity.bits:
+            self.remarks.append(f"16-bit grey images are read as {identity.bits}-bit (data.bits).")
+        self.remarks.extend(notes)
+
     def note_pixels(self, counts: Mapping[str, NDArray[np.int64]]) -> None:
         """Adds each class's share of the pixels, from the sums of `count_pixels` over each split."""
         for split, pixels in counts.items():
@@ -98,5 +111,13 @@ class Audit:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Class names; a name that several classes have gets the number of the class."""
-    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    """Class names, each once: a name that several classes have gets the number of the class."""
+    taken = Counter(names)
+    made = []
+    for number, name in enumerate(names):
+        own = name
+        while taken[own] > 1 or (own != name and own in taken):
+            own = f"{own} ({number})"
+        taken[own] += 1 if own != name else 0
+        made.append(own)
+    return made

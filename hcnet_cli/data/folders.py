@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+
+from hcnet_cli.data.images import EXTENSIONS
 
 
 class Packed:
@@ -39,3 +42,58 @@ def dataset_name(root: Path, benchmark: str, is_benchmark: bool) -> str:
         return benchmark
     name = re.sub(r"[^a-z0-9]+", "-", root.resolve().name.lower()).strip("-") or "data"
     return f"{name}-data" if name == benchmark else name
+
+
+LeftOut = dict[str, list[str]]  # why files or objects of a data folder are not used -> their names
+
+
+def walk(folder: bytes, wanted: Callable[[bytes], bool], other: str, left_out: LeftOut) -> list[bytes]:
+    """The files in a folder and below whose name is `wanted`, relative to it, sorted. Links are followed.
+
+    What is not used goes to `left_out`: hidden files and folders, links back to a folder above, and files that are
+    not wanted, under the reason `other`.
+    """
+    names: list[bytes] = []
+    pending: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [(b"", ())]
+
+    def leave_out(reason: str, name: bytes) -> None:
+        left_out.setdefault(reason, []).append(os.fsdecode(os.path.join(folder, name)))
+
+    while pending:
+        below, above = pending.pop()
+        here = os.stat(os.path.join(folder, below))
+        with os.scandir(os.path.join(folder, below)) as entries:
+            for entry in entries:
+                name = below + entry.name
+                if entry.name.startswith(b"."):
+                    leave_out("hidden files and folders", name)
+                elif entry.is_dir():
+                    inside = (*above, (here.st_dev, here.st_ino))
+                    target = entry.stat() if entry.is_symlink() else None
+                    if target and (target.st_dev, target.st_ino) in inside:
+                        leave_out("links to a folder above", name)
+                    else:
+                        pending.append((name + b"/", inside))
+                elif wanted(entry.name) and (entry.is_file() or entry.is_symlink()):
+                    names.append(name)
+                else:
+                    leave_out(other, name)
+    return sorted(names)
+
+
+def is_image(name: bytes) -> bool:
+    """Whether a file's name ends as those of images do."""
+    return os.fsdecode(os.path.splitext(name)[1]).lower() in EXTENSIONS
+
+
+def counted(left_out: LeftOut) -> dict[str, int]:
+    """How many files or objects are left out for each reason."""
+    return {reason: len(names) for reason, names in left_out.items() if names}
+
+
+def cache_dir() -> Path:
+    """`$HCNET_CACHE`, else `$XDG_CACHE_HOME/hcnet`, else `~/.cache/hcnet`."""
+    if own := os.environ.get("HCNET_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hcnet"

@@ -23,6 +23,14 @@ from hcnet_cli.console import UserError
 
 Size = tuple[int, int]  # height, width
 T = TypeVar("T")
+EXTENSIONS = frozenset(  # of the files that are taken as images
+    [
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"),
+        *(".gif", ".ppm", ".pgm", ".pnm", ".jp2"),
+    ]
+)
+DEEP_ENDINGS = (b".png", b".tif", b".tiff", b".pgm", b".pnm", b".jp2")
+DEEP_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"P5", b"P2", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 MAX_ATTEMPTS = 10  # images in a row that cannot be used before training stops
 
 # A few of ImageNet's own files have damaged EXIF data; their pixels are fine.
@@ -61,11 +69,13 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise UnusableImageError(str(path), reason.rstrip(".")) from None
 
 
-def read_image(path: str | Path, size: Size | None = None) -> Image.Image:
+def read_image(path: str | Path, size: Size | None = None, bits: int | None = None) -> Image.Image:
     """An image as a viewer shows it, in RGB: turned as its EXIF data says, on white where it is transparent.
 
-    16-bit grey keeps its upper 8 bits; Pillow's own conversion would clip it at 255. `size` is what an annotation file
-    says: an image that has it as stored, but not as shown, is not turned, and any other size is an UnusableImageError.
+    Grey of more than 8 bits keeps the upper 8 of its `bits` (None: 16). Every format and `hcnet check` give the bits
+    that the whole data set uses (`data.bits`): Pillow's own conversion would clip at 255, and 16 would turn 12-bit
+    images black. `size` is what an annotation file says: an image that has it as stored, but not as shown, is not
+    turned, and any other size is an UnusableImageError.
     """
     with opened(path) as file:
         file.load()
@@ -76,12 +86,36 @@ def read_image(path: str | Path, size: Size | None = None) -> Image.Image:
                 ImageOps.exif_transpose(file, in_place=True)
         if size is not None and size != (image.height, image.width):
             raise _other_size(path, stored, size)
+        if image.mode == "F":
+            raise UnusableImageError(str(path), "its pixels are floating-point numbers, whose range is not known")
         if image.mode.startswith("I"):
-            image = Image.fromarray(np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8))
+            image = Image.fromarray(np.clip(np.asarray(image) >> ((bits or 16) - 8), 0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")  # converting RGB to RGB would copy it
+
+
+def may_be_deep(name: bytes) -> bool:
+    """Whether a file of this name may be a grey image of more than 8 bits."""
+    return name.lower().endswith(DEEP_ENDINGS)
+
+
+def largest_deep_value(path: str | Path, head: bytes) -> int:
+    """The largest value of a grey image of more than 8 bits; 0 for any other file. `head`: its first 64 bytes.
+
+    Only PNG files that say so and formats whose header does not tell it in one place are opened.
+    """
+    if head.startswith(b"\x89PNG"):
+        if head[24:26] != b"\x10\x00":  # bits per sample, colour type: 16, grey
+            return 0
+    elif not head.startswith(DEEP_STARTS):
+        return 0
+    try:
+        with opened(path) as file:
+            return max(0, int(np.asarray(file).max())) if file.mode.startswith("I") else 0
+    except UnusableImageError:
+        return 0
 
 
 def check_size(path: str | Path, size: Size) -> None:

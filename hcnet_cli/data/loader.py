@@ -6,12 +6,14 @@ workers, processes and micro-batches or on the step at which a run resumes. Eval
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -140,7 +142,7 @@ def _unchanged(item: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach workers too. Workers ignore them: the main process finishes its step."""
-    for name in ("SIGINT", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # missing on macOS; SIGTERM ends a worker there
@@ -280,6 +282,16 @@ class TrainLoader:
         warn(f"cannot read {path}; another image takes its place.")
 
 
+def sample_batch(dataset: RequestDataset, indices: Sequence[int], seed: int, collate: Collate | None) -> dict[str, Any]:
+    """One training batch of the samples `indices`, read in this process, for a trial before training."""
+    step_key = rng.derive(seed, "step", 0)
+    requests = [SampleRequest(index, rng.derive(seed, "sample", 0, index), step_key) for index in indices]
+    result = BatchDataset(dataset, collate or collate_items)[requests]
+    if isinstance(result, UserError):
+        raise result
+    return result[0]
+
+
 class EvalLoader:
     """Every sample once: process `rank` takes rank, rank + world_size, ... in batches of `batch_size`.
 
@@ -300,10 +312,10 @@ class EvalLoader:
         assert 0 <= rank < world_size
         if batch_size < 1:
             raise UserError(f"The evaluation batch size must be at least 1, not {batch_size}.")
+        self._batches = BatchDataset(dataset, collate or collate_items)
         mine: list[SampleRequest] = [SampleRequest(index, 0, 0) for index in range(rank, len(dataset), world_size)]
-        chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-        self._chunks: Sized = chunks
-        self._loader = _data_loader(BatchDataset(dataset, collate or collate_items), chunks, workers, persistent=True)
+        self._chunks = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+        self._loader = _data_loader(self._batches, self._chunks, workers, persistent=True)
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -311,6 +323,13 @@ class EvalLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch, _ in _batches(self._loader):
             yield batch
+
+    def head(self, count: int) -> EvalLoader:
+        """The first `count` samples of the share, one by one and without workers."""
+        made = copy.copy(self)
+        made._chunks = [[request] for request in list(itertools.chain.from_iterable(self._chunks))[:count]]
+        made._loader = _data_loader(self._batches, made._chunks, workers=0, persistent=False)
+        return made
 
 
 def check_divides(batch_size: int, accumulate: int, world_size: int) -> None:

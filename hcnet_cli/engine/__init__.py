@@ -9,10 +9,12 @@ from hcnet_cli.engine.job import (
     Job,
     Task,
     TrainBatches,
+    autocast,
     to_device,
 )
-from hcnet_cli.engine.loop import Stopper, evaluate, fit
+from hcnet_cli.engine.loop import Stopper, evaluate, fit, predict, save_final
 from hcnet_cli.engine.state import State, restore, save
+from hcnet_cli.engine.step import check_unused
 
 __all__ = [
     "BYTES",
@@ -25,9 +27,13 @@ __all__ = [
     "Stopper",
     "Task",
     "TrainBatches",
+    "autocast",
+    "check_unused",
     "evaluate",
     "fit",
+    "predict",
     "restore",
     "save",
+    "save_final",
     "to_device",
 ]

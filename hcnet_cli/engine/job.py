@@ -24,7 +24,12 @@ Predictions: TypeAlias = Any
 
 
 class Evaluator(Protocol):
-    """Collects the predictions for a whole data set and turns them into metrics."""
+    """Collects the predictions for a whole data set and turns them into metrics.
+
+    `partial` is set for a part of the data set, before a run: metrics are of this part, and may be undefined in it.
+    """
+
+    partial: bool
 
     def update(self, predictions: Predictions, batch: Batch) -> None: ...
 
@@ -33,7 +38,7 @@ class Evaluator(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes the predictions worth keeping into `folder` (main process)."""
+        """Writes the predictions worth keeping into `folder` (main process). No run ends because this fails."""
         ...
 
 
@@ -65,6 +70,10 @@ class TrainBatches(Protocol):
 
 class EvalBatches(Sized, Iterable[Batch], Protocol):
     """One process's share of an evaluation set: every sample is in exactly one batch of one process."""
+
+    def head(self, count: int) -> EvalBatches:
+        """Batches of the first `count` samples of the share."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,6 @@ def to_device(value: T, device: torch.device) -> T:
     return cast(T, moved)
 
 
-def autocast(job: Job) -> AbstractContextManager[object]:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision)
-    return torch.autocast(job.device.type, dtype) if dtype else nullcontext()
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()

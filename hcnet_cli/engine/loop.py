@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,19 +18,24 @@ import torch
 from torch import Tensor
 
 from hcnet_cli import checkpoint, dist
-from hcnet_cli.console import Progress, RunFailed
-from hcnet_cli.engine.job import Evaluation, Evaluator, Job, autocast, to_device
+from hcnet_cli.console import Progress, RunFailed, UserError
+from hcnet_cli.engine.job import EvalBatches, Evaluation, Evaluator, Job, autocast, to_device
 from hcnet_cli.engine.state import State, save
 from hcnet_cli.engine.step import NonFiniteGuard, Stepper
-from hcnet_cli.files import write_text, writing
+from hcnet_cli.files import optional, write_text
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.weights import digest
 
+MISSING = ".missing"  # in final/ while its files are still to be written
+
 
 class Stopper:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a request to stop after the current step; a second Ctrl-C stops at once"""
+    """Turns SIGNALS into a request to stop after the current step; a second Ctrl-C stops at once.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    A SIGHUP that is ignored stays so: under nohup a run outlives its terminal.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: int = 0
@@ -35,6 +43,8 @@ class Stopper:
 
     def __enter__(self) -> Stopper:
         for number in self.SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -81,6 +91,14 @@ class Window:
             "data_wait": round(self.waited / self.seconds, 4),
         }
 
+    def peek(self, batch_size: int) -> dict[str, float]:
+        """As `read`, with the losses of this process alone: no process waits for another."""
+        return {
+            **{name: value.item() / self.steps for name, value in self.sums.items()},
+            "images_per_second": round(self.timed_steps * batch_size / self.seconds, 2),
+            "data_wait": round(self.waited / self.seconds, 4),
+        }
+
     def _mean_over_processes(self) -> dict[str, float]:
         if not self.sums:
             return {}
@@ -90,21 +108,40 @@ class Window:
 
 
 def evaluate(job: Job, evaluation: Evaluation, progress: Progress | None = None) -> tuple[dict[str, float], Evaluator]:
-    """Metrics of the job's weights (`Job.weights`) by one evaluation, and the evaluator that holds the predictions."""
-    task, evaluator = evaluation.task, evaluation.task.evaluator()
+    """Metrics of the job's weights (`Job.weights`) by one evaluation, and the evaluator that holds the predictions.
+
+    UserError where the metric that matters is undefined on these data.
+    """
+    evaluator = evaluation.task.evaluator()
+    with contextlib.nullcontext(progress) if progress else Progress(len(evaluation.batches)) as shown:
+        predict(job, evaluation, evaluator, evaluation.batches, shown)
+        metrics = evaluator.compute()
+    primary = evaluation.task.primary
+    if not math.isfinite(metrics.get(primary, math.nan)):
+        raise UserError(
+            f"{primary} is not defined on the validation data: there is nothing in them to measure it on.",
+            hint="`hcnet check` says what the data hold.",
+        )
+    return metrics, evaluator
+
+
+def predict(
+    job: Job, evaluation: Evaluation, evaluator: Evaluator, batches: EvalBatches, progress: Progress | None = None
+) -> None:
+    """Hands the predictions for `batches` to the evaluator."""
+    task = evaluation.task
     trained = task.model
     task.model = job.weights
     task.eval()
     try:
         with torch.inference_mode():
-            for number, batch in enumerate(evaluation.batches, 1):
+            for number, batch in enumerate(batches, 1):
                 moved = to_device(batch, job.device)
-                with autocast(job):
+                with autocast(job.precision, job.device):
                     predictions = task.predict(moved)
                 evaluator.update(predictions, moved)
                 if progress:
-                    progress.evaluating(number, len(evaluation.batches))
-            return evaluator.compute(), evaluator
+                    progress.evaluating(number, len(batches))
     finally:
         task.model = trained
         task.train()
@@ -114,7 +151,8 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
     """Trains from `state.step` to `job.total_steps`; logs, evaluates and saves into `folder`.
 
     Returns 0, or the number of the signal that stopped it after saving. `on_evaluation` is called on the main process
-    after each evaluation, the last one included. RunFailed if a loss or gradient is not finite.
+    after each evaluation, the last one included, when the checkpoint is written. RunFailed if a loss or gradient is not
+    finite. Predictions and pictures come after the checkpoint: nothing depends on them.
     """
     stepper = Stepper(job)
     if state.scaler:
@@ -135,6 +173,10 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
         dist.barrier()
 
     with Stopper() as stopper, Progress(job.total_steps, state.step, job.task.primary) as progress:
+        if dist.from_main(lambda: state.step == state.best_step and (folder.path / "final" / MISSING).exists()):
+            _, again = evaluate(job, job.evaluations[0], progress)
+            if main:
+                save_final(again, folder.path / "final")
         while state.step < job.total_steps:
             begun = time.monotonic()
             batches = [next(micro_batches) for _ in range(job.accumulate)]
@@ -159,35 +201,67 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
                 if main:
                     folder.append(step=state.step, lr=job.lr_at(state.step - 1), **entry)
                 progress.step(state.step, entry)
-            if evaluating:
-                _evaluate_and_keep_best(job, folder, state, progress)
+            elif progress.due and main:
+                progress.step(state.step, window.peek(job.batch_size))
+            evaluator = _evaluate_and_keep_best(job, folder, state, progress) if evaluating else None
             if evaluating or stopping or _save_is_due(last_save, job.save_minutes, logging):
                 save_checkpoint()
                 last_save = time.monotonic()
             if evaluating and main:
                 on_evaluation(state)
+            if evaluator is not None and main:
+                progress.begin("saving predictions and pictures")
+                save_final(evaluator, folder.path / "final")
+            progress.begin(f"step {state.step + 1}/{job.total_steps}")
             if stopping and not done:
                 return stopper.received or signal.SIGTERM
     return 0
 
 
-def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress: Progress) -> None:
+def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress: Progress) -> Evaluator | None:
+    """Returns the evaluator if these weights are the best so far: its predictions are worth keeping."""
     metrics, evaluator = evaluate(job, job.evaluations[0], progress)
     value = metrics[job.task.primary]
-    if state.best is None or value >= state.best:  # of equal scores the later one, which has trained longer
+    is_best = state.best is None or value >= state.best  # of equal scores the later one, which has trained longer
+    if is_best:
         state.best, state.best_step, state.metrics = value, state.step, metrics
         if dist.is_main():
             best = job.weights.state_dict()
             state.weights = digest(best)
             about = {**job.describe_weights, **job.identity, "step": state.step, "metrics": metrics}
             checkpoint.save_tensors(folder.best, best, {**about, "weights": state.weights})
-            final = folder.path / "final"
-            with writing(final):
-                final.mkdir(exist_ok=True)
-                evaluator.save(final)
+            mark_final_missing(folder.path / "final")
     if dist.is_main():
         folder.append(step=state.step, **metrics)
     progress.evaluated(state.step, metrics, state.best)
+    return evaluator if is_best else None
+
+
+def mark_final_missing(final: Path) -> None:
+    """Says on the disk, until `save_final` is done, that the predictions in `final` are not those of the best weights.
+
+    The checkpoint is written in between; whoever goes on from it after a crash sees the mark and makes them again.
+    """
+    with optional(final):
+        final.mkdir(exist_ok=True)
+        (final / MISSING).touch()
+
+
+def save_final(evaluator: Evaluator, final: Path) -> None:
+    """Replaces what is in `final` by what the evaluator keeps (main process). Never ends a run: failures are warnings.
+
+    Everything is written elsewhere first, so that the folder holds the files of one evaluation alone.
+    """
+    made = final.with_name(f".{final.name}.tmp")
+    with optional(final):
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir(parents=True)
+        try:
+            with optional(final):
+                evaluator.save(made)
+        finally:
+            shutil.rmtree(final, ignore_errors=True)
+            made.rename(final)
 
 
 def _save_is_due(last_save: float, minutes: float, logging: bool) -> bool:

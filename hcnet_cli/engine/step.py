@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from hcnet_cli import dist, optim
+from hcnet_cli.console import UserError
 from hcnet_cli.engine.job import Batch, Job, Task, autocast
 from hcnet_cli.rng import derive
 
@@ -104,17 +105,27 @@ class Stepper:
             # processes exchange gradients after the last micro-batch only
             synced = number == len(batches) or not isinstance(self.net, DistributedDataParallel)
             with nullcontext() if synced else cast(DistributedDataParallel, self.net).no_sync():
-                with autocast(self.job):
+                with autocast(self.job.precision, self.job.device):
                     losses: dict[str, Tensor] = self.net(batch)
-                self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()
             for name, loss in losses.items():
                 share = loss.detach() / len(batches)
                 parts[name] = parts[name] + share if name in parts else share
         return parts
 
     def _check_unused(self) -> None:
-        """After the first backward pass: a parameter without a gradient is not trained, and would hang DDP."""
+        """After the first backward pass."""
         if not self.checked_unused:
             self.checked_unused = True
-            unused = [n for n, p in self.job.task.named_parameters() if p.requires_grad and p.grad is None]
-            assert not unused, f"parameters that no loss depends on: {', '.join(unused)}"
+            check_unused(self.job.task)
+
+
+def check_unused(task: nn.Module) -> None:
+    """UserError, after a backward pass, for parameters without a gradient: they are not trained, and would hang DDP."""
+    unused = [n for n, p in task.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        some = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        raise UserError(
+            f"{len(unused)} parameters would not be trained, for no loss depends on them: {some}.",
+            hint="A model that is trained uses all its parameters; set requires_grad of the others to False.",
+        )

@@ -40,7 +40,7 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     model without conduction only the receptive fields are drawn. UserError: no run, no weights, no data, no image.
     """
     info, recipe, backbone = load(run)
-    images, source = _one_image(recipe, image) if image else _validation_images(recipe, info)
+    images, source = _one_image(recipe, image, info.data.bits) if image else _validation_images(recipe, info)
     folder = out or run / "explain"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +81,8 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
     if info is None:
         raise UserError(f"{run} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
     if not folder.best.is_file():
-        raise UserError(
-            f"{run} has no best.safetensors yet.", hint="Training writes it at the first evaluation: go on with it."
-        )
+        hint = "Training writes it at the first evaluation: go on with it."
+        raise UserError(f"{run} has no best.safetensors yet.", hint=hint)
     recipe = rcp.resolve(folder.recipe_file).recipe
     if recipe.model.name:
         raise UserError(f"{run} is of {recipe.model.name}: only HcNet has heat layers to explain.")
@@ -93,6 +92,12 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
     if lacking:  # apart from the classifier's final norm, which nothing here uses
         raise UserError(
             f"{folder.best} does not fit the model in {folder.recipe_file}: it lacks {', '.join(lacking[:3])}."
+        )
+    parts = {name.split(".")[0] for name in backbone.state_dict()} - {"norm"}
+    further = [name for name in report.unexpected if name.removeprefix("backbone.").split(".")[0] in parts]
+    if further:
+        raise UserError(
+            f"{folder.best} does not fit the model in {folder.recipe_file}: that has no {', '.join(further[:3])}."
         )
     backbone.set_grad_checkpointing(False)
     return info, recipe, backbone.eval().requires_grad_(False)
@@ -113,18 +118,18 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
         images = _normalised(recipe.data, items)
     else:
         images = [item["images"][0] if "images" in item else item["image"] for item in items]
-    return images, f"{len(images)} validation image{'s' if len(images) > 1 else ''}"
+    return images, f"{len(images)} validation image{'s' * (len(images) > 1)}"
 
 
 def _normalised(config: ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:
     return list(augment.Normalise(config.mean, config.std)(augment.collate(items)))
 
 
-def _one_image(recipe: Recipe, file: Path) -> tuple[list[Tensor], str]:
+def _one_image(recipe: Recipe, file: Path, bits: int | None) -> tuple[list[Tensor], str]:
     """The image in `file` as the run's evaluation would see it: [3, H, W]."""
     config: Any = recipe.data
     try:
-        image = read_image(file)
+        image = read_image(file, bits=bits)
     except UnusableImageError as error:
         raise UserError(str(error)) from None
     if isinstance(config, ImageFolder):

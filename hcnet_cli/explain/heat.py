@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from hcnet_cli.models import HcNet
@@ -226,9 +227,7 @@ def _density(rate: Floats) -> Floats:
     counts = np.histogram(rate, RATE_BINS, (0, 1))[0] * RATE_BINS / rate.size
     quartiles = np.percentile(rate, (25, 75))
     width = RATE_BINS * 0.9 * min(rate.std(), np.ptp(quartiles) / 1.34) * rate.size**-0.2
-    offsets = np.arange(-RATE_BINS, RATE_BINS + 1)
-    kernel = np.exp(-0.5 * np.square(offsets / max(width, 1.0)))
-    return np.asarray(np.convolve(np.pad(counts, RATE_BINS, mode="symmetric"), kernel / kernel.sum(), mode="valid"))
+    return np.asarray(gaussian_filter1d(counts, max(width, 1.0), mode="reflect", radius=RATE_BINS))
 
 
 def _gains(step: HeatStep) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -18,7 +18,12 @@ from numpy.typing import NDArray
 from hcnet_cli.explain.captions import ROUNDING, percent
 
 INK, MUTED, LINE = "#1f1b18", "#6a625a", "#d9d2c8"
-STAGE_COLOURS = ("#2b1e6b", "#85216b", "#cf4446", "#dd7a12")  # rising lightness, distinct in grey too
+COLOURS = {
+    1: "#2b1e6b",
+    2: "#85216b",
+    3: "#cf4446",
+    4: "#dd7a12",
+}  # of the stages: rising lightness, distinct in grey too
 COLD, NEUTRAL, HOT = "#2f6fab", "#e9e4dc", "#c8432c"
 DIVERGING, HEAT = "RdBu_r", "inferno"  # both safe for colour-blind readers
 WIDTH, MARGIN = 11.0, 0.35  # inches
@@ -52,13 +57,13 @@ def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
     if found["blocks"]:
         sheets = {"1-stencils": _stencils, "2-rates": _rates, "3-transfer": _transfer, **sheets}
     made = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
-        matplotlib.rcParams.update(STYLE)
+    with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         for name, picture in sheets.items():
             sheet = picture(found)
             sheet.text(WIDTH, sheet.height + 0.05, label, ha="right", va="top", **NOTE)
-            made[name] = sheet.png()
+            file = io.BytesIO()
+            sheet.figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+            made[name] = file.getvalue()
     return made
 
 
@@ -76,9 +81,8 @@ class _Sheet:
         self.figure.text((left + MARGIN) / self.size[0], 1 - (self.head + top) / self.size[1], s, **style)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Any:
-        bottom = self.size[1] - self.head - top - height
         x, y = self.size
-        return self.figure.add_axes(((left + MARGIN) / x, bottom / y, width / x, height / y))
+        return self.figure.add_axes(((left + MARGIN) / x, (y - self.head - top - height) / y, width / x, height / y))
 
     def field(self, left: float, top: float, side: float, values: Any, **style: Any) -> Any:
         """A framed picture of a [H, W] array in a square; its axes."""
@@ -114,18 +118,9 @@ class _Sheet:
                 axes.axvline(own[0] - 0.5, color=LINE, linewidth=0.8, zorder=0)
         return axes
 
-    def png(self) -> bytes:
-        file = io.BytesIO()
-        self.figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
-        return file.getvalue()
-
-
-def _colour(stage: int) -> str:
-    return STAGE_COLOURS[(stage - 1) % len(STAGE_COLOURS)]
-
 
 def _stage(number: int) -> dict[str, Any]:
-    return {"s": f"stage {number}", "fontsize": 11, "fontweight": "bold", "color": _colour(number)}
+    return {"s": f"stage {number}", "fontsize": 11, "fontweight": "bold", "color": COLOURS[number]}
 
 
 def _count(number: int, what: str) -> str:
@@ -218,7 +213,7 @@ def _rates(found: dict[str, Any]) -> _Sheet:
     left = 0.6
     axes = sheet.blocks(left, 0.05, 3.0, blocks)
     for i, block in enumerate(blocks):
-        rate, colour = block["rate"], _colour(block["stage"])
+        rate, colour = block["rate"], COLOURS[block["stage"]]
         width = 0.43 * rate["density"] / rate["density"].max()
         level = np.linspace(0, 1, len(width))
         axes.fill_betweenx(level, i - width, i + width, where=width > 1e-3, color=colour, alpha=0.35, linewidth=0)
@@ -253,7 +248,7 @@ def _transfer(found: dict[str, Any]) -> _Sheet:
     lowest = min(0.9, *(min(block["gain"]["radial_p10"]) for block in blocks))
     highest = max(1.1, *(max(block["gain"]["radial_p90"]) for block in blocks))
     for i, stage in enumerate(stages):
-        x, colour = left + pitch * i, _colour(stage["stage"])
+        x, colour = left + pitch * i, COLOURS[stage["stage"]]
         sheet.text(x, 0.12, **_stage(stage["stage"]))
         whole = np.pad(stage["mean_gain"], ((0, 1), (0, 1)), mode="wrap")  # frequencies 1/2 and -1/2 are the same
         at, edge = np.append(cycles, 0.5), 0.5 + 0.5 / len(cycles)
@@ -282,12 +277,11 @@ def _transfer(found: dict[str, Any]) -> _Sheet:
     )
     sheet.text(left, 3.02, note, **NOTE)
     axes = sheet.blocks(left, 5.3, 1.75, blocks)
-    for i, block in enumerate(blocks):
-        damped, amplified = block["gain"]["damped"], block["gain"]["amplified"]
+    for i, gain in enumerate(block["gain"] for block in blocks):
         axes.bar(i, 1, 0.72, color=NEUTRAL)
-        axes.bar(i, damped, 0.72, color=COLD)
-        axes.bar(i, amplified, 0.72, bottom=1 - amplified, color=HOT)
-        axes.plot(i, block["gain"]["stable_channels"], "D", color="white", markeredgecolor=INK, markersize=5)
+        axes.bar(i, gain["damped"], 0.72, color=COLD)
+        axes.bar(i, gain["amplified"], 0.72, bottom=1 - gain["amplified"], color=HOT)
+        axes.plot(i, gain["stable_channels"], "D", color="white", markeredgecolor=INK, markersize=5)
     axes.set(ylim=(0, 1), yticks=(0, 0.5, 1), yticklabels=("0", "50 %", "100 %"))
     diamond: dict[str, Any] = {"color": "none", "marker": "D", "markerfacecolor": "white", "markeredgecolor": INK}
     handles = [

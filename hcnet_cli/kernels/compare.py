@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from . import refinement
 
 TOLERANCE = 1e-5  # of the largest value, in float32; rounding differs by about 1e-6
 
@@ -21,24 +17,23 @@ def same_results(layer: nn.Module, form: Any) -> bool:
     The comparison runs in float32 with and without gradients. No random generator of the program is advanced.
     """
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
-        plain = copy.deepcopy(layer).float()
-        for module in plain.modules():  # hooks observe the model, not the comparison
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-            module._backward_hooks.clear()
-        generator = torch.Generator().manual_seed(0)
-        for parameter in plain.parameters():
-            # Of order one: an initial 0.02 or a bias of zero would hide a difference.
-            scale = (parameter.numel() / max(1, len(parameter))) ** -0.5
-            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.requires_grad_()
-        fast = copy.deepcopy(plain)
-        fast.__class__ = form
         try:
+            plain = copy.deepcopy(layer).float()
+            for module in plain.modules():  # hooks observe the model, not the comparison
+                module._forward_hooks.clear()
+                module._forward_pre_hooks.clear()
+                module._backward_hooks.clear()
+            generator = torch.Generator().manual_seed(0)
+            for parameter in plain.parameters():
+                # Of order one: an initial 0.02 or a bias of zero would hide a difference.
+                scale = parameter[0].numel() ** -0.5 if parameter.ndim else 1.0
+                parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+                parameter.requires_grad_()
+            fast: Any = copy.deepcopy(plain)
+            fast.__class__ = form
+            fast.chunk_elements, fast.checkpoint_elements = 1, 0  # so that a small input takes the form's whole path
             x = form.example(plain, generator)
-            with small_chunks():
-                pairs = zip(_results(plain, x), _results(fast, x), strict=True)
-                return all(_close(a, b) for a, b in pairs)
+            return all(_close(a, b) for a, b in zip(_results(plain, x), _results(fast, x), strict=True))
         except Exception:  # an edited layer may refuse the example input: nothing can then be compared
             return False
 
@@ -61,14 +56,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or not bool(a.isfinite().all()):
         return False
     return bool((a - b).abs().max() <= TOLERANCE * a.abs().max())
-
-
-@contextmanager
-def small_chunks() -> Iterator[None]:
-    """Chunks of one image, and recomputation whatever the size, so that a small input takes the form's whole path."""
-    before = refinement.CHUNK_ELEMENTS, refinement.CHECKPOINT_ELEMENTS
-    refinement.CHUNK_ELEMENTS, refinement.CHECKPOINT_ELEMENTS = 1, 0
-    try:
-        yield
-    finally:
-        refinement.CHUNK_ELEMENTS, refinement.CHECKPOINT_ELEMENTS = before

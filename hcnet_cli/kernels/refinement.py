@@ -19,9 +19,12 @@ CHUNK_ELEMENTS = 2**21  # of a hidden map; 8 MB in float32
 CHECKPOINT_ELEMENTS = 2**19  # hidden maps up to this size are not recomputed: that would cost more than their memory
 
 
-def images_per_chunk(u: Tensor, hidden: int) -> int:
-    """How many images of maps [B, C, H, W] to compute at a time, in chunks of nearly equal size."""
-    most = max(1, CHUNK_ELEMENTS // (u.shape[2] * u.shape[3] * hidden))
+def images_per_chunk(u: Tensor, hidden: int, elements: int = CHUNK_ELEMENTS) -> int:
+    """How many images of maps [B, C, H, W] to compute at a time, in chunks of nearly equal size.
+
+    elements: Of the hidden maps of one chunk, at most (but at least one image).
+    """
+    most = max(1, elements // (u.shape[2] * u.shape[3] * hidden))
     chunks = -(-len(u) // most)
     return -(-len(u) // max(1, chunks))
 
@@ -30,6 +33,8 @@ class LeanRefinement(PlainWhenScripted, RefinementApproximation):
     """Recomputation in training, chunks in inference."""
 
     plain = RefinementApproximation
+    chunk_elements = CHUNK_ELEMENTS
+    checkpoint_elements = CHECKPOINT_ELEMENTS
 
     @staticmethod
     def example(layer: RefinementApproximation, generator: torch.Generator) -> Tensor:
@@ -38,7 +43,7 @@ class LeanRefinement(PlainWhenScripted, RefinementApproximation):
     def forward(self, u: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not on_cpu(u):
             return super().forward(u)
-        images = images_per_chunk(u, self.fc2.in_features)
+        images = images_per_chunk(u, self.fc2.in_features, self.chunk_elements)
         several = len(u) > images
         if torch.compiler.is_compiling():  # a graph for any batch size has no number of chunks
             several = statically_known_true(several)
@@ -48,7 +53,7 @@ class LeanRefinement(PlainWhenScripted, RefinementApproximation):
 
     def contract(self, hidden: Tensor) -> Tensor:
         recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling() and on_cpu(hidden)
-        if not recompute or hidden.numel() <= CHECKPOINT_ELEMENTS:
+        if not recompute or hidden.numel() <= self.checkpoint_elements:
             return super().contract(hidden)
         # Non-reentrant: recomputation stops once fc2's input is there, so fc2 is not computed again.
         return checkpoint(super().contract, hidden, use_reentrant=False, preserve_rng_state=False)

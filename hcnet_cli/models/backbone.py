@@ -55,12 +55,10 @@ class FeatureMaps(nn.Module):
         return list(maps) if indices is None else [maps[i] for i in indices]
 
 
-def create(
-    name: str, num_classes: int, args: Mapping[str, Any], *, drop_path_rate: float | None = None, maps: bool = False
-) -> nn.Module:
+def create(name: str, num_classes: int, args: Mapping[str, Any], *, drop_path_rate: float | None = None) -> nn.Module:
     """A model of timm by name, or the result of `FUNCTION(num_classes=..., **args)` in FILE.py for "FILE.py:FUNCTION".
 
-    With `maps` it is a backbone for detection and segmentation. `drop_path_rate` is passed to models that take it.
+    With num_classes 0 it is a backbone for detection and segmentation. `drop_path_rate` goes to models that take it.
     UserError for an unknown name and for arguments that the model does not take.
     """
     if ".py:" in name:
@@ -72,15 +70,15 @@ def create(
     drop_path = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     try:
         try:
-            model = make(num_classes=0 if maps else num_classes, **{**drop_path, **args})
+            model = make(num_classes=num_classes, **{**drop_path, **args})
         except TypeError as error:
             if not drop_path or "drop_path_rate" not in str(error):
                 raise
             notice(f"The model {name} has no drop path: model.drop_path_rate is not used.")
-            model = make(num_classes=0 if maps else num_classes, **args)
+            model = make(num_classes=num_classes, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"The model {name} cannot be built with {dict(args)}: {error}") from None
-    return FeatureMaps(name, model) if maps else model
+    return model if num_classes else FeatureMaps(name, model)
 
 
 def _function(name: str) -> Callable[..., nn.Module]:

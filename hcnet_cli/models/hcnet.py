@@ -11,8 +11,8 @@ then refines the solution pointwise:
 
 Dimension letters: B batch, C channels, H x W feature map, K stencil size, R mlp ratio. Feature maps have the shape
 [B, C, H, W] and stay in memory as channels_last from the stem to the head, so that [B, H, W, C] is a view for which
-the 1x1 convolutions are plain matrix products. Faster forms of these layers are
-applied from outside (hcnet_cli.kernels).
+the 1x1 convolutions are plain matrix products. Faster forms of these layers are applied from outside
+(hcnet_cli.kernels).
 """
 
 # No `from __future__ import annotations`: torch.jit.script of a torch.fx graph needs types, not strings.
@@ -37,8 +37,8 @@ Layer = Callable[..., nn.Module]
 class HeatConduction(nn.Module):
     """One explicit step of the heat equation: u' = u + r(u) . (S * u)    (paper, section "Heat Conduction layer").
 
-    S is the learned depthwise kernel w with its sum taken off the centre tap, so it sums to zero and a constant field
-    is at rest. r(u) = sigmoid(A mean_HW(u)) is the coefficient k dt / dx^2 of each image and channel. The authors
+    S is the learned depthwise kernel w with its sum taken off the centre tap, so it sums to zero: away from the border
+    a constant map does not change. r(u) = sigmoid(A mean_HW(u)) is k dt / dx^2 for each image and channel. The authors
     compute conv(u, w) - u * sum(w); with the sum folded into the stencil it is one convolution and one `addcmul`.
     Without gate, anisotropy or conservation: see `hcnet_cli.sizes.COMPONENTS`. The fixed Laplacian is 3 x 3 for any K.
     """
@@ -198,7 +198,7 @@ def keep_factors(x: Tensor, noise: Tensor | None, rates: Tensor) -> Tensor:
 class HcStage(nn.Module):
     """Downsampling (except in the first stage) and the blocks of one resolution, one for each drop path rate.
 
-    Draws of drop path are arguments, so gradient checkpointing recomputes with the same. `block`: for each `HcBlock`.
+    Draws of drop path are arguments, so gradient checkpointing recomputes with the same draws. `block`: of HcBlock.
     """
 
     def __init__(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from hcnet_cli import console
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.report import text
-from hcnet_cli.results import Results, collect, tables
+from hcnet_cli.results import collect, tables
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.table import Table
 from hcnet_cli.tasks import FIRST_TASK, TASKS
@@ -50,16 +51,18 @@ def report(
             raise UserError(f"There is no file {file} with published numbers.")
     found = collect(results, published)
     made = [*tables(found, table), *(t for t in extra if table in ("all", t.name))]
-    notes = messages(found, made)
+    notes = [] if found.runs else [FIRST_RUN]
+    if not made:
+        notes.append("There is nothing for this table yet.")
+    notes += [*found.notes, *(f"Not read: {reason}" for _, reason in found.broken)]
     if fmt == "html":
         from hcnet_cli.report import page  # loads jinja2 and Pillow
 
         return page.html(made, notes, found, refresh)
     if fmt == "rich" and table == "all" and found.runs:
-        hidden = dict.fromkeys(t.name for t in made if not t.measured)
-        made = [t for t in made if t.measured]
-        if hidden:
+        if hidden := dict.fromkeys(t.name for t in made if not t.measured):
             notes.insert(0, f"Published numbers alone: hcnet report --table {' or '.join(hidden)}.")
+        made = [t for t in made if t.measured]
     return render(made, fmt, notes, base=output.absolute().parent if output else None, width=width)
 
 
@@ -78,14 +81,6 @@ def render(
     for note in notes:
         console.notice(note)
     return text.csv_text(made)
-
-
-def messages(found: Results, made: Sequence[Table]) -> list[str]:
-    """Notes on the whole report: how to begin, repeated runs, folders without a readable run."""
-    lines = [] if found.runs else [FIRST_RUN]
-    if not made:
-        lines.append("There is nothing for this table yet.")
-    return [*lines, *found.notes, *(f"Not read: {reason}" for _, reason in found.broken)]
 
 
 def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[Path] = (),
@@ -108,8 +103,8 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
         now = report(results, table=match[1], fmt=fmt, published=published, extra=extra, output=path, width=80)
         then = path.read_text(encoding="utf-8")
         if now != then:
-            pairs = zip(now.splitlines(), then.splitlines(), strict=False)
-            line = next((n for n, (a, b) in enumerate(pairs, 1) if a != b), min(now.count("\n"), then.count("\n")) + 1)
+            pairs = zip_longest(now.split("\n"), then.split("\n"))
+            line = next(n for n, (a, b) in enumerate(pairs, 1) if a != b)
             lines.append(f"{path} differs from what the runs give, from line {line} on.")
     return lines
 

@@ -38,49 +38,44 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, hei
     parts = []
     for tick in ticks_x:
         x, _ = at(tick, low_y)
-        parts.append(f'<path class="grid" d="M{_n(x)} {_n(top)}V{_n(bottom)}"/>')
-        parts.append(_text(x, bottom + 16, f"{tick:g}", "tick", "middle"))
+        parts += [_path("grid", (x, top), "V", bottom), _text(x, bottom + 16, f"{tick:g}", "tick", "middle")]
     for tick in ticks_y:
         _, y = at(low_x, tick)
-        parts.append(f'<path class="grid" d="M{_n(left)} {_n(y)}H{_n(right)}"/>')
-        parts.append(_text(left - 7, y + 4, f"{tick:g}", "tick", "end"))
+        parts += [_path("grid", (left, y), "H", right), _text(left - 7, y + 4, f"{tick:g}", "tick", "end")]
     parts.append(_text(right, height - 6, x_title, "title", "end"))
     parts.append(_text(4, 13, y_title, "title", "start"))
 
     series: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         series.setdefault((point.kind, point.series), []).append(point)
-    segments, marks = [], []
-    for kind, name in series:
-        ordered = sorted(series[kind, name], key=lambda p: (p.x, p.y))
-        series[kind, name] = ordered
-        spots = [at(p.x, p.y) for p in ordered]
+    segments, marks, spots_of = [], [], {}
+    for (kind, name), members in series.items():
+        members.sort(key=lambda p: (p.x, p.y))
+        spots_of[kind, name] = spots = [at(p.x, p.y) for p in members]
         segments += list(pairwise(spots))
         if len(spots) > 1:
             line = "L".join(f"{_n(x)} {_n(y)}" for x, y in spots)
             parts.append(f'<path class="line {kind}" d="M{line}"/>')
-        for point, (x, y) in zip(ordered, spots, strict=True):
+        style, radius = _style(kind, name), 5 if kind == "measured" else 3.5
+        for point, (x, y) in zip(members, spots, strict=True):
             if point.half:
                 (_, high), (_, low) = at(point.x, point.y + point.half), at(point.x, point.y - point.half)
-                parts.append(f'<path class="whisker {kind}" d="M{_n(x)} {_n(high)}V{_n(low)}"/>')
-            radius = 5 if kind == "measured" else 3.5
-            own = " own" if point.series.startswith("HcNet") else ""
-            marks.append(
-                f'<circle class="dot {kind}{own}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}">'
-                f"<title>{escape(point.title)}</title></circle>"
-            )
-    dots = [at(p.x, p.y) for p in points]
+                parts.append(_path(f"whisker {kind}", (x, high), "V", low))
+            circle = f'<circle class="dot {style}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}">'
+            marks.append(f"{circle}<title>{escape(point.title)}</title></circle>")
+    dots = [spot for spots in spots_of.values() for spot in spots]
     order = sorted(series, key=lambda key: (key[0] != "measured", key[1] != "HcNet-T", len(series[key])))
     labels: list[Box] = []
     for kind, name in order:
-        spots = [at(p.x, p.y) for p in series[kind, name]]
-        placed = _place(name, spots, dots, segments, labels, (left + 2, top, float(width), bottom - 2))
+        frame = (left + 2, top, float(width), bottom - 2)
+        placed = _place(name, spots_of[kind, name], dots, segments, labels, frame)
         if placed is not None:
             box, anchor = placed
             labels.append(box)
-            marks.append(_leader(box, anchor, kind))
-            own = " own" if name.startswith("HcNet") else ""
-            marks.append(_text(box[0], box[3] - 3, name, f"label {kind}{own}", "start"))
+            marks += [
+                _leader(box, anchor, kind),
+                _text(box[0], box[3] - 3, name, f"label {_style(kind, name)}", "start"),
+            ]
     what = escape(f"{y_title} against {x_title}: {len(points)} models")
     return _svg(width, height, what, [*parts, *marks])
 
@@ -115,8 +110,8 @@ def _place(
     return None if best is None else best[1:]
 
 
-def _overlap(a: Box, b: Box, room: float = 8) -> bool:
-    return a[0] < b[2] + room and b[0] < a[2] + room and a[1] < b[3] and b[1] < a[3]
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] + 8 and b[0] < a[2] + 8 and a[1] < b[3] and b[1] < a[3]
 
 
 def _crosses(box: Box, a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -148,15 +143,14 @@ def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str, width:
     name_width = min(0.4 * width, max(len(arm[0]) for arm in arms) * LETTER + 14)
     number_width = 21 * LETTER if width > 500 else 6.5 * LETTER
     left, right, bottom = name_width, width - number_width - 10, top + row * len(arms)
-    values = [0.0, *(v for arm in arms for v in arm[1:] if math.isfinite(v))]
-    low, high, ticks = _nice_range(values)
+    low, high, ticks = _nice_range([0.0, *(v for arm in arms for v in arm[1:] if math.isfinite(v))])
 
     def at(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
 
     parts = []
     for tick in ticks:
-        parts.append(f'<path class="{"grid" if tick else "zero"}" d="M{_n(at(tick))} {top}V{bottom}"/>')
+        parts.append(_path("grid" if tick else "zero", (at(tick), top), "V", bottom))
         parts.append(_text(at(tick), bottom + 16, f"{tick:g}".replace("-", "−"), "tick", "middle"))
     parts.append(_text((left + right) / 2, bottom + 34, x_title, "title", "middle"))
     for number, (label, difference, arm_low, arm_high) in enumerate(arms):
@@ -166,11 +160,10 @@ def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str, width:
         parts.append(_text(0, y + 4, label, "name", "start"))
         shown = f"{difference:+.2f}"
         if sure:
-            parts.append(f'<path class="whisker {kind}" d="M{_n(at(arm_low))} {_n(y)}H{_n(at(arm_high))}"/>')
+            parts.append(_path(f"whisker {kind}", (at(arm_low), y), "H", at(arm_high)))
             shown += f" [{arm_low:+.2f}, {arm_high:+.2f}]" if width > 500 else ""
-        parts.append(
-            f'<rect class="dot {kind}" x="{_n(at(difference) - 4.5)}" y="{_n(y - 4.5)}" width="9" height="9"/>'
-        )
+        x = at(difference) - 4.5
+        parts.append(f'<rect class="dot {kind}" x="{_n(x)}" y="{_n(y - 4.5)}" width="9" height="9"/>')
         parts.append(_text(width, y + 4, shown.replace("-", "−"), "number", "end"))
     return _svg(width, bottom + 40, escape(f"{x_title} of {len(arms)} arms with 95 % intervals"), parts)
 
@@ -206,6 +199,15 @@ def _log_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
 
 def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
+
+
+def _style(kind: str, name: str) -> str:
+    return f"{kind} own" if name.startswith("HcNet") else kind
+
+
+def _path(style: str, start: tuple[float, float], way: str, end: float) -> str:
+    """A line that runs from `start` horizontally ("H") or vertically ("V") to a coordinate."""
+    return f'<path class="{style}" d="M{_n(start[0])} {_n(start[1])}{way}{_n(end)}"/>'
 
 
 def _text(x: float, y: float, text: str, style: str, anchor: str) -> str:

@@ -17,8 +17,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from hcnet_cli import runs
+from hcnet_cli.grouping import Run, changes_text
 from hcnet_cli.report import figures
-from hcnet_cli.results import Results, Run, changes_text, command, model_name
+from hcnet_cli.results import Results, command, model_name
 from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
 from hcnet_cli.tasks import TASKS
 
@@ -29,6 +30,7 @@ PICTURE_BYTES = 200_000  # a larger file is shrunk
 ALL_PICTURES_BYTES = 8_000_000  # of the page; further pictures are counted, not shown
 PICTURE_FOLDERS = {"final/pictures": "predictions", "explain": "inside the heat layers"}
 HIDDEN_ON_PHONES = ("img_size", "images_per_second", "difference")  # columns, with the secondary ones
+FOREST_TITLE = "difference to the full model"
 COLUMNS_LEFT_OUT = ("seeds", "recipe")  # links to the runs show the seeds, and each run's section its recipe
 
 
@@ -41,60 +43,39 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     pictures, left_out = _pictures(ordered)
-    finished = sum(run.finished for run in found.runs)
-    return (
-        environment.get_template("page.html").render(
-            measured=[s for s in sections if s["measured"]],
-            published=[s for s in sections if not s["measured"]],
-            cards=[card for table in ordered if (card := _card(table))],
-            runs=[_run(run, anchors[run.folder]) for run in found.runs],
-            finished=finished,
-            unfinished=len(found.runs) - finished,
-            data_sets=len({run.info.data.name for run in found.runs}),
-            curves=_script(_curves(found.runs, anchors)),
-            pictures=pictures,
-            left_out=left_out,
-            notes=notes,
-            refresh=refresh,
-        )
-        + "\n"
+    curves = json.dumps(_curves(found.runs, anchors), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = environment.get_template("page.html").render(
+        measured=[s for s in sections if s["table"].measured],
+        published=[s for s in sections if not s["table"].measured],
+        cards=[card for table in ordered if (card := _card(table))],
+        runs=[_run(run, anchors[run.folder]) for run in found.runs],
+        finished=sum(run.finished for run in found.runs),
+        data_sets=len({run.info.data.name for run in found.runs}),
+        curves=Markup(curves.replace("<", "\\u003c")),  # no name in it can end the script element
+        pictures=pictures,
+        left_out=left_out,
+        notes=notes,
+        refresh=refresh,
     )
-
-
-def _script(data: Any) -> Markup:
-    """JSON that is safe inside a script element, whatever names it holds."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c"))
+    return f"{text}\n"
 
 
 # --- tables and figures ---------------------------------------------------------------------------------------------
 
 
 def _section(table: Table, anchor: str, anchors: Mapping[Path, str]) -> dict[str, Any]:
-    shown = [c for c in table.columns if c.key not in COLUMNS_LEFT_OUT]
-    columns = [
-        {
-            "title": c.title,
-            "text": c.style == "text",
-            "wide": c.secondary or c.key in HIDDEN_ON_PHONES,
-            "source": c.key == "source",
-        }
-        for c in shown
-    ]
-    rows = [{"kind": row.kind, "cells": [_cell(table, row, column, anchors) for column in shown]} for row in table.rows]
-    sources = [(table.label(row), str(row.values.get("source"))) for row in table.rows if row.kind == "published"]
+    columns = [c for c in table.columns if c.key not in COLUMNS_LEFT_OUT]
+    forest = [figures.forest(table.forest, FOREST_TITLE, width) for width in (760, 350)] if table.forest else []
     return {
         "id": anchor,
-        "title": table.title,
+        "table": table,
         "short": _short(table),
-        "sources": sources,
-        "measured": table.measured,
         "columns": columns,
-        "rows": rows,
-        "notes": table.notes,
+        "wide": [c for c in columns if c.secondary or c.key in HIDDEN_ON_PHONES],
+        "rows": [(row.kind, [_cell(table, row, column, anchors) for column in columns]) for row in table.rows],
+        "published": [row for row in table.rows if row.kind == "published"],
         "figures": _scatter_plots(table),
-        "forest": _forest_plots(table),
-        "hides": any(c["wide"] for c in columns),
+        "forest": [Markup(svg) for svg in forest],
     }
 
 
@@ -103,11 +84,10 @@ def _cell(table: Table, row: Row, column: Column, anchors: Mapping[Path, str]) -
     value, text, half = row.values.get(column.key), table.show(row, column), ""
     if is_number(value):
         text, _, half = text.partition(" ± ")
-    cell: dict[str, Any] = {"text": text, "half": half, "best": row.kind if column.key in row.best else ""}
+    cell: dict[str, Any] = {"text": text, "half": half, "best": column.key in row.best}
     cell["sort"] = f"{value:.10g}" if is_number(value) else "" if text == MISSING else text
     if column.key == "source" and not row.runs:
-        cell["whole"] = cell["text"]
-        cell["text"] = re.split(r" \(|[;.,] ", cell["text"])[0]
+        cell |= {"whole": text, "text": re.split(r" \(|[;.,] ", text)[0]}
     elif column.key == "source":
         seeds = str(row.values.get("seeds") or "").split(", ")
         names = seeds if len(seeds) == len(row.runs) else [run.name for run in row.runs]
@@ -120,39 +100,33 @@ def _short(table: Table) -> str:
     return table.short or re.sub(" val.*", "", table.title)
 
 
-def _score(row: Row, column: Column) -> float:
-    """The value of a row; NaN where there is none."""
-    value = row.values.get(column.key)
-    return value if is_number(value) else math.nan
+def _primary(table: Table) -> Column | None:
+    """The metric that the models of a table are compared by; None for ablations."""
+    return next((c for c in table.columns if c.best and not table.forest), None)
 
 
 def _card(table: Table) -> dict[str, str] | None:
     """The best finished result of a table, in one line."""
-    primary = next((c for c in table.columns if c.best), None)
-    if primary is None or table.forest:
+    primary = _primary(table)
+    if primary is None:
         return None
-    rows = [row for row in table.rows if row.kind == "measured" and math.isfinite(_score(row, primary))]
-    if not rows:
+    measured = [(row.values.get(primary.key), row) for row in table.rows if row.kind == "measured"]
+    scores = [(value, row) for value, row in measured if is_number(value)]
+    if not scores:
         return None
-    best = max(rows, key=lambda row: _score(row, primary))
+    _, best = max(scores, key=lambda pair: pair[0])
     text, _, half = table.show(best, primary).partition(" ± ")
-    seeds = int(str(best.values.get("n") or 1))
-    return {
-        "title": _short(table),
-        "value": text,
-        "half": half,
-        "metric": primary.title,
-        "model": table.label(best),
-        "seeds": f"{seeds} seeds" if seeds > 1 else "one seed",
-    }
+    seeds = best.values.get("n") or 1
+    model, how_many = table.label(best), "one seed" if seeds == 1 else f"{seeds} seeds"
+    return {"title": _short(table), "value": text, "half": half, "how": f"{primary.title}, {model}, {how_many}"}
 
 
 def _scatter_plots(table: Table) -> list[dict[str, Any]]:
     """Accuracy against MACs and against parameters, each drawn for wide and for narrow screens."""
-    primary = next((c for c in table.columns if c.best), None)
-    if primary is None or table.forest:
-        return []
-    plots = []
+    plots: list[dict[str, Any]] = []
+    primary = _primary(table)
+    if primary is None:
+        return plots
     for x, x_title in (("macs_g", "MACs (G)"), ("params_m", "#params (M)")):
         points = [point for row in table.rows if (point := _point(table, row, x, primary))]
         if len({p.x for p in points}) < 2 or (len(points) < 4 and any(p.kind == "published" for p in points)):
@@ -185,13 +159,6 @@ def _series(table: Table, row: Row) -> str:
     return family if image == usual else f"{model} at {image}"
 
 
-def _forest_plots(table: Table) -> list[Markup]:
-    if not table.forest:
-        return []
-    title = "difference to the full model"
-    return [Markup(figures.forest(table.forest, title, width)) for width in (760, 350)]
-
-
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
@@ -209,17 +176,15 @@ def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[s
         series = {name: _thin(log, key) for name, key in (("loss", "loss"), ("metric", metric), ("lr", "lr"))}
         if any(series.values()):
             group = f"{run.info.data.name}: {metric}"
-            curves.append(
-                {"id": anchors[run.folder], "label": _label(run), "group": group, "primary": metric, **series}
-            )
+            about = {"id": anchors[run.folder], "label": _label(run), "group": group, "primary": metric}
+            curves.append({**about, **series})
     return curves
 
 
 def _thin(log: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
     """[step, value] of every entry, or of CURVE_POINTS evenly spaced ones with the last among them."""
-    points = [
-        [int(e["step"]), float(f"{e[key]:.5g}")] for e in log if is_number(e.get("step")) and is_number(e.get(key))
-    ]
+    entries = [e for e in log if is_number(e.get("step")) and is_number(e.get(key))]
+    points = [[int(e["step"]), float(f"{e[key]:.5g}")] for e in entries]
     if len(points) <= CURVE_POINTS:
         return points
     last = len(points) - 1
@@ -265,10 +230,8 @@ def _run(run: Run, anchor: str) -> dict[str, Any]:
     recipe = run.folder / "recipe.yaml"
     return {
         "id": anchor,
-        "name": run.name,
+        "run": run,
         "label": _label(run),
-        "data": i.data.name,
-        "status": run.state,
         "share": math.floor(100 * i.steps_done / max(1, i.steps_total)),
         "facts": {what: text for what, text in facts.items() if text},
         "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
@@ -282,13 +245,10 @@ def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
     for table in made:
         for row in table.rows:
             for place, what in PICTURE_FOLDERS.items() if row.runs else ():
-                files = sorted(f for f in (row.runs[0] / place).glob("*") if f.suffix in (".png", ".svg"))
-                images = []
-                for file in files[:PICTURES_PER_ROW] if room > 0 else ():
-                    uri, size = _data_uri(file)
-                    if uri:
-                        images.append({"uri": uri, "size": size, "name": file.stem})
-                        room -= len(uri)
+                files = sorted((row.runs[0] / place).glob("*.png"))
+                shown = files[:PICTURES_PER_ROW] if room > 0 else ()
+                images = [image for file in shown if (image := _image(file))]
+                room -= sum(len(image["uri"]) for image in images)
                 left_out += len(files) - len(images)
                 if images:
                     title = f"{table.label(row)} on {row.values.get('data')}: {what}"
@@ -296,10 +256,8 @@ def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
     return groups, left_out
 
 
-def _data_uri(file: Path) -> tuple[str, tuple[int, int] | None]:
-    """A picture as data URI, shrunk if it is large, and its size; "" for a file that is not a picture."""
-    if file.suffix == ".svg":
-        return f"data:image/svg+xml;base64,{base64.b64encode(file.read_bytes()).decode()}", None
+def _image(file: Path) -> dict[str, Any] | None:
+    """A picture as data URI, shrunk if it is large, and its size; None for a file that is not a picture."""
     content, kind = file.read_bytes(), "png"
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -313,5 +271,6 @@ def _data_uri(file: Path) -> tuple[str, tuple[int, int] | None]:
             else:
                 image.verify()
     except (OSError, SyntaxError, ValueError):
-        return "", None
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}", size
+        return None
+    uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return {"uri": uri, "size": size, "name": file.stem}

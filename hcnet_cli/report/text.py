@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -23,11 +25,8 @@ NOT_IN_LATEX = ("source", "recipe", "init", "seeds", "schedule")  # the caption 
 
 def run_lines(table: Table) -> list[tuple[str, Row]]:
     """(label, row) of the rows that come from runs, for the list under the table."""
-    return [
-        (f"{table.label(row)}, {'seeds' if len(row.runs) > 1 else 'seed'} {row.values.get('seeds')}", row)
-        for row in table.rows
-        if row.runs
-    ]
+    rows = [row for row in table.rows if row.runs]
+    return [(f"{table.label(row)}, seed{'s' * (len(row.runs) > 1)} {row.values.get('seeds')}", row) for row in rows]
 
 
 def provenance(values: Mapping[str, Value]) -> list[tuple[str, str]]:
@@ -67,27 +66,23 @@ def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: 
             title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
         )
         for column in columns:
-            title = column.title.replace(" ", "\n")
-            grid.add_column(
-                title, justify="left" if column.style == "text" else "right", no_wrap=not table.is_label(column)
-            )
-        for above, row in zip([None, *table.rows], table.rows, strict=False):
-            if above is not None and above.kind != row.kind:
-                grid.add_section()
-            style = "dim" if row.kind == "unfinished" else ""
-            grid.add_row(*(_rich_cell(table, row, column) for column in columns), style=style)
+            side: Literal["left", "right"] = "left" if column.style == "text" else "right"
+            grid.add_column(column.title.replace(" ", "\n"), justify=side, no_wrap=not table.is_label(column))
+        for _, rows in itertools.groupby(table.rows, key=lambda row: row.kind):
+            for row in rows:
+                cells = (_rich_cell(table, row, column) for column in columns)
+                grid.add_row(*cells, style="dim" if row.kind == "unfinished" else "")
+            grid.add_section()
         console.print(grid)
         lines = list(table.notes)
-        left_out = [c.title for c in table.columns if c not in columns]
-        if left_out:
+        if left_out := [c.title for c in table.columns if c not in columns]:
             lines.append(f"Not shown for want of width: {', '.join(left_out)} ({table.whole} has all).")
+        sources = run_lines(table)
+        lines += [f"{label}: {relative(row.runs[0], None)}{_more(row)}" for label, row in sources[:LISTED_RUNS]]
+        if len(sources) > LISTED_RUNS:
+            lines.append(f"and the runs of {len(sources) - LISTED_RUNS} more rows")
         for line in lines:
             console.print(Text(line, style="dim"))
-        sources = run_lines(table)
-        for label, row in sources[:LISTED_RUNS]:
-            console.print(Text(f"{label}: {relative(row.runs[0], None)}{_more(row)}", style="dim"))
-        if len(sources) > LISTED_RUNS:
-            console.print(Text(f"and the runs of {len(sources) - LISTED_RUNS} more rows", style="dim"))
         console.print()
     for note in notes:
         console.print(Text(note))
@@ -131,26 +126,22 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], base: Path | None) -
     """GitHub's Markdown. Links to runs are relative to the folder `base` (None: the current one)."""
     parts = []
     for table in tables:
-        heads = [_md(c.title) for c in table.columns]
-        rules = ["---" if c.style == "text" else "---:" for c in table.columns]
-        lines = [heads, rules]
+        lines = [[_md(c.title) for c in table.columns]]
+        lines.append(["---" if c.style == "text" else "---:" for c in table.columns])
         kinds = list(dict.fromkeys(row.kind for row in table.rows))
         for kind in kinds:
             if len(kinds) > 1 or kind == "unfinished":
                 lines.append([f"*{kind}*", *("" for _ in table.columns[1:])])
             lines += [[_md_cell(table, row, c, base) for c in table.columns] for row in table.rows if row.kind == kind]
-        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heads))]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         widths[-1] = 0  # the last column holds long sources
         text = [f"## {_md(table.title)}", ""]
+        sides = ["<" if c.style == "text" else ">" for c in table.columns]
         for line in lines:
-            cells = [
-                cell.ljust(w) if c.style == "text" else cell.rjust(w)
-                for cell, w, c in zip(line, widths, table.columns, strict=True)
-            ]
+            cells = (f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True))
             text.append(f"| {' | '.join(cells)} |")
         text += ["", *(f"- {_md(note)}" for note in table.notes)]
-        listed = run_lines(table)
-        if listed:
+        if listed := run_lines(table):
             text += ["", "<details><summary>Where the measured numbers come from</summary>", ""]
             for label, row in listed:
                 facts = (f"{what} `{fact.replace('`', chr(39))}`" for what, fact in provenance(row.values))
@@ -164,14 +155,11 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], base: Path | None) -
 
 def _md_cell(table: Table, row: Row, column: Column, base: Path | None) -> str:
     if column.key == "source" and row.runs:
-        seeds = str(row.values.get("seeds", "")).split(", ")
-        names = [f"run {seed}" if i == 0 else seed for i, seed in enumerate(seeds)]
+        names = f"run {row.values.get('seeds', '')}".split(", ")
         if len(names) != len(row.runs):
             names = [run.name for run in row.runs]
-        return " ".join(
-            f"[{_md(name)}]({relative(run, base).replace(' ', '%20')})"
-            for name, run in zip(names, row.runs, strict=True)
-        )
+        pairs = zip(names, row.runs, strict=True)
+        return " ".join(f"[{_md(name)}]({relative(run, base).replace(' ', '%20')})" for name, run in pairs)
     text = _md(table.show(row, column))
     if column.key in row.best:
         return f"<u>{text}</u>" if row.kind == "published" else f"**{text}**"
@@ -216,18 +204,14 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
             r"\toprule",
             " & ".join(_tex(c.title) for c in columns) + r" \\",
         ]
-        above = None
-        for row in table.rows:
-            if row.kind != above:
-                lines.append(r"\midrule")
-            above = row.kind
-            cells = [_tex_cell(table, row, c) for c in columns]
-            source = (
-                str(row.values.get("source") or "") if row.kind == "published" else ", ".join(r.name for r in row.runs)
-            )
-            if source:
-                cells[0] += rf"\textsuperscript{{{sources.setdefault(source, len(sources) + 1)}}}"
-            lines.append(" & ".join(cells) + r" \\")
+        for kind, rows in itertools.groupby(table.rows, key=lambda row: row.kind):
+            lines.append(r"\midrule")
+            for row in rows:
+                cells = [_tex_cell(table, row, c) for c in columns]
+                names = ", ".join(run.name for run in row.runs)
+                if source := str(row.values.get("source") or "") if kind == "published" else names:
+                    cells[0] += rf"\textsuperscript{{{sources.setdefault(source, len(sources) + 1)}}}"
+                lines.append(" & ".join(cells) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\par\medskip\begingroup\scriptsize\raggedright"]
         lines += [rf"{_tex(note)}\par" for note in table.notes]
         lines += [rf"\textsuperscript{{{n}}} {_tex(source)}.\quad" for source, n in sources.items()]

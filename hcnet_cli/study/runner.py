@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from rich.text import Text
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
-from hcnet_cli.console import UserError, duration, err, notice, warn
+from hcnet_cli.console import UserError, duration, err, launch, notice, warn
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.grouping import Run
 from hcnet_cli.recipe import Recipe
@@ -54,7 +53,7 @@ def run(design: Design, settings: Settings) -> tuple[StudyRecord, int]:
 
     UserError if the training program refuses the baseline at once, as it would every cell.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launch().world_size > 1:
         raise UserError("An ablation starts its own processes.", hint="Run it without torchrun; see --jobs.")
     with exclusive(settings.results / "studies" / design.name):
         return StudyProcess(design, settings).run()
@@ -65,6 +64,7 @@ class _Job:
     cell: Cell
     process: subprocess.Popen[bytes]
     began: float
+    waiting: bool = False  # for another process that trains the same run
 
 
 class StudyProcess:
@@ -214,6 +214,7 @@ class StudyProcess:
             if time.monotonic() - shown > SHOW_EVERY:
                 shown = time.monotonic()
                 self._name_runs()
+                self._notice_waiting()
             show()
             time.sleep(POLL_EVERY)
 
@@ -226,6 +227,14 @@ class StudyProcess:
                 cell.run = folder.name
                 cell.fingerprint = dict(found[0])[folder].fingerprint if folder in dict(found[0]) else ""
                 self.write()
+
+    def _notice_waiting(self) -> None:
+        """Says which cells wait for a run that another study trains; its result is theirs too."""
+        for job in self.jobs.values():
+            log = self.settings.results / job.cell.log
+            if not job.waiting and runs.WAITING in log.read_text(encoding="utf-8", errors="replace"):
+                job.waiting = True
+                self.announce(f"{self.label(job.cell)}: another process trains this run; waiting for it")
 
     def _next(self) -> Cell | None:
         for cell in self.record.cells:
@@ -255,6 +264,7 @@ class StudyProcess:
         if cell.run in self.start_over:
             line.append("--fresh")
         env = environment(slot, self.settings.jobs, self.settings.device)
+        env[runs.WAIT_VARIABLE] = "1"  # another study may train the same run
         with writing(log), log.open("wb") as file:
             # its own session, so that Ctrl-C reaches it through _work alone
             process = subprocess.Popen(
@@ -320,7 +330,9 @@ class StudyProcess:
                 notice("Stopping: the runs finish their step and save. A second signal ends them at once.")
             self.stop = number
 
-        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the study goes on without its terminal
+            numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, receive) for number in numbers}
         try:
             yield

@@ -43,7 +43,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Option:
-    """A flag that one training command has beside those of all. Its value goes to the recipe field `key`.
+    """A flag that only this training command has. Its value goes to the recipe field `key`.
 
     `values` translates what is typed; `recipe` is for a flag that names a recipe: "coco-{}".
     """
@@ -73,7 +73,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Spec:
-    """A task. Everything that is told about it elsewhere comes from here.
+    """A task: everything that the rest of the program knows about it.
 
     `module` provides `build_task`, `build_evaluation` and `count_macs` (see hcnet_cli/build.py).
     """
@@ -94,12 +94,13 @@ class Spec:
     embedded: str = ""
     embedded_note: str = ""
     default_recipe: str = ""  # for data of the user's own
+    small_recipe: str = ""  # for small images and small data, proposed where the recipe does not fit
     data_variable: str = ""  # the environment variable that stands in for --data
     ablation_length: int | None = None  # schedule.length of a study's runs on the embedded data
     # results
     table: str = ""
     subject: str = ""  # of the table, for data sets other than the benchmark
-    metrics: Sequence[Metric] = ()  # the first decides
+    metrics: Sequence[Metric] = ()  # the first chooses the best weights
     columns: Sequence[Column] = ()
     benchmark: str = ""  # the name of the data set of the published rows
     benchmark_title: str = ""

@@ -12,15 +12,20 @@ of the training split, validation scenes only the others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from hcnet_cli import dist
 from hcnet_cli.console import UserError, did_you_mean, notice
+from hcnet_cli.data import identity
 from hcnet_cli.data.embedded.digits import make_digits
 from hcnet_cli.data.embedded.scenes import make_digit_scenes, make_digit_stuff
+from hcnet_cli.data.folders import cache_dir
+from hcnet_cli.files import write_text
 
 VERSION = 3  # raise it when a byte of any set changes: the sets are then made again, in a new folder
 
@@ -30,13 +35,11 @@ EMBEDDED: dict[str, Callable[[Path], None]] = {
     "digit-stuff": make_digit_stuff,
 }
 
-
-def cache_dir() -> Path:
-    """`$HCNET_CACHE`, else `$XDG_CACHE_HOME/hcnet`, else `~/.cache/hcnet`."""
-    if own := os.environ.get("HCNET_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hcnet"
+DIGESTS = {  # of the contents of all files, for VERSION, with Pillow 13
+    "digits": "v2-1c4be9d41d049d87",
+    "digit-scenes": "v2-1f20c5e04f664324",
+    "digit-stuff": "v2-5e1bc434ba098fa0",
+}
 
 
 def data_folder(path: str) -> Path:
@@ -47,9 +50,14 @@ def data_folder(path: str) -> Path:
 def ensure(name: str) -> Path:
     """The folder of an embedded data set, made if it is not there yet; the same bytes every time.
 
-    The folder is renamed into place when complete, so a killed process leaves none and a second one may make the set
-    at the same time. Raises UserError for an unknown name and for a cache that cannot be written.
+    A folder whose contents are not those of the set is made again. The folder is renamed into place when complete, so
+    a killed process leaves none and a second one may make the set at the same time. Under torchrun one process makes
+    it. Raises UserError for an unknown name and for a cache that cannot be written.
     """
+    return dist.from_main(lambda: _ensure(name))
+
+
+def _ensure(name: str) -> Path:
     if name not in EMBEDDED:
         known = ", ".join(EMBEDDED)
         raise UserError(
@@ -57,13 +65,21 @@ def ensure(name: str) -> Path:
         )
     folder = cache_dir() / f"embedded-v{VERSION}" / name
     temporary = folder.with_name(f".{name}-{uuid.uuid4().hex}")
+    broken = temporary.with_suffix(".broken")
     try:
-        if folder.is_dir():
-            return folder
+        if replaces := folder.is_dir():
+            if _is_whole(name, folder):
+                return folder
+            notice(f"The embedded data set {name} in {folder} was changed or is incomplete: it is made again.")
         temporary.mkdir(parents=True)
         notice(f"Making the embedded data set {name} in {folder} (once, some seconds).")
         EMBEDDED[name](temporary)
+        if replaces:
+            folder.rename(broken)
         temporary.rename(folder)
+        with contextlib.suppress(OSError, UserError):  # a cache that cannot be written costs time alone
+            _digest_file(folder).parent.mkdir(exist_ok=True)
+            write_text(_digest_file(folder), _digest(folder))
     except OSError as error:
         if not os.path.isdir(folder):  # else another process finished first
             raise UserError(
@@ -72,4 +88,25 @@ def ensure(name: str) -> Path:
             ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(broken, ignore_errors=True)
     return folder
+
+
+def _digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return identity.content_digest(folder, [os.fsencode(path.relative_to(folder)) for path in files])
+
+
+def _digest_file(folder: Path) -> Path:
+    return cache_dir() / "identity" / f"{folder.parent.name}-{folder.name}.digest"
+
+
+def _is_whole(name: str, folder: Path) -> bool:
+    """Whether a folder holds the set as this version makes it, here or on the machine where DIGESTS were taken.
+
+    Another version of Pillow may compress the same pixels to other bytes, so the digest of what was made here is kept.
+    """
+    found = _digest(folder)
+    with contextlib.suppress(OSError):
+        return found in (DIGESTS[name], _digest_file(folder).read_text())
+    return found == DIGESTS[name]

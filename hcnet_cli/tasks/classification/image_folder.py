@@ -7,9 +7,9 @@ ROOT/val/<class>/**/*.JPEG
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data import ImageNetInfo
 from torch.utils.data import Dataset
 
 from hcnet_cli import rng
-from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.console import UserError, did_you_mean, warn
 from hcnet_cli.data.audit import Audit, Item
-from hcnet_cli.data.folders import Packed, dataset_name
-from hcnet_cli.data.images import first_usable, read_image
+from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, is_image, walk
+from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
+from hcnet_cli.data.images import EXTENSIONS, first_usable, read_image
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.runs import DataInfo
@@ -32,8 +34,11 @@ from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification import spec
 from hcnet_cli.tasks.classification.augment import collate, eval_transform, train_transform
 
-SIZES_HASHED_PER_CLASS = 100  # about; in a class of fewer files, all
-EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm .jp2".split())
+SPLITS = ("train", "val")
+BENCHMARK = spec.SPEC.benchmark
+NUM_TRAIN, NUM_VAL = 1_281_167, 50_000  # images of ImageNet-1K
+MIN_DISTINCT = 0.99  # of its files have different contents; some hundred pictures are there twice
+SYNSET = re.compile(r"n\d{8}")
 LAYOUT = "An image folder holds train/<class>/ and val/<class>/ with the images inside."
 
 
@@ -56,14 +61,24 @@ class Files:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """What a folder holds. `digest` is a hash of class and file names, `name` is what results call the data."""
+    """What a folder holds. `name` is what results call the data, `notes` what they say below their tables.
+
+    `left_out` names what is not used, by reason; `trust` says what `identity` was made of.
+    """
 
     root: Path
     name: str
-    digest: str
+    identity: Identity
+    trust: Trust
     classes: tuple[str, ...]
     train: Files
     val: Files
+    left_out: LeftOut
+    notes: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        return self.identity.digest
 
     @property
     def num_train(self) -> int:
@@ -74,23 +89,54 @@ class Index:
         return len(self.val)
 
 
-def scan(root: str | Path) -> Index:
-    """Reads the folders and opens no file. The digest covers all names and the sizes of some files of each class.
+def scan(root: str | Path, *, trust: Trust = "content", bits: int | None = None, verify: bool = False) -> Index:
+    """Lists the files and reads each once, for the digest (see data/identity.py).
 
     Raises UserError for a folder that does not have this layout.
     """
     root = Path(root)
     _check_layout(root)
+    left_out: LeftOut = {}
     try:
         classes = tuple(_subfolders(root / "train"))
-        for split in ("train", "val"):
+        for split in SPLITS:
             _check_classes(root / split, classes)
-        digest = hashlib.blake2b(digest_size=8)
-        files = {split: _files(root / split, classes, digest) for split in ("train", "val")}
+        files = {split: _files(root / split, classes, left_out) for split in SPLITS}
+        _leave_out_the_rest(root, left_out)
+        names = [name for split in SPLITS for name in _names(split, classes, files[split])]
     except OSError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror}.") from None
-    name = dataset_name(root, "imagenet-1k", is_imagenet(classes, len(files["val"])))
-    return Index(root, name, digest.hexdigest(), classes, files["train"], files["val"])
+    facts = {"layout": "image-folder", "classes": classes, "images": [len(files[split]) for split in SPLITS]}
+    identity = identify(root, names, facts, trust=trust, bits=bits, verify=verify)
+    train, val = files["train"], files["val"]
+    whole = is_imagenet(classes, len(train), len(val), identity.num_distinct)
+    name = dataset_name(root, BENCHMARK, whole)
+    notes = [] if trust == "content" else [NAMES_NOTE]
+    if not whole and (part := part_of_imagenet(classes, len(train), len(val))):
+        name = f"{BENCHMARK}-part-{len(classes)}c-{len(train)}"
+        notes.append(part)
+    if len(classes) < 6:
+        notes.append(f"Top-5 of {name} chooses among {len(classes)} classes and says little.")
+    return Index(root, name, identity, trust, classes, train, val, left_out, tuple(notes))
+
+
+def _leave_out_the_rest(root: Path, left_out: LeftOut) -> None:
+    """Counts what lies in the folder beside the splits, and in a split beside the class folders."""
+    for folder in (root, *(root / split for split in SPLITS)):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if folder == root and entry.name not in SPLITS and entry.is_dir():
+                    left_out.setdefault("folders that are no split", []).append(entry.path)
+                elif folder != root and entry.name.startswith("."):
+                    left_out.setdefault("hidden files and folders", []).append(entry.path)
+                elif folder != root and not entry.is_dir():
+                    left_out.setdefault("files outside the class folders", []).append(entry.path)
+
+
+def _names(split: str, classes: Sequence[str], files: Files) -> list[bytes]:
+    """The files of a split relative to the data folder."""
+    folders = [os.fsencode(f"{split}/{name}/") for name in classes]
+    return [folders[label] + files.names[i] for i, label in enumerate(files.labels.tolist())]
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -124,7 +170,7 @@ def _check_classes(folder: Path, classes: tuple[str, ...]) -> None:
     found = _subfolders(folder)
     if not found:
         with os.scandir(folder) as entries:
-            loose = any(_is_image(os.fsencode(entry.name)) for entry in entries)
+            loose = any(is_image(os.fsencode(entry.name)) for entry in entries)
         hint = LAYOUT
         if loose and folder.name == "val":
             hint += " ImageNet's validation images come in one folder; sort them by class first (valprep.sh)."
@@ -143,56 +189,49 @@ def _count_and_names(names: list[str]) -> str:
     return f"{'a class' if len(names) == 1 else f'{len(names)} classes'} ({quoted}{more})"
 
 
-def _is_image(name: bytes) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _image_names(folder: bytes) -> list[bytes]:
-    """Images in a folder and below, relative to it, sorted; what starts with a dot is left out."""
-    names: list[bytes] = []
-    pending = [b""]
-    while pending:
-        below = pending.pop()
-        with os.scandir(os.path.join(folder, below)) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                if _is_image(entry.name):
-                    names.append(below + entry.name)
-                elif entry.is_dir():
-                    pending.append(below + entry.name + b"/")
-    return sorted(names)
-
-
-def _files(folder: Path, classes: tuple[str, ...], digest: hashlib.blake2b) -> Files:
+def _files(folder: Path, classes: tuple[str, ...], left_out: LeftOut) -> Files:
     present = set(_subfolders(folder))
     names: list[bytes] = []
     counts, empty = [], []
-    digest.update(b"\0split " + os.fsencode(folder.name))
     for name in classes:
-        images = _image_names(os.fsencode(folder / name)) if name in present else []
+        place = os.fsencode(folder / name)
+        images = walk(place, is_image, f"{folder.name} files that are not images", left_out) if name in present else []
         if name in present and not images:
             empty.append(name)
-        digest.update(b"\0class " + os.fsencode(name))
-        step = max(1, len(images) // SIZES_HASHED_PER_CLASS)
-        for number, image in enumerate(images):
-            digest.update(b"\0" + image)
-            if number % step == 0:  # a file replaced under its old name has another size
-                digest.update(b"%d" % os.stat(os.path.join(os.fsencode(folder / name), image)).st_size)
         names += images
         counts.append(len(images))
     if empty:
         raise UserError(
             f"{folder} has {_count_and_names(empty)} without images.",
-            hint=f"Image files end in {' '.join(sorted(e.decode() for e in EXTENSIONS))}.",
+            hint=f"Image files end in {' '.join(sorted(EXTENSIONS))}.",
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     return Files(Packed(names), labels)
 
 
-def is_imagenet(classes: tuple[str, ...], num_val: int) -> bool:
-    """Whether these are the classes and the number of validation images of ILSVRC2012."""
-    return len(classes) == 1000 and (classes[0], classes[-1]) == ("n01440764", "n15075141") and num_val == 50_000
+def is_imagenet(classes: Sequence[str], num_train: int, num_val: int, num_distinct: int) -> bool:
+    """Whether these are the classes and the images of ILSVRC2012: as many of them, and hardly one twice."""
+    return (
+        (num_train, num_val) == (NUM_TRAIN, NUM_VAL)
+        and num_distinct >= MIN_DISTINCT * (NUM_TRAIN + NUM_VAL)
+        and len(classes) == 1000
+        and list(classes) == _synsets()
+    )
+
+
+def part_of_imagenet(classes: Sequence[str], num_train: int, num_val: int) -> str:
+    """Which part of ImageNet-1K this is, for the tables; "" for data with other classes."""
+    if not all(SYNSET.fullmatch(name) for name in classes) or not set(classes) <= set(_synsets()):
+        return ""
+    return (
+        f"Part of ImageNet-1K: {len(classes):,} of 1,000 classes, {num_train:,} of {NUM_TRAIN:,} training and "
+        f"{num_val:,} of {NUM_VAL:,} validation images."
+    )
+
+
+def _synsets() -> list[str]:
+    """The class ids of ImageNet-1K, sorted, as timm lists them."""
+    return list(ImageNetInfo().label_names())
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -210,6 +249,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self.train = split == "train"
         self.folder = str(index.root / split)
         self.classes = index.classes
+        self.bits = index.identity.bits
         self.transform = transform
 
     def __len__(self) -> int:
@@ -226,7 +266,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         return os.path.join(self.folder, self.classes[self.files.labels[index]], self.files.name(index))
 
     def _read(self, index: int) -> Image.Image:
-        return read_image(self.sample_path(index))
+        return read_image(self.sample_path(index), bits=self.bits)
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
         index, key, _ = request
@@ -245,7 +285,20 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
 def open_data(config: spec.ImageFolder, head: Part, root: Path) -> DataSplits:
     """Scans the folder and makes both data sets; UserError for what is wrong with it."""
-    return splits(config, scan(root))
+    index = scan(root, trust=config.trust, bits=config.bits)
+    if problem := degenerate(index):
+        warn(f"{root}: {problem}")
+    return splits(config, index)
+
+
+def degenerate(index: Index) -> str:
+    """Why any score on these data is meaningless; "" where it is not."""
+    if len(index.classes) == 1:
+        return f'there is one class alone ("{index.classes[0]}"): every answer is right and nothing is learned.'
+    if len(np.unique(index.val.labels)) == 1:
+        name = index.classes[int(index.val.labels[0])]
+        return f'validation has images of one class alone ("{name}"): a model that always says so scores 100.'
+    return ""
 
 
 def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | None = None) -> DataSplits:
@@ -265,6 +318,10 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
             num_train=index.num_train,
             num_val=index.num_val,
             num_classes=len(index.classes),
+            trust=index.trust,
+            bits=index.identity.bits,
+            left_out=counted(index.left_out),
+            notes=list(index.notes),
         ),
         train=images(index, "train", train),
         val=images(index, "val", eval_transform(**shared, crop_pct=config.crop_pct)),
@@ -280,7 +337,7 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
 
 def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
     """The images of the folder, and classes that validation lacks."""
-    index = scan(root)
+    index = scan(root, trust=config.trust, bits=config.bits, verify=True)
     items: list[Item] = []
     classes: dict[str, dict[str, float]] = {name: {} for name in index.classes}
     for split, files in (("train", index.train), ("val", index.val)):
@@ -288,6 +345,8 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
         items += [Item(images.sample_path(i), split, index.classes[files.labels[i]]) for i in range(len(images))]
         for name, count in zip(index.classes, np.bincount(files.labels, minlength=len(classes)), strict=True):
             classes[name][split] = int(count)
-    made = Audit(index.name, root, "image folder", "images", items, classes)
+    made = Audit(index.name, root, "image folder", "images", items, classes, bits=index.identity.bits)
+    made.note_identity(index.identity, index.left_out, index.notes)
+    made.note("scores that mean nothing", [problem] if (problem := degenerate(index)) else [], wrong=True)
     made.note("classes without validation images", [name for name, counts in classes.items() if not counts["val"]])
     return made

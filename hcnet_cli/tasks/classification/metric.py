@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError
-from hcnet_cli.files import write_text
+from hcnet_cli.data.audit import distinct
+from hcnet_cli.files import optional, write_text
 
 
 class Accuracy:
@@ -23,7 +24,8 @@ class Accuracy:
 
     def __init__(self, num_classes: int, class_names: Sequence[str]) -> None:
         assert num_classes == len(class_names)
-        self.class_names = list(class_names)
+        self.partial = False
+        self.class_names = distinct(class_names)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [truth, prediction]
         self.top5 = torch.zeros(num_classes, dtype=torch.int64)  # by truth
 
@@ -73,5 +75,7 @@ class Accuracy:
             "cells": [[self.class_names[i], self.class_names[j], int(self._confusion[i, j])] for i, j in cells],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "per_class.json", json.dumps(per_class, indent=1, ensure_ascii=False) + "\n")
-        write_text(folder / "confusion.json", json.dumps(confusion, ensure_ascii=False) + "\n")
+        with optional(folder / "per_class.json"):
+            write_text(folder / "per_class.json", json.dumps(per_class, indent=1, ensure_ascii=False) + "\n")
+        with optional(folder / "confusion.json"):
+            write_text(folder / "confusion.json", json.dumps(confusion, ensure_ascii=False) + "\n")

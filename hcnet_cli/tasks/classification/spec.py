@@ -80,6 +80,7 @@ SPEC = Spec(
     embedded="digits",
     embedded_note="1,797 real handwritten digits, 32 x 32; each training digit is there with three augmented copies",
     default_recipe="imagenet",
+    small_recipe="small",
     data_variable="HCNET_IMAGENET",
     ablation_length=3,
     table="imagenet",

@@ -6,9 +6,9 @@ Both resize policies are those of Swin's detection code (docs/detection.md).
 from __future__ import annotations
 
 import copy
-import hashlib
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from torch.utils.data import Dataset
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.audit import Audit, Item, distinct
-from hcnet_cli.data.folders import dataset_name
+from hcnet_cli.data.folders import LeftOut, counted, dataset_name, is_image
+from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import Size, check_size, first_usable, normalise, read_image, rescale, to_tensor
 from hcnet_cli.data.images import resize as resize_image
 from hcnet_cli.data.loader import SampleRequest
@@ -32,7 +33,12 @@ from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD
 from hcnet_cli.tasks.detection import spec
 from hcnet_cli.tasks.detection.annotations import NO_MASKS_HINT, Annotations, read_annotations
+from hcnet_cli.tasks.detection.categories import COCO_CATEGORIES
 from hcnet_cli.tasks.detection.geometry import Scene, crop, flip, random_window, resize
+
+NUM_IMAGES = (118_287, 5_000)  # of COCO 2017, for training and for validation
+NUM_OBJECTS = (860_001, 36_781)  # annotations of COCO 2017, crowds included
+MIN_DISTINCT = 0.99  # of its images have different contents
 
 # --- the folder -------------------------------------------------------------------------------------------------------
 
@@ -82,7 +88,7 @@ def find_images(annotations: Annotations, folders: Sequence[Path]) -> Path:
 def load_split(root: Path, split: str, *, masks: bool = True) -> tuple[Annotations, Path]:
     """(annotations, image folder) of "train" or "val" in a COCO folder; UserError for what is missing or broken."""
     file, folders = find_split(root, split)
-    annotations = read_annotations(file, masks=masks)
+    annotations = read_annotations(file, masks=masks, scoring=split == "val")
     return annotations, find_images(annotations, folders)
 
 
@@ -92,6 +98,17 @@ def check_same_classes(train: Annotations, val: Annotations) -> None:
         raise UserError(
             f"{train.file.name} and {val.file.name} have different categories: {_brief(train)} and {_brief(val)}."
         )
+
+
+def check_objects(train: Annotations, val: Annotations) -> None:
+    """Raises UserError where there is nothing to train on, or nothing to score."""
+    for found, purpose in ((train, "to train on"), (val, "to score")):
+        if not len(found.boxes):
+            reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in found.dropped.items())
+            raise UserError(
+                f"{found.file} has no object {purpose}: of its {found.num_annotations} annotations "
+                f"{'none is left' if found.num_annotations else 'there is none'}{f' ({reasons})' if reasons else ''}."
+            )
 
 
 def _brief(annotations: Annotations) -> str:
@@ -108,9 +125,94 @@ def check_sizes(annotations: Annotations, images: Path) -> None:
         check_size(images / annotations.name(i), (height, width))
 
 
-def is_coco(val: Annotations) -> bool:
-    """Whether this is the validation set of COCO 2017: 80 categories up to id 90, 5000 images."""
-    return len(val.category_ids) == 80 and val.category_ids[-1] == 90 and len(val) == 5000
+def is_coco(train: Annotations, val: Annotations, num_distinct: int) -> bool:
+    """Whether this is COCO 2017: its 80 categories, and its images and objects, hardly an image twice."""
+    return (
+        (len(train), len(val)) == NUM_IMAGES
+        and (train.num_annotations, val.num_annotations) == NUM_OBJECTS
+        and num_distinct >= MIN_DISTINCT * sum(NUM_IMAGES)
+        and dict(zip(val.category_ids, val.class_names, strict=True)) == COCO_CATEGORIES
+    )
+
+
+@dataclass(frozen=True)
+class CocoFolder:
+    """A checked data folder. `left_out`: files and objects that training does not use, by reason."""
+
+    root: Path
+    name: str
+    identity: Identity
+    trust: Trust
+    left_out: LeftOut
+    train: Annotations
+    train_images: Path
+    val: Annotations
+    val_images: Path
+
+    @property
+    def notes(self) -> list[str]:
+        return [NAMES_NOTE] if self.trust == "names" else []
+
+
+def identify_folder(
+    root: Path,
+    train: tuple[Annotations, Path],
+    val: tuple[Annotations, Path],
+    config: spec.Coco,
+    verify: bool = False,
+) -> CocoFolder:
+    """Reads the images once, for the digest, and lists what is left out."""
+    places: dict[bytes, None] = {}  # in the order of the files, each once
+    for found, folder in (train, val):
+        for i in range(len(found)):
+            places[os.fsencode(os.path.relpath(folder / found.name(i), root))] = None
+    identity = identify(
+        root,
+        list(places),
+        {
+            "layout": "coco",
+            "classes": list(zip(val[0].category_ids, val[0].class_names, strict=True)),
+            "annotations": [train[0].digest, val[0].digest],
+        },
+        trust=config.trust,
+        bits=config.bits,
+        verify=verify,
+    )
+    left_out = _left_out(root, [train, val], config.min_side, places)
+    name = dataset_name(root, spec.SPEC.benchmark, is_coco(train[0], val[0], identity.num_distinct))
+    return CocoFolder(root, name, identity, config.trust, left_out, *train, *val)
+
+
+def _left_out(
+    root: Path, splits: Sequence[tuple[Annotations, Path]], min_side: int, used: Mapping[bytes, None]
+) -> LeftOut:
+    """Training objects and images that training does not use, and image files that no annotation file names."""
+    train = splits[0][0]
+    left_out: LeftOut = {
+        f"training objects ({reason})": [f"annotation id {i}" for i in ids] for reason, ids in train.dropped.items()
+    }
+    bare, small = ~train.annotated, train.annotated & (train.sizes.min(axis=1) < min_side)
+    for reason, rows in (("without annotations", bare), (f"smaller than {min_side} pixels", small)):
+        if rows.any():
+            left_out[f"training images {reason}"] = [train.name(int(i)) for i in np.flatnonzero(rows)]
+    parents = {folder / Path(found.name(i)).parent for found, folder in splits for i in range(len(found))}
+    for parent in sorted(parents):
+        files = [path for path in parent.iterdir() if is_image(os.fsencode(path.name))]
+        unnamed = [str(path) for path in files if os.fsencode(os.path.relpath(path, root)) not in used]
+        if unnamed:
+            left_out.setdefault("images that no annotation file names", []).extend(sorted(unnamed))
+    return left_out
+
+
+def check_scorable(val: Annotations) -> None:
+    """UserError unless there is an object to measure AP on."""
+    assert val.truth is not None
+    if not (~val.truth.crowds).any():
+        objects = f"only crowds ({len(val.truth)})" if len(val.truth) else "no objects"
+        raise UserError(
+            f"{val.file} has {objects}: there is nothing to measure AP on.",
+            hint="The validation images need annotated objects, as those for training do.",
+        )
 
 
 # --- images and their objects -----------------------------------------------------------------------------------------
@@ -146,6 +248,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
         crop_range: tuple[int, int] = (384, 600),
         hflip: float = 0.5,
         min_side: int = 32,
+        bits: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
@@ -153,6 +256,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
         self.long, self.short = max(img_scale), min(img_scale)
         self.multiscale, self.crop_scales, self.crop_range = tuple(multiscale), tuple(crop_scales), crop_range
         self.hflip = hflip
+        self.bits = bits
         self.mean, self.std = mean, std
         rows = np.arange(len(annotations))
         if train:
@@ -183,7 +287,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
 
     def _read(self, i: int) -> Image.Image:
         height, width = self.annotations.sizes[i].tolist()
-        return read_image(self.images / self.annotations.name(i), (height, width))
+        return read_image(self.images / self.annotations.name(i), (height, width), self.bits)
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
         index, key, _ = request
@@ -267,20 +371,27 @@ def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
     splits = {split: load_split(root, split, masks=head.with_masks) for split in ("train", "val")}
     (train, train_images), (val, val_images) = splits["train"], splits["val"]
     check_same_classes(train, val)
+    check_scorable(val)
     check_sizes(val, val_images)  # what evaluation cannot do without must not be found after hours of training
-    if left_out := {reason: len(ids) for reason, ids in train.dropped.items() if reason != "crowd"}:
-        listed = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
-        notice(f"Training objects left out of {train.file.name}: {listed}.")
-    given = config.model_dump(exclude={"format", "path"})
+    check_objects(train, val)
+    folder = identify_folder(root, splits["train"], splits["val"], config)
+    for found in (train, val):
+        if found.num_as_text:
+            notice(f"{found.file}: {found.num_as_text:,} annotations have iscrowd or ignore as text; read as 0 or 1.")
+    given = config.model_dump(exclude={"format", "path", "trust"}) | {"bits": folder.identity.bits}
     train_set = CocoDataset(train, train_images, train=True, **given)
     return CocoSplits(
         info=DataInfo(
-            name=dataset_name(root, "coco", is_coco(val)),
-            digest=hashlib.sha256(f"{train.digest} {val.digest}".encode()).hexdigest()[:16],
+            name=folder.name,
+            digest=folder.identity.digest,
             path=str(root),
             num_train=len(train_set),
             num_val=len(val),
             num_classes=len(val.class_names),
+            trust=folder.trust,
+            bits=folder.identity.bits,
+            left_out=counted(folder.left_out),
+            notes=folder.notes,
         ),
         train=train_set,
         val=CocoDataset(val, val_images, train=False, **given),
@@ -311,10 +422,18 @@ def audit(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> Audit:
     train, val = splits["train"][0], splits["val"][0]
     check_same_classes(train, val)
     names = distinct(val.class_names)
-    made = Audit(dataset_name(root, "coco", is_coco(val)), root, "COCO", "objects", [], {name: {} for name in names})
+    folder = identify_folder(root, splits["train"], splits["val"], config, verify=True)
+    made = Audit(folder.name, root, "COCO", "objects", [], {name: {} for name in names}, bits=folder.identity.bits)
+    reported = ("training objects", "training images without")  # below, for both splits
+    unused = {reason: files for reason, files in folder.left_out.items() if not reason.startswith(reported)}
+    made.note_identity(folder.identity, unused, folder.notes)
+    try:
+        check_objects(train, val)
+    except UserError as error:
+        made.note("scores that mean nothing", [str(error)], wrong=True)
     made.note("annotation files for boxes alone (train with --no-masks)", maskless)
-    for split, (found, folder) in splits.items():
-        files = [str(folder / found.name(i)) for i in range(len(found))]
+    for split, (found, images) in splits.items():
+        files = [str(images / found.name(i)) for i in range(len(found))]
         sizes: list[list[int]] = found.sizes.tolist()
         made.items += [Item(file, split, size=(h, w)) for file, (h, w) in zip(files, sizes, strict=True)]
         for name, count in zip(names, np.bincount(found.labels, minlength=len(names) + 1)[1:], strict=True):

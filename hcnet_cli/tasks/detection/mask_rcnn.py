@@ -13,7 +13,6 @@ Letters: B images, G ground-truth boxes, N anchors or boxes, C classes, A anchor
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou, clip_bo
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from hcnet_cli.models.backbone import Pyramid
+from hcnet_cli.tasks.detection import spec
 
 STRIDES = (4, 8, 16, 32, 64)  # P2..P6; RoIs are taken from the first four
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
@@ -84,11 +84,8 @@ def assign(overlaps: Tensor, pos_iou: float, neg_iou: float, min_pos_iou: float)
     overlaps [G, N] -> [N] int64: g + 1, 0 for background, -1 for boxes that count as neither. After the thresholds
     every ground truth also takes the boxes that overlap it most (ties too) from `min_pos_iou` up, the last one winning.
     """
-    num_truths, num_boxes = overlaps.shape
-    if num_truths == 0:
-        return torch.zeros(num_boxes, dtype=torch.int64, device=overlaps.device)
-    if num_boxes == 0:
-        return torch.zeros(0, dtype=torch.int64, device=overlaps.device)
+    if overlaps.numel() == 0:
+        return torch.zeros(overlaps.shape[1], dtype=torch.int64, device=overlaps.device)
     best, which = overlaps.max(dim=0)
     assigned = torch.full_like(which, -1)
     assigned[best < neg_iou] = 0
@@ -147,6 +144,11 @@ def pad_batch(images: Sequence[Tensor], divisor: int = 32) -> Tensor:
     return torch.stack([F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images])
 
 
+def _mean_weights(like: Tensor, counts: Sequence[int]) -> Tensor:
+    """A weight for each of the samples of all images: the weighted sum is the mean over images of their means."""
+    return torch.cat([like.new_full((n,), 1 / (len(counts) * max(n, 1))) for n in counts])
+
+
 # --- model ---------------------------------------------------------------------------------------------------------
 
 
@@ -154,59 +156,30 @@ class MaskRCNN(nn.Module):
     """FPN and Mask R-CNN on a backbone with timm's `forward_intermediates` and `feature_info`; nothing is frozen.
 
     The backbone's last four maps (strides 4, 8, 16, 32) get one GroupNorm(1) each, new to every checkpoint. Without
-    masks this is Faster R-CNN. Defaults are the reference's; box and mask widths and the counts of proposals may shrink
-    for small data.
+    masks this is Faster R-CNN. Box and mask widths and the counts of proposals may shrink for small data.
 
-    Args:
-        num_classes: without background.
-        anchor_scale: side of an anchor in strides.
-        rpn_pre_train, rpn_pre_test: proposals kept per level before NMS, in training and in test.
-        rpn_post_train, rpn_post_test: proposals kept per image after NMS.
-        rpn_batch, box_batch: anchors and RoIs sampled per image for the losses (half, a quarter of them positive).
+    num_classes: without background. settings: fields of the recipe's section, `spec.MaskRCNN`, which has the defaults.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        *,
-        fpn_channels: int = 256,
-        box_head_channels: int = 1024,
-        mask_head_channels: int = 256,
-        num_mask_convs: int = 4,
-        anchor_scale: float = 8.0,
-        rpn_pre_train: int = 2000,
-        rpn_post_train: int = 1000,
-        rpn_pre_test: int = 1000,
-        rpn_post_test: int = 1000,
-        rpn_batch: int = 256,
-        box_batch: int = 512,
-        score_thresh: float = 0.05,
-        nms_thresh: float = 0.5,
-        max_detections: int = 100,
-        with_masks: bool = True,
-    ) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int, **settings: Any) -> None:
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        self.settings = use = spec.MaskRCNN(**settings)
         self.pyramid = Pyramid.of(backbone)
-        channels = self.pyramid.channels
-        self.num_classes, self.anchor_scale, self.with_masks = num_classes, anchor_scale, with_masks
-        self.rpn_pre, self.rpn_post = (rpn_pre_test, rpn_pre_train), (rpn_post_test, rpn_post_train)
-        self.rpn_batch, self.box_batch = rpn_batch, box_batch
-        self.score_thresh, self.nms_thresh, self.max_detections = score_thresh, nms_thresh, max_detections
-
+        self.num_classes, self.with_masks = num_classes, use.with_masks
         self.backbone: Any = backbone
         self.norms = self.pyramid.norms()
-        self.fpn = FeaturePyramidNetwork(channels, fpn_channels, extra_blocks=LastLevelMaxPool())
-        self.rpn_head = RPNHead(fpn_channels, num_anchors=len(RATIOS))
-        self.box_head = TwoMLPHead(fpn_channels * 7 * 7, box_head_channels)
-        self.box_score = nn.Linear(box_head_channels, num_classes + 1)
-        self.box_delta = nn.Linear(box_head_channels, num_classes * 4)
-        if with_masks:
-            self.mask_head = MaskRCNNHeads(fpn_channels, (mask_head_channels,) * num_mask_convs, dilation=1)
-            width = mask_head_channels if num_mask_convs else fpn_channels
-            self.mask_score = MaskRCNNPredictor(width, mask_head_channels, num_classes)
+        self.fpn = FeaturePyramidNetwork(self.pyramid.channels, use.fpn_channels, extra_blocks=LastLevelMaxPool())
+        self.rpn_head = RPNHead(use.fpn_channels, num_anchors=len(RATIOS))
+        self.box_head = TwoMLPHead(use.fpn_channels * 7 * 7, use.box_head_channels)
+        self.box_score = nn.Linear(use.box_head_channels, num_classes + 1)
+        self.box_delta = nn.Linear(use.box_head_channels, num_classes * 4)
+        if use.with_masks:
+            layers = (use.mask_head_channels,) * use.num_mask_convs
+            self.mask_head = MaskRCNNHeads(use.fpn_channels, layers, dilation=1)
+            width = use.mask_head_channels if layers else use.fpn_channels
+            self.mask_score = MaskRCNNPredictor(width, use.mask_head_channels, num_classes)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -250,7 +223,7 @@ class MaskRCNN(nn.Module):
     def features(self, x: Tensor, noise: Tensor | None = None) -> list[Tensor]:
         """[B, 3, H, W] -> P2..P6, [B, fpn_channels, H / stride, W / stride]."""
         maps = self.pyramid.maps(self.backbone, self.norms, x, noise)
-        return list(self.fpn(OrderedDict((str(i), feature) for i, feature in enumerate(maps))).values())
+        return list(self.fpn({str(i): feature for i, feature in enumerate(maps)}).values())
 
     # --- region proposals ---
 
@@ -270,9 +243,9 @@ class MaskRCNN(nn.Module):
         device = features[0].device
         scores = [m.permute(0, 2, 3, 1).flatten(1).float() for m in score_maps]  # [B, A, h, w] -> [B, h * w * A]
         deltas = [m.permute(0, 2, 3, 1).reshape(len(m), -1, 4).float() for m in delta_maps]  # -> [B, h * w * A, 4]
-        anchors = anchors_of(grids, self.anchor_scale, device)
+        anchors = anchors_of(grids, self.settings.anchor_scale, device)
 
-        proposals, class_losses, box_losses = [], [], []
+        proposals, losses = [], []
         for b, size in enumerate(sizes):
             own = [self._own_area(size, grid, stride, device) for grid, stride in zip(grids, STRIDES, strict=True)]
             score = [s[b, k] for s, k in zip(scores, own, strict=True)]
@@ -280,15 +253,9 @@ class MaskRCNN(nn.Module):
             anchor = [a[k] for a, k in zip(anchors, own, strict=True)]
             proposals.append(self._keep_best(score, delta, anchor, size))
             if targets is not None and draw is not None:
-                cls, box = self._rpn_losses(score, delta, anchor, targets[b]["boxes"], partial(draw, b))
-                class_losses.append(cls)
-                box_losses.append(box)
-        if targets is None:
-            return proposals, {}
-        return proposals, {
-            "loss_rpn_cls": torch.stack(class_losses).mean(),
-            "loss_rpn_box": torch.stack(box_losses).mean(),
-        }
+                losses.append(self._rpn_losses(score, delta, anchor, targets[b]["boxes"], partial(draw, b)))
+        means = (torch.stack(part).mean() for part in zip(*losses, strict=True))
+        return proposals, dict(zip(("loss_rpn_cls", "loss_rpn_box"), means, strict=False))
 
     @staticmethod
     def _own_area(size: tuple[int, int], grid: tuple[int, int], stride: int, device: torch.device) -> Tensor | slice:
@@ -304,16 +271,19 @@ class MaskRCNN(nn.Module):
     def _keep_best(
         self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], size: tuple[int, int]
     ) -> Tensor:
-        boxes, best, levels = [], [], []
+        use, boxes, best, levels = self.settings, [], [], []
+        before, after = (
+            (use.rpn_pre_train, use.rpn_post_train) if self.training else (use.rpn_pre_test, use.rpn_post_test)
+        )
         for level, (score, delta, anchor) in enumerate(zip(scores, deltas, anchors, strict=True)):
-            top, index = score.topk(min(self.rpn_pre[self.training], len(score)))
+            top, index = score.topk(min(before, len(score)))
             boxes.append(clip_boxes_to_image(decode(delta[index], anchor[index], RPN_STDS), size))
             best.append(top.sigmoid())
             levels.append(torch.full_like(index, level))
         box, score, level_of = torch.cat(boxes), torch.cat(best), torch.cat(levels)
         solid = torch.nonzero((box[:, 2:] > box[:, :2]).all(dim=1))[:, 0]
         box, score, level_of = box[solid], score[solid], level_of[solid]
-        return box[batched_nms(box, score, level_of, 0.7)[: self.rpn_post[self.training]]]
+        return box[batched_nms(box, score, level_of, 0.7)[:after]]
 
     def _rpn_losses(
         self,
@@ -325,7 +295,7 @@ class MaskRCNN(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         score, delta, anchor = torch.cat(scores), torch.cat(deltas), torch.cat(anchors)
         assigned = assign(box_iou(truth, anchor), pos_iou=0.7, neg_iou=0.3, min_pos_iou=0.3)
-        positive, negative = sample(assigned, self.rpn_batch, 0.5, draw(len(anchor), 2).to(anchor.device))
+        positive, negative = sample(assigned, self.settings.rpn_batch, 0.5, draw(len(anchor), 2).to(anchor.device))
         sampled = torch.cat([positive, negative])
         number = max(len(sampled), 1)
         wanted = (assigned[sampled] > 0).to(score)
@@ -349,7 +319,8 @@ class MaskRCNN(nn.Module):
             # ground truth joins the proposals after the assignment, each box responsible for itself
             own = torch.arange(1, len(truth) + 1, device=truth.device)
             candidates, assigned = torch.cat([truth, proposal]), torch.cat([own, assigned])
-            positive, negative = sample(assigned, self.box_batch, 0.25, draw(b, len(candidates), 3).to(truth.device))
+            uniform = draw(b, len(candidates), 3).to(truth.device)
+            positive, negative = sample(assigned, self.settings.box_batch, 0.25, uniform)
             chosen = torch.cat([positive, negative])
             boxes.append(candidates[chosen])
             truths.append(assigned[chosen])
@@ -357,31 +328,26 @@ class MaskRCNN(nn.Module):
 
         scores, deltas = self._box_outputs(pool(features, boxes, 7))
         labels = torch.cat([F.pad(t["labels"], (1, 0))[k] for t, k in zip(targets, truths, strict=True)])  # [N]
-        weights = torch.cat([scores.new_full((len(k),), 1 / (len(boxes) * max(len(k), 1))) for k in truths])
+        weights = _mean_weights(scores, [len(k) for k in truths])
         losses = {"loss_cls": (F.cross_entropy(scores, labels, reduction="none") * weights).sum()}
         index = torch.nonzero(labels)[:, 0]
-        wanted = torch.cat(
-            [
-                encode(t["boxes"][k[:n] - 1], b[:n], BOX_STDS)
-                for t, k, b, n in zip(targets, truths, boxes, positives, strict=True)
-            ]
-        )
+        boxes = [b[:n] for b, n in zip(boxes, positives, strict=True)]  # from here on those with an object alone
+        truths = [k[:n] - 1 for k, n in zip(truths, positives, strict=True)]
+        objects = list(zip(targets, truths, boxes, strict=True))
+        wanted = torch.cat([encode(t["boxes"][k], b, BOX_STDS) for t, k, b in objects])
         off = (deltas.reshape(len(deltas), -1, 4)[index, labels[index] - 1] - wanted).abs().sum(dim=1)
         losses["loss_box"] = (off * weights[index]).sum()
         if self.with_masks:
-            positive_boxes = [b[:n] for b, n in zip(boxes, positives, strict=True)]
-            logits = self.mask_score(self.mask_head(pool(features, positive_boxes, 14))).float()  # [N, C, 28, 28]
-            wanted = torch.cat(
-                [
-                    mask_targets(t["masks"], k[:n] - 1, b)
-                    for t, k, b, n in zip(targets, truths, positive_boxes, positives, strict=True)
-                ]
-            )
-            weights = torch.cat([logits.new_full((n,), 1 / (len(boxes) * max(n, 1))) for n in positives])
-            own_class = logits[torch.arange(len(logits), device=logits.device), labels[index] - 1]
-            wrong = F.binary_cross_entropy_with_logits(own_class, wanted, reduction="none").mean(dim=(1, 2))
-            losses["loss_mask"] = (wrong * weights).sum()
+            wanted = torch.cat([mask_targets(t["masks"], k, b) for t, k, b in objects])
+            logits = self._mask_logits(features, boxes, labels[index])
+            wrong = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(1, 2))
+            losses["loss_mask"] = (wrong * _mean_weights(wrong, positives)).sum()
         return losses
+
+    def _mask_logits(self, features: list[Tensor], boxes: list[Tensor], labels: Tensor) -> Tensor:
+        """[N, 28, 28] in float32 of boxes [n, 4] per image, each in the channel of its class; labels [N] from 1."""
+        logits = self.mask_score(self.mask_head(pool(features, boxes, 14))).float()  # [N, C, 28, 28]
+        return logits[torch.arange(len(logits), device=logits.device), labels - 1]
 
     def _box_outputs(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """[N, c, 7, 7] -> class logits [N, 1 + C], box deltas [N, 4 * C], in float32."""
@@ -399,19 +365,19 @@ class MaskRCNN(nn.Module):
             scores.softmax(dim=1).split(counts), deltas.split(counts), proposals, sizes, strict=True
         ):
             box = decode(delta.reshape(-1, self.num_classes, 4), proposal[:, None], BOX_STDS)  # [N, C, 4]
-            which, label = torch.nonzero(score[:, 1:] > self.score_thresh, as_tuple=True)
+            which, label = torch.nonzero(score[:, 1:] > self.settings.score_thresh, as_tuple=True)
             kept = clip_boxes_to_image(box[which, label], size)
             kept_score = score[which, label + 1]
-            best = batched_nms(kept, kept_score, label, self.nms_thresh)[: self.max_detections]
+            best = batched_nms(kept, kept_score, label, self.settings.nms_thresh)[: self.settings.max_detections]
             found.append({"boxes": kept[best], "scores": kept_score[best], "labels": label[best] + 1})
         if self.with_masks:
-            logits = self.mask_score(self.mask_head(pool(features, [d["boxes"] for d in found], 14))).float()
-            for detection, logit in zip(found, logits.split([len(d["boxes"]) for d in found]), strict=True):
-                own = logit[torch.arange(len(logit), device=logit.device), detection["labels"] - 1]
-                detection["masks"] = own.sigmoid()
+            boxes, labels = [d["boxes"] for d in found], torch.cat([d["labels"] for d in found])
+            masks = self._mask_logits(features, boxes, labels).sigmoid()
+            for detection, mask in zip(found, masks.split(list(map(len, boxes))), strict=True):
+                detection["masks"] = mask
         return found
 
-    def forward_dummy(self, image: Tensor, num_box_rois: int = 1000, num_mask_rois: int = 100) -> None:
+    def forward_dummy(self, image: Tensor) -> None:
         """What the papers count as the cost of a detector: backbone, FPN, RPN, 1000 box RoIs, 100 mask RoIs.
 
         image [1, 3, H, W] (Swin-Transformer-Object-Detection tools/analysis_tools/get_flops.py).
@@ -419,6 +385,6 @@ class MaskRCNN(nn.Module):
         features = self.features(image)
         self.rpn_head(features)
         channels = features[0].shape[1]
-        self._box_outputs(image.new_zeros(num_box_rois, channels, 7, 7))
+        self._box_outputs(image.new_zeros(1000, channels, 7, 7))
         if self.with_masks:
-            self.mask_score(self.mask_head(image.new_zeros(num_mask_rois, channels, 14, 14)))
+            self.mask_score(self.mask_head(image.new_zeros(100, channels, 14, 14)))

@@ -15,7 +15,9 @@ from PIL import Image
 
 from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
-from hcnet_cli.tasks.detection.annotations import decode_mask
+from hcnet_cli.data.audit import distinct
+from hcnet_cli.files import optional, write_text
+from hcnet_cli.tasks.detection.annotations import Annotations, decode_mask
 
 Backend = Literal["faster-coco-eval", "pycocotools"]
 # COCO's twelve numbers in the order of COCOeval.stats
@@ -46,24 +48,23 @@ class CocoAP:
     a large object) is left out.
 
     Args:
-        annotation_file: the ground truth, read again from the file.
+        truth: the annotations of the validation images, read for scoring.
         load_image: image id -> image as the annotations see it, for the pictures.
         num_pictures: images that `save` draws, the first of the file.
     """
 
     def __init__(
         self,
-        annotation_file: Path,
-        category_ids: Sequence[int],
-        class_names: Sequence[str],
+        truth: Annotations,
         *,
         masks: bool = True,
         backend: Backend = "faster-coco-eval",
         load_image: Callable[[int], Image.Image] | None = None,
         num_pictures: int = 8,
     ) -> None:
-        self.annotation_file = annotation_file
-        self.category_ids, self.class_names = list(category_ids), list(class_names)
+        self.truth = truth
+        self.partial = False
+        self.category_ids, self.class_names = truth.category_ids, distinct(truth.class_names)
         self.kinds = ["box", "mask"] if masks else ["box"]
         self.backend = backend
         self.load_image, self.num_pictures = load_image, num_pictures
@@ -92,11 +93,11 @@ class CocoAP:
             together |= part
         self.found = dict(sorted(together.items()))
         numbers: dict[str, float]
-        numbers, self.per_class = dist.broadcast(self._score() if dist.is_main() else None)
+        numbers, self.per_class = dist.from_main(self._score)
         return numbers
 
     def _score(self) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-        truth = read_truth(self.annotation_file, masks="mask" in self.kinds)
+        truth = self.truth.coco(self.found if self.partial else None)
         numbers: dict[str, float] = {}
         per_class: dict[str, dict[str, float]] = {name: {} for name in self.class_names}
         for kind in self.kinds:
@@ -143,35 +144,38 @@ class CocoAP:
         folder.mkdir(parents=True, exist_ok=True)
         for kind in self.kinds:
             file = folder / f"predictions_{IOU_TYPES[kind]}.json"
-            file.write_text(json.dumps(self.results_of(kind)), encoding="utf-8")
-        per_class = json.dumps(self.per_class, indent=1, ensure_ascii=False)
-        (folder / "per_class.json").write_text(per_class, encoding="utf-8")
+            with optional(file):
+                write_text(file, json.dumps(self.results_of(kind)))
+        with optional(folder / "per_class.json"):
+            write_text(folder / "per_class.json", json.dumps(self.per_class, indent=1, ensure_ascii=False))
         if self.load_image is not None and self.num_pictures:
-            self._save_pictures(folder / "pictures")
+            with optional(folder / "pictures"):
+                self._save_pictures(folder / "pictures")
 
     def _save_pictures(self, folder: Path) -> None:
-        assert self.load_image is not None
         folder.mkdir(exist_ok=True)
-        truth = read_truth(self.annotation_file, masks="mask" in self.kinds)
-        entries = truth["images"][: self.num_pictures]
-        objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in entries}
+        first = [number for number in self.truth.image_ids.tolist() if not self.partial or number in self.found]
+        truth = self.truth.coco(first[: 1 if self.partial else self.num_pictures])
+        objects: dict[int, list[dict[str, Any]]] = {entry["id"]: [] for entry in truth["images"]}
         for annotation in truth["annotations"]:
-            if annotation["image_id"] in objects:
-                objects[annotation["image_id"]].append(annotation)
-        for entry in entries:
-            image = self.load_image(entry["id"])
-            found = self._results(entry["id"]) if entry["id"] in self.found else []
-            confident = [item for item in found if item["score"] >= DRAW_THRESHOLD]
-            panels = []
-            for items, title in (
-                (objects[entry["id"]], "ground truth"),
-                (confident, f"prediction, score {DRAW_THRESHOLD} and up"),
-            ):
-                canvas = pictures.draw_objects(image, [self._drawn(item, image) for item in items])
-                count = f"{len(items)} object{'' if len(items) == 1 else 's'}"
-                panels.append(pictures.panel(canvas, title, count))
-            file = folder / f"{Path(entry['file_name']).stem}.png"
-            pictures.sheet(panels, entry["file_name"]).save(file)
+            objects[annotation["image_id"]].append(annotation)
+        names = pictures.file_names([entry["file_name"] for entry in truth["images"]])
+        for entry, name in zip(truth["images"], names, strict=True):
+            with optional(folder / name):
+                self._draw(entry, objects[entry["id"]]).save(folder / name)
+
+    def _draw(self, entry: dict[str, Any], objects: Sequence[dict[str, Any]]) -> Image.Image:
+        """The ground truth and the confident detections of an image, side by side."""
+        assert self.load_image is not None
+        image = self.load_image(entry["id"])
+        found = self._results(entry["id"]) if entry["id"] in self.found else []
+        confident = [item for item in found if item["score"] >= DRAW_THRESHOLD]
+        panels = []
+        for items, title in ((objects, "ground truth"), (confident, f"prediction, score {DRAW_THRESHOLD} and up")):
+            canvas = pictures.draw_objects(image, [self._drawn(item, image) for item in items])
+            count = f"{len(items)} object{'' if len(items) == 1 else 's'}"
+            panels.append(pictures.panel(canvas, title, count))
+        return pictures.sheet(panels, entry["file_name"])
 
     def _drawn(self, item: dict[str, Any], image: Image.Image) -> pictures.DrawnObject:
         """A result or an annotation in COCO's format, to be drawn."""
@@ -188,24 +192,6 @@ class CocoAP:
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
-
-
-def read_truth(annotation_file: Path, *, masks: bool = True) -> dict[str, Any]:
-    """The annotation file as COCOeval needs it.
-
-    Ids count from 1 (COCOeval takes a match with id 0 as none). Missing `iscrowd` and `area` are filled in. Polygons of
-    fewer than three points are removed.
-    """
-    data = json.loads(annotation_file.read_bytes())
-    annotations: list[dict[str, Any]] = []
-    for entry in data["annotations"]:
-        entry = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry, "id": len(annotations) + 1}
-        if masks and isinstance(entry["segmentation"], list):
-            entry["segmentation"] = [ring for ring in entry["segmentation"] if len(ring) >= 6]
-            if not entry["segmentation"]:
-                continue
-        annotations.append(entry)
-    return {"images": data["images"], "categories": data["categories"], "annotations": annotations}
 
 
 def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, backend: Backend) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from hcnet_cli.engine import Task
 from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
 from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
+from hcnet_cli.tasks.detection.annotations import Annotations
 from hcnet_cli.tasks.detection.coco import CocoSplits
 from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
 from hcnet_cli.tasks.detection.metric import Backend, CocoAP
@@ -41,9 +41,7 @@ class DetectionTask(Task):
         self,
         model: MaskRCNN,
         *,
-        annotation_file: Path,
-        category_ids: Sequence[int],
-        class_names: Sequence[str],
+        truth: Annotations,
         backend: Backend = "faster-coco-eval",
         load_image: Callable[[int], Image.Image] | None = None,
         num_pictures: int = 8,
@@ -51,9 +49,7 @@ class DetectionTask(Task):
         super().__init__()
         self.model = model
         self.scoring: dict[str, Any] = {
-            "annotation_file": annotation_file,
-            "category_ids": category_ids,
-            "class_names": class_names,
+            "truth": truth,
             "masks": model.with_masks,
             "backend": backend,
             "load_image": load_image,
@@ -142,7 +138,7 @@ def build_task(
     """See hcnet_cli/build.py."""
     assert isinstance(head, Head)
     assert isinstance(data, CocoSplits)
-    model = MaskRCNN(backbone(0), data.info.num_classes, **head.model_dump(exclude={"kind"}))
+    model = MaskRCNN(backbone(0), data.info.num_classes, **head.model_dump())
     return _task(model, evaluation, data)
 
 
@@ -150,9 +146,7 @@ def _task(model: MaskRCNN, evaluation: EvaluationPart, data: CocoSplits) -> Dete
     assert isinstance(evaluation, DetectionEvaluation)
     return DetectionTask(
         model,
-        annotation_file=data.annotations.file,
-        category_ids=data.annotations.category_ids,
-        class_names=data.class_names,
+        truth=data.annotations,
         backend=evaluation.backend,
         load_image=data.val.load_image,
     )

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from hcnet_cli.data.images import UnusableImageError, opened, shown_size
 from hcnet_cli.files import write_text
 
 Pixels = NDArray[np.uint8]
-SCAN_VERSION = 1  # part of the cache's key: raise it when a scan checks more
+Paths = Mapping[str, NDArray[np.str_]]  # of each split
+SCAN_VERSION = 2  # part of the cache's key: raise it when a scan checks more
 ANNOUNCED_FROM = 1000  # labels: a scan of more takes long enough to be announced
 
 
@@ -74,67 +76,96 @@ def _read_values(path: str) -> tuple[Pixels, str]:
             f"{path} is a colour image ({mode}), not a label with one number per pixel.",
             hint="Convert the colours to class numbers and save a grey or palette PNG.",
         )
-    return pixels.astype(np.uint8, copy=False), "palette" if mode == "P" else "grey"
+    pixels = pixels.astype(np.uint8, copy=False)
+    if mode == "L" and (scale := _scale_of_samples(path)) > 1:
+        pixels = pixels // scale
+    return pixels, "palette" if mode == "P" else "grey"
+
+
+def _scale_of_samples(path: str) -> int:
+    """What Pillow multiplied the numbers of a grey PNG by: it spreads samples of 2 and 4 bits over 0 .. 255."""
+    with open(path, "rb") as file:
+        head = file.read(26)
+    grey = head.startswith(b"\x89PNG") and head[25] == 0  # the byte after the bits per sample is the colour type
+    return {2: 85, 4: 17}.get(head[24], 1) if grey else 1
 
 
 # --- one scan before training -----------------------------------------------------------------------------------------
 
 
-def scan(images: NDArray[np.str_], labels: NDArray[np.str_], cache: Path | None) -> dict[int, str]:
-    """Pixel value -> the first label file that holds it. Raises UserError for labels that cannot be used.
+@dataclass(frozen=True)
+class LabelScan:
+    """What the labels hold: of each pixel value the first file, and by split the number of pixels of each value."""
 
-    The main process scans and broadcasts, a refusal too, so every process stops. `cache` is a folder that keeps the
-    result until a file changes.
+    first: dict[int, str]
+    pixels: dict[str, list[int]]  # 256 numbers for each split
+
+    def labelled(self, split: str, table: LabelTable, ignore_index: int) -> list[int]:
+        """The classes that occur in the labels of a split."""
+        values = np.flatnonzero(self.pixels[split])
+        return sorted({int(table.classes[value]) for value in values} - {ignore_index})
+
+    def share_of_zeros(self) -> float:
+        """Part of all pixels whose value is 0."""
+        pixels = np.sum(list(self.pixels.values()), axis=0)
+        return float(pixels[0] / max(1, pixels.sum()))
+
+
+def scan(images: Paths, labels: Paths, cache: Path | None) -> LabelScan:
+    """Reads the labels of every split. Raises UserError for labels that cannot be used.
+
+    One process scans and the others get its result, a refusal too. `cache` is a folder that keeps the result until a
+    file changes.
     """
-    result: dict[int, str] | UserError | None = None
-    if dist.is_main() or not dist.is_distributed():
-        try:
-            result = _scan_cached(images, labels, cache) if cache else _scan(images, labels)
-        except UserError as error:
-            result = error
-    result = dist.broadcast(result)
-    if isinstance(result, UserError):
-        raise result
-    assert result is not None
-    return result
+    return dist.from_main(lambda: _scan_cached(images, labels, cache) if cache else _scan(images, labels))
 
 
-def _scan_cached(images: NDArray[np.str_], labels: NDArray[np.str_], cache: Path) -> dict[int, str]:
+def _scan_cached(images: Paths, labels: Paths, cache: Path) -> LabelScan:
     key = hashlib.blake2b(str(SCAN_VERSION).encode(), digest_size=16)
-    for path in [*images.tolist(), *labels.tolist()]:
-        stat = os.stat(path)
-        key.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for path in np.concatenate([*images.values(), *labels.values()]).tolist():
+        with contextlib.suppress(OSError):  # an image that is gone; its label is read all the same
+            stat = os.stat(path)
+            key.update(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino} ".encode())
+        key.update(os.fsencode(path) + b"\n")
     kept = cache / f"labels-{key.hexdigest()}.json"
-    if kept.is_file():
-        return {int(value): path for value, path in json.loads(kept.read_text()).items()}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged
+        content = json.loads(kept.read_text())
+        return LabelScan({int(value): path for value, path in content["first"].items()}, content["pixels"])
     found = _scan(images, labels)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_text(kept, json.dumps(found))
+    with contextlib.suppress(OSError, UserError):  # a cache that cannot be written costs time alone
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, json.dumps({"first": found.first, "pixels": found.pixels}))
     return found
 
 
-def _scan(images: NDArray[np.str_], labels: NDArray[np.str_]) -> dict[int, str]:
-    if len(labels) > ANNOUNCED_FROM:
-        notice(f"Reading {len(labels)} labels once, before training ...")
-    first_value: dict[int, str] = {}
+def _scan(images: Paths, labels: Paths) -> LabelScan:
+    number = sum(map(len, labels.values()))
+    if number > ANNOUNCED_FROM:
+        notice(f"Reading {number} labels once, before training ...")
+    first: dict[int, str] = {}
     first_mode: dict[str, str] = {}
+    pixels: dict[str, list[int]] = {}
     with ThreadPoolExecutor(max_workers=8) as pool:
-        results = pool.map(_scan_one, images.tolist(), labels.tolist())
-        for path, (mode, values) in zip(labels.tolist(), results, strict=True):
-            first_mode.setdefault(mode, path)
-            if len(first_mode) > 1:
-                raise UserError(
-                    f"Some labels are palette images ({first_mode['palette']}) and some are grey "
-                    f"({first_mode['grey']}): the same number may mean two things.",
-                    hint="Save all of them the same way, the class number as the pixel value.",
-                )
-            for value in values:
-                first_value.setdefault(value, path)
-    return first_value
+        for split in labels:
+            total = np.zeros(256, dtype=np.int64)
+            results = pool.map(_scan_one, images[split].tolist(), labels[split].tolist())
+            for path, (mode, counts) in zip(labels[split].tolist(), results, strict=True):
+                first_mode.setdefault(mode, path)
+                if len(first_mode) > 1:
+                    raise UserError(
+                        f"Some labels are palette images ({first_mode['palette']}) and some are grey "
+                        f"({first_mode['grey']}): the same number may mean two things.",
+                        hint="Save all of them the same way, the class number as the pixel value.",
+                    )
+                total += counts
+                for value in np.flatnonzero(counts).tolist():
+                    first.setdefault(value, path)
+            pixels[split] = total.tolist()
+    return LabelScan(first, pixels)
 
 
-def _scan_one(image_path: str, label_path: str) -> tuple[str, list[int]]:
-    """("grey" | "palette", the values that occur), after comparing the label's size with its image's header."""
+def _scan_one(image_path: str, label_path: str) -> tuple[str, NDArray[np.int64]]:
+    """("grey" | "palette", pixels of each value [256]), after comparing the label's size with its image's header."""
     try:
         pixels, mode = _read_values(label_path)
     except UnusableImageError as error:
@@ -146,4 +177,4 @@ def _scan_one(image_path: str, label_path: str) -> tuple[str, list[int]]:
                 f"{label_path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, its image {width} x {height}.",
                 hint="The image's size is taken after the rotation its EXIF data asks for.",
             )
-    return mode, np.flatnonzero(np.bincount(pixels.ravel())).tolist()
+    return mode, np.bincount(pixels.ravel(), minlength=256)

@@ -11,7 +11,7 @@ out with a notice, never counted as 0 or 1 (mmsegmentation's nanmean does the sa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.audit import distinct
 from hcnet_cli.data.images import read_image
+from hcnet_cli.files import optional, write_text
 
 Pixels = NDArray[np.uint8]
 MAX_LEGEND = 23  # classes in the legend of a picture
@@ -39,6 +41,9 @@ def scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: an absent class
         iou = 100 * hits / (labelled + predicted - hits)
         acc = 100 * hits / labelled
+    if not labelled.any():
+        nothing = dict.fromkeys(("mIoU", "mAcc", "aAcc"), float("nan"))
+        return {**nothing, "num_present": 0, "iou": iou, "acc": acc}
     return {
         "mIoU": float(np.nanmean(iou)),
         "mAcc": float(np.nanmean(acc)),
@@ -50,7 +55,10 @@ def scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
 
 
 class MeanIoU:
-    """Evaluator of label maps. Names of metrics end in `suffix`; the first `num_pictures` images are drawn."""
+    """Evaluator of label maps. Names of metrics end in `suffix`; the first `num_pictures` images are drawn.
+
+    `read` gives an image by its path, as training sees it.
+    """
 
     def __init__(
         self,
@@ -60,12 +68,15 @@ class MeanIoU:
         num_pictures: int = 8,
         suffix: str = "",
         protocol: str = "",
+        read: Callable[[str], Image.Image] = read_image,
     ) -> None:
-        self.class_names = tuple(class_names)
+        self.class_names = tuple(distinct(class_names))
+        self.read = read
         self.ignore_index = ignore_index
         self.num_pictures = num_pictures
         self.suffix = suffix
         self.protocol = protocol
+        self.partial = False
         self._confusion: Tensor | None = None
         self._kept: dict[int, tuple[str, Pixels, Pixels]] = {}
         self._result: dict[str, Any] = {}
@@ -90,11 +101,11 @@ class MeanIoU:
         confusion = dist.all_reduce_sum(mine.cpu()).numpy()
         for kept in dist.gather(self._kept):
             self._kept |= kept
-        if not confusion.any():
+        if not confusion.any() and not self.partial:
             raise UserError("No pixel of the validation set has a label: there is no mIoU.")
         self._result = scores(confusion) | {"pixels": confusion.sum(1)}
         present = self._result["num_present"]
-        if present < num_classes:
+        if present < num_classes and not self.partial:
             absent = [name for name, iou in zip(self.class_names, self._result["iou"], strict=True) if np.isnan(iou)]
             some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
             notice(f"mIoU over {present} of {num_classes} classes (absent: {some}).")
@@ -105,7 +116,7 @@ class MeanIoU:
         folder.mkdir(parents=True, exist_ok=True)
         result = self._result
         rows = zip(self.class_names, result["iou"], result["acc"], result["pixels"], strict=True)
-        summary = {name: round(result[name], 4) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
+        summary = {name: _rounded(result[name]) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
         content = summary | {
             "num_classes": len(self.class_names),
             "protocol": self.protocol,
@@ -114,13 +125,19 @@ class MeanIoU:
                 for name, iou, acc, pixels in rows
             ],
         }
-        (folder / f"per_class{self.suffix}.json").write_text(json.dumps(content, indent=1) + "\n")
+        file = folder / f"per_class{self.suffix}.json"
+        with optional(file):
+            write_text(file, json.dumps(content, indent=1) + "\n")
         target = folder / f"pictures{self.suffix}"
-        target.mkdir(exist_ok=True)
-        for sample in sorted(self._kept):
+        with optional(target):
+            target.mkdir(parents=True, exist_ok=True)
+        samples = sorted(self._kept)[: 1 if self.partial else None]
+        names = pictures.file_names([self._kept[sample][0] for sample in samples])
+        for sample, name in zip(samples, names, strict=True):
             path, label, prediction = self._kept[sample]
-            picture = draw(read_image(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
-            picture.save(target / f"{Path(path).stem}.png")
+            with optional(target / name):
+                picture = draw(self.read(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
+                picture.save(target / name)
 
 
 def _rounded(x: float) -> float | None:

@@ -9,8 +9,8 @@ Dimension letters: H x W the image as stored, h x w after resizing, S the side o
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +19,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, warn
-from hcnet_cli.data import embedded
 from hcnet_cli.data.audit import Audit, Item, distinct
-from hcnet_cli.data.folders import dataset_name
+from hcnet_cli.data.folders import LeftOut, cache_dir, counted, dataset_name, is_image, walk
+from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import first_usable, normalise, read_image, rescale
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD, Part
 from hcnet_cli.tasks.segmentation import augment, labels, spec
+from hcnet_cli.tasks.segmentation.ade20k import ADE20K_CLASSES
 from hcnet_cli.tasks.segmentation.augment import Pixels
-from hcnet_cli.tasks.segmentation.labels import LabelTable, read_label
+from hcnet_cli.tasks.segmentation.labels import LabelScan, LabelTable, read_label
 
 SPLITS = ("training", "validation")
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+NUM_TRAIN, NUM_VAL = 20_210, 2_000  # images of ADE20K
+MIN_DISTINCT = 0.99  # of its files have different contents
+BACKGROUND = frozenset({"background", "bg", "backgrounds", "unlabeled", "unlabelled", "none", "void", "ignore"})
+MANY_ZEROS = 0.25  # of the pixels; 0 is less than a tenth of ADE20K
+ZERO_IS_A_CLASS = "--set data.reduce_zero_label=false"
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -49,7 +55,11 @@ class SceneFolder:
     name: str
     class_names: tuple[str, ...]
     ignore_index: int
-    digest: str
+    identity: Identity
+    trust: Trust
+    left_out: LeftOut
+    problems: tuple[str, ...]  # that spoil the scores
+    notes: tuple[str, ...]
     images: dict[str, NDArray[np.str_]]
     labels: dict[str, NDArray[np.str_]]
     table: LabelTable
@@ -58,10 +68,17 @@ class SceneFolder:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def digest(self) -> str:
+        return self.identity.digest
+
+    def read_image(self, split: str, index: int) -> Image.Image:
+        """An image in RGB."""
+        return read_image(str(self.images[split][index]), bits=self.identity.bits)
+
     def read(self, split: str, index: int) -> tuple[Pixels, Pixels]:
         """An image [H, W, 3] and its classes [H, W]; UnusableImageError if one of the two files cannot be decoded."""
-        pixels = np.array(read_image(str(self.images[split][index])))
-        return pixels, read_label(str(self.labels[split][index]), self.table)
+        return np.array(self.read_image(split, index)), read_label(str(self.labels[split][index]), self.table)
 
 
 def open_folder(
@@ -72,6 +89,9 @@ def open_folder(
     ignore_index: int = 255,
     scan_labels: bool = True,
     scan_cache: Path | None = None,
+    trust: Trust = "content",
+    bits: int | None = None,
+    verify: bool = False,
 ) -> SceneFolder:
     """Pairs images with labels, reads the class names and reads every label once, before training does.
 
@@ -86,33 +106,86 @@ def open_folder(
     if not root.is_dir():
         raise UserError(f"There is no folder {root}.")
     images, label_files = {}, {}
+    left_out: LeftOut = {}
     for split in SPLITS:
-        images[split], label_files[split] = _pairs(root, split)
+        images[split], label_files[split] = _pairs(root, split, left_out)
     names = _class_names(root)
     if names and num_classes and len(names) != num_classes:
         raise UserError(f"{root} names {len(names)} classes, but the recipe asks for {num_classes}.")
-    first_file: dict[int, str] = {}  # of each label value
-    if scan_labels:
-        both = [np.concatenate([files[split] for split in SPLITS]) for files in (images, label_files)]
-        first_file = labels.scan(both[0], both[1], scan_cache)
-    count = len(names) or num_classes or _count_classes(root, first_file, reduce_zero_label)
+    scan = labels.scan(images, label_files, scan_cache) if scan_labels else LabelScan({}, {})
+    count = len(names) or num_classes or _count_classes(root, scan.first, reduce_zero_label)
     table = labels.label_table(count, reduce_zero_label, ignore_index)
-    for value, path in sorted(first_file.items()):
+    for value, path in sorted(scan.first.items()):
         table.check(path, np.array([value]))
-    missing = count - len({int(table.classes[value]) for value in first_file} - {ignore_index})
+    missing = count - len({int(table.classes[value]) for value in scan.first} - {ignore_index})
     if scan_labels and missing:
         source = "" if names or num_classes else " (their number is the largest label's; a classes.txt would name them)"
         warn(f"{missing} of {count} classes occur in no label of {root}{source}.")
+    class_names = names or tuple(f"label {i + reduce_zero_label}" for i in range(count))
+    images_of = {os.fsencode(os.path.relpath(path, root)) for split in SPLITS for path in images[split].tolist()}
+    files = [path for kind in (images, label_files) for split in SPLITS for path in kind[split].tolist()]
+    identity = identify(
+        root,
+        [os.fsencode(os.path.relpath(path, root)) for path in files],
+        {"layout": "scene-parsing", "classes": class_names, "images": [len(images[split]) for split in SPLITS]},
+        images=images_of,
+        trust=trust,
+        bits=bits,
+        verify=verify,
+    )
+    whole = is_ade20k(names, len(images["training"]), len(images["validation"]), identity.num_distinct)
     return SceneFolder(
         root=root,
-        name=dataset_name(root, "ade20k", count == 150 and len(images["validation"]) == 2000),
-        class_names=names or tuple(f"label {i + reduce_zero_label}" for i in range(count)),
+        name=dataset_name(root, spec.SPEC.benchmark, whole),
+        class_names=class_names,
         ignore_index=ignore_index,
-        digest=_digest(root, [*images.values(), *label_files.values()]),
+        identity=identity,
+        trust=trust,
+        left_out=left_out,
+        problems=tuple(_problems(class_names, scan, table, ignore_index, reduce_zero_label)) if scan_labels else (),
+        notes=(NAMES_NOTE,) if trust == "names" else (),
         images=images,
         labels=label_files,
         table=table,
     )
+
+
+def is_ade20k(names: Sequence[str], num_train: int, num_val: int, num_distinct: int) -> bool:
+    """Whether these are ADE20K's 150 classes, in their order, and its numbers of images, hardly one twice."""
+    return (
+        (num_train, num_val) == (NUM_TRAIN, NUM_VAL)
+        and num_distinct >= MIN_DISTINCT * 2 * (NUM_TRAIN + NUM_VAL)  # images and labels
+        and tuple(name.split(",")[0].split(";")[0].strip().lower() for name in names) == ADE20K_CLASSES
+    )
+
+
+def _problems(
+    class_names: Sequence[str], scan: LabelScan, table: LabelTable, ignore_index: int, reduce_zero_label: bool
+) -> list[str]:
+    """What makes the scores meaningless or shifts the names of the classes. UserError for splits without any label."""
+    found = []
+    for split in SPLITS:
+        present = scan.labelled(split, table, ignore_index)
+        if not present:
+            raise UserError(
+                f"No pixel of the {split} labels has a class: all of them are ignored.",
+                hint="See reduce_zero_label and ignore_index of the recipe's data section.",
+            )
+        if len(class_names) > 1 and len(present) == 1:
+            found.append(f'the {split} labels hold one class alone ("{class_names[present[0]]}").')
+    if len(class_names) == 1:
+        found.append(f'there is one class alone ("{class_names[0]}"): every answer is right and nothing is learned.')
+    if not reduce_zero_label:
+        return found
+    zeros = scan.share_of_zeros()
+    if re.sub(r"[^a-z]", "", class_names[0].lower()) in BACKGROUND:
+        found.append(
+            f'the first class is called "{class_names[0]}", but label 0 is ignored and label 1 gets that name. If 0 is '
+            f"{class_names[0]}, give {ZERO_IS_A_CLASS}."
+        )
+    elif zeros > MANY_ZEROS:
+        found.append(f"{zeros:.0%} of the pixels are 0 and ignored. If 0 is a class, give {ZERO_IS_A_CLASS}.")
+    return found
 
 
 def _count_classes(root: Path, values: Collection[int], reduce_zero_label: bool) -> int:
@@ -125,7 +198,7 @@ def _count_classes(root: Path, values: Collection[int], reduce_zero_label: bool)
     return max(classes) + 1
 
 
-def _pairs(root: Path, split: str) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
+def _pairs(root: Path, split: str, left_out: LeftOut) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
     """Sorted paths of a split's images and, at the same positions, of their labels."""
     found: dict[str, dict[str, str]] = {}
     for kind in ("images", "annotations"):
@@ -135,14 +208,14 @@ def _pairs(root: Path, split: str) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
                 f"{root} has no folder {kind}/{split}.",
                 hint="Expected: images/training, images/validation, annotations/training, annotations/validation.",
             )
-        suffixes = IMAGE_SUFFIXES if kind == "images" else {".png"}
+        wanted, other = (is_image, "images") if kind == "images" else (_is_label, "labels (.png)")
         files: dict[str, str] = {}
-        for path in sorted(folder.rglob("*")):
-            if path.suffix.lower() in suffixes and not path.name.startswith("."):
-                stem = path.relative_to(folder).with_suffix("").as_posix()
-                if stem in files:
-                    raise UserError(f"{files[stem]} and {path} have the same name: one label cannot serve both.")
-                files[stem] = str(path)
+        for name in walk(os.fsencode(folder), wanted, f"{split} files that are not {other}", left_out):
+            path = os.path.join(folder, os.fsdecode(name))
+            stem = os.path.splitext(os.fsdecode(name))[0]
+            if stem in files:
+                raise UserError(f"{files[stem]} and {path} have the same name: one label cannot serve both.")
+            files[stem] = path
         found[kind] = files
     images, labels = found["images"], found["annotations"]
     for have, lack, what in ((images, labels, "label"), (labels, images, "image")):
@@ -156,22 +229,23 @@ def _pairs(root: Path, split: str) -> tuple[NDArray[np.str_], NDArray[np.str_]]:
     return np.array(list(images.values())), np.array([labels[stem] for stem in images])
 
 
+def _is_label(name: bytes) -> bool:
+    return name.lower().endswith(b".png")
+
+
 def _class_names(root: Path) -> tuple[str, ...]:
     """From classes.txt, one name a line, or the last column of ADE20K's table objectInfo150.txt."""
-    if (path := root / "classes.txt").is_file():
-        return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
-    if (path := root / "objectInfo150.txt").is_file():
-        rows = [line.split("\t") for line in path.read_text("utf-8").splitlines()[1:] if line.strip()]
-        return tuple(row[-1].split(",")[0].strip() for row in rows)
+    for file in (root / "classes.txt", root / "objectInfo150.txt"):
+        if not file.is_file():
+            continue
+        try:
+            lines = [line for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise UserError(f"{file} is not in UTF-8.", hint="Save it again in this encoding.") from None
+        if file.name == "classes.txt":
+            return tuple(line.strip() for line in lines)
+        return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines[1:])
     return ()
-
-
-def _digest(root: Path, files: Sequence[NDArray[np.str_]]) -> str:
-    """Covers relative names and sizes, so a folder that was moved or unpacked again has the same digest."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in np.concatenate(list(files)).tolist():
-        digest.update(f"{Path(path).relative_to(root).as_posix()} {os.stat(path).st_size}\n".encode())
-    return digest.hexdigest()
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------
@@ -301,19 +375,36 @@ class SceneSplits(DataSplits):
     folder: SceneFolder
 
 
-def _open(config: spec.SceneParsing, root: Path) -> SceneFolder:
+def check_scorable(folder: SceneFolder) -> None:
+    """UserError unless a validation label has a pixel to measure mIoU on. Reads labels up to the first that has."""
+    for path in folder.labels["validation"].tolist():
+        if (read_label(path, folder.table) != folder.ignore_index).any():
+            return
+    raise UserError(
+        f"No pixel of the validation labels in {folder.root} has a class: there is nothing to measure mIoU on.",
+        hint="Ignored are the label 255 and, with data.reduce_zero_label, the label 0.",
+    )
+
+
+def _open(config: spec.SceneParsing, root: Path, verify: bool = False) -> SceneFolder:
     return open_folder(
         root,
         num_classes=config.num_classes,
         reduce_zero_label=config.reduce_zero_label,
         ignore_index=config.ignore_index,
-        scan_cache=embedded.cache_dir() / "label-scans",
+        scan_cache=cache_dir() / "label-scans",
+        trust=config.trust,
+        bits=config.bits,
+        verify=verify,
     )
 
 
 def open_data(config: spec.SceneParsing, head: Part, root: Path) -> SceneSplits:
     """Pairs images with labels, reads every label once, and makes both data sets; UserError for what is wrong."""
     folder = _open(config, root)
+    for problem in folder.problems:
+        warn(f"{root}: {problem}")
+    check_scorable(folder)
     shared: dict[str, Any] = {"img_scale": config.img_scale, "mean": config.mean, "std": config.std}
     names = {"ratio_range", "crop_size", "cat_max_ratio", "hflip", "photometric"}
     train = TrainScenes(folder, **shared, **config.model_dump(include=names))
@@ -325,6 +416,10 @@ def open_data(config: spec.SceneParsing, head: Part, root: Path) -> SceneSplits:
             num_train=len(train),
             num_val=len(folder.images["validation"]),
             num_classes=folder.num_classes,
+            trust=folder.trust,
+            bits=folder.identity.bits,
+            left_out=counted(folder.left_out),
+            notes=list(folder.notes),
         ),
         train=train,
         val=EvalScenes(folder, **shared),
@@ -340,7 +435,7 @@ def open_data(config: spec.SceneParsing, head: Part, root: Path) -> SceneSplits:
 
 def audit(config: spec.SceneParsing, head: Part, root: Path) -> Audit:
     """The images and labels of the folder; UserError for labels that cannot be used."""
-    folder = _open(config, root)
+    folder = _open(config, root, verify=True)
     items = [
         Item(image, split, annotation=label)
         for split in SPLITS
@@ -352,4 +447,9 @@ def audit(config: spec.SceneParsing, head: Part, root: Path) -> Audit:
         return np.append(counts[: folder.num_classes], counts[folder.num_classes :].sum())
 
     classes: dict[str, dict[str, float]] = {name: {} for name in distinct(folder.class_names)}
-    return Audit(folder.name, root, "ADE20K", "% of the pixels", items, classes, count_pixels)
+    made = Audit(
+        folder.name, root, "ADE20K", "% of the pixels", items, classes, count_pixels, bits=folder.identity.bits
+    )
+    made.note_identity(folder.identity, folder.left_out, folder.notes)
+    made.note("scores that mean nothing, or names that are shifted", list(folder.problems), wrong=True)
+    return made

@@ -114,7 +114,7 @@ SPEC = Spec(
     subject="semantic segmentation, UperNet",
     metrics=(
         Metric("mIoU", "mIoU", published="mIoU_ss"),
-        Metric("mIoU_ms", "mIoU MS"),
+        Metric("mIoU_ms", "mIoU MS"),  # mIoU of the evaluation `ms` (run.suffixed)
         Metric("mAcc", "mAcc"),
         Metric("aAcc", "aAcc"),
     ),

@@ -5,6 +5,7 @@ Dimension letters: B batch, K classes, H x W the label's size, h x w the network
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from hcnet_cli import profile
 from hcnet_cli.console import UserError
+from hcnet_cli.data.images import read_image
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
@@ -55,6 +57,7 @@ class SegmentationTask(Task):
         flip: bool = False,
         protocol: str = "",
         num_pictures: int = 8,
+        bits: int | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -67,6 +70,7 @@ class SegmentationTask(Task):
         self.flip = flip
         self.protocol = protocol
         self.num_pictures = num_pictures
+        self.bits = bits
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         key = batch["key"]
@@ -119,6 +123,7 @@ class SegmentationTask(Task):
             ignore_index=self.ignore_index,
             num_pictures=self.num_pictures,
             protocol=self.protocol,
+            read=functools.partial(read_image, bits=self.bits),
         )
 
 
@@ -237,7 +242,7 @@ def build_task(
             f"UPerNet trains on two or more images at a time (its batch norm sees 1 x 1 maps), not on {micro_batch}.",
             hint="Choose a larger --batch-size or fewer micro-batches (--accumulate).",
         )
-    model = UPerNet(backbone(0), data.info.num_classes, **head.model_dump(exclude={"kind", "aux_weight"}))
+    model = UPerNet(backbone(0), data.info.num_classes, **head.model_dump())
     return _task(model, head.aux_weight, config, evaluation, evaluation, data)
 
 
@@ -278,6 +283,7 @@ def _task(
         data.class_names,
         aux_weight=aux_weight,
         ignore_index=config.ignore_index,
+        bits=data.info.bits,
         protocol=protocol(config.img_scale, ratios=entry.scales, **how),
         **how,
     )

@@ -16,15 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hcnet_cli import dist
 from hcnet_cli.models.backbone import Pyramid
-
-
-def _num_processes() -> int:
-    return td.get_world_size() if td.is_available() and td.is_initialized() else 1
+from hcnet_cli.tasks.segmentation import spec
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -32,15 +29,11 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        td.all_reduce(x)
-        return x
+        return dist.all_reduce_sum(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
-        td.all_reduce(grad)
-        return grad
+        return dist.all_reduce_sum(grads[0])
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -50,13 +43,14 @@ class BatchNorm(nn.BatchNorm2d):
     sum of squared deviations and loses no digits to a large mean.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and _num_processes() > 1):
+        if not (self.training and dist.processes() > 1):
             return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
         full = x.to(self.running_mean.dtype)  # half precision under autocast, as torch's own batch norm does
         var, mean = torch.var_mean(full, dim=(0, 2, 3), correction=0)  # [B, C, h, w] -> [C], [C]
         count = mean.new_tensor([x.numel() / x.shape[1]])
@@ -173,59 +167,44 @@ class UPerNet(nn.Module):
     """Backbone, one norm per output, UPerHead and auxiliary FCNHead.
 
     `backbone` is any model with timm's `feature_info` and `forward_intermediates` (models/backbone.py); its last four
-    maps are used. Any image size works that the backbone takes.
+    maps are used. Any image size works that the backbone takes. `settings` are fields of the recipe's section,
+    `spec.UPerNet`, which has the defaults.
 
     In training the result is (logits, auxiliary logits) at strides 4 and 16; in evaluation the logits alone.
     Upsampling to the image is left to the caller, who knows the size wanted.
     """
 
-    def __init__(
-        self,
-        backbone: Any,
-        num_classes: int,
-        *,
-        channels: int = 512,
-        aux_channels: int = 256,
-        pool_scales: Sequence[int] = (1, 2, 3, 6),
-        dropout: float = 0.1,
-        init_std: float = 0.01,
-    ) -> None:
+    def __init__(self, backbone: Any, num_classes: int, **settings: Any) -> None:
         super().__init__()
+        use = spec.UPerNet(**settings)
         self.backbone = backbone
         self.pyramid = Pyramid.of(backbone)
-        in_chans = self.pyramid.channels
+        in_chans, ends = self.pyramid.channels, {"dropout": use.dropout, "init_std": use.init_std}
         self.num_classes = num_classes
         self.norms = self.pyramid.norms()
-        self.decode_head = UPerHead(in_chans, num_classes, channels, pool_scales, dropout, init_std)
-        self.auxiliary_head = FCNHead(in_chans[2], num_classes, aux_channels, dropout, init_std)
+        self.decode_head = UPerHead(in_chans, num_classes, use.channels, use.pool_scales, **ends)
+        self.auxiliary_head = FCNHead(in_chans[2], num_classes, use.aux_channels, **ends)
 
     @property
     def num_dropout(self) -> int:
         """Rows of `dropout_noise` that `forward` takes: one number per channel of either head."""
         return self.decode_head.channels + self.auxiliary_head.channels
 
-    def forward_features(self, x: Tensor, noise: Tensor | None = None) -> list[Tensor]:
-        """Image [B, 3, H, W] -> four normalised maps at strides 4, 8, 16, 32.
-
-        `noise` [num_blocks, B] decides the backbone's drop path, where the backbone takes it.
-        """
-        return self.pyramid.maps(self.backbone, self.norms, x, noise)
-
     def forward(
         self, x: Tensor, noise: Tensor | None = None, dropout_noise: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Image [B, 3, H, W] -> logits [B, K, H/4, W/4]; in training also auxiliary ones [B, K, H/16, W/16].
 
-        `noise` [num_blocks, B] and `dropout_noise` [num_dropout, B] are uniform in [0, 1); without them
-        torch draws. Raises ValueError in training on a single image: a 1 x 1 pooled map of one image has no
-        batch statistics.
+        `noise` [num_blocks, B], of the backbone's drop path where it takes it, and `dropout_noise` [num_dropout, B] are
+        uniform in [0, 1); without them torch draws. Raises ValueError in training on a single image: a 1 x 1 pooled map
+        of one image has no batch statistics.
         """
-        if self.training and x.shape[0] * _num_processes() < 2:
+        if self.training and x.shape[0] * dist.processes() < 2:
             raise ValueError(
                 "UPerNet trains on two or more images at a time (its batch norm sees 1 x 1 maps): "
                 "use a larger batch, fewer accumulation steps or more processes."
             )
-        features = self.forward_features(x, noise)
+        features = self.pyramid.maps(self.backbone, self.norms, x, noise)  # strides 4, 8, 16, 32
         if not self.training:
             return self.decode_head(features)
         main = aux = None

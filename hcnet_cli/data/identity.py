@@ -1,0 +1,203 @@
+"""The identity of a data set: a digest of the contents of all its files, their names, its classes and its splits.
+
+Each file is read once. Its digest is kept in the cache folder under the file's name, size, times and inode, so the
+next start reads no file that did not change. A cache that is damaged or cannot be written only costs time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from hcnet_cli import dist
+from hcnet_cli.console import UserError, notice, status_line
+from hcnet_cli.data.folders import cache_dir
+from hcnet_cli.data.images import largest_deep_value, may_be_deep
+from hcnet_cli.files import replacing
+
+Trust = Literal["content", "names"]
+PREFIXES: dict[Trust, str] = {"content": "v2-", "names": "v2n-"}  # 2: raise it when the digest covers something else
+NAMES_NOTE = "The data were told apart by names and sizes alone (--data-trust names): changes in place are not seen."
+CACHE_MAGIC = b"hcnet identity 1\n"
+DIGEST = 16  # bytes
+RECORD = struct.Struct(f"<{DIGEST}s{DIGEST}sq")  # key, content, largest deep value
+STAT = struct.Struct("<qqqQ")  # size, times of modification and of change, inode
+HEAD = 64  # bytes of a file that tell its format
+THREADS = min(32, 4 * (os.cpu_count() or 1))  # reading waits for the disk more than for the processor
+CHUNK = 256  # files handed to a thread at a time
+UNSETTLED_SECONDS = 2.0  # a file changed this recently may change again within one tick of a coarse clock: not kept
+STATUS_AFTER, STATUS_EVERY = 2.0, 5.0  # seconds
+
+
+class Record(NamedTuple):
+    """What is known of a file. `peak`: the largest value of a grey image of more than 8 bits, else 0."""
+
+    content: bytes
+    peak: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """`digest` names the data. `bits`: how many bits its 16-bit grey images use; None where there are none.
+
+    `num_distinct`: how many different contents the files have; with trust "names", their number. `changed`: files
+    whose content is not what the cache said although size, times and inode are; only looked for with `verify`.
+    """
+
+    digest: str
+    bits: int | None
+    num_distinct: int
+    changed: tuple[str, ...] = ()
+
+
+def identify(
+    root: Path,
+    names: Sequence[bytes],
+    facts: Mapping[str, Any],
+    *,
+    images: Collection[bytes] | None = None,
+    trust: Trust = "content",
+    bits: int | None = None,
+    verify: bool = False,
+) -> Identity:
+    """The identity of the files `names` (relative to `root`, in their order) and of `facts`, such as the class list.
+
+    One process reads, the others get its result. `images`: the names that are images, where not all are. `trust`:
+    "names" looks at names and sizes alone. `bits` replaces what would be measured. `verify` reads every file again.
+    """
+    return dist.from_main(lambda: _identify(root, names, facts, images, trust, bits, verify))
+
+
+def content_digest(root: Path, names: Sequence[bytes]) -> str:
+    """The digest of these files alone, without facts."""
+    return _identify(root, names, {}, (), "content", None, False).digest
+
+
+def _identify(
+    root: Path,
+    names: Sequence[bytes],
+    facts: Mapping[str, Any],
+    images: Collection[bytes] | None,
+    trust: Trust,
+    bits: int | None,
+    verify: bool,
+) -> Identity:
+    reader = _Reader(root, trust, images, verify)
+    total = hashlib.blake2b(json.dumps([trust, facts], sort_keys=True).encode(), digest_size=8)
+    distinct: set[bytes] = set()
+    peak = 0
+    for name, record in zip(names, reader.records(names), strict=True):
+        total.update(struct.pack("<I", len(name)) + name + record.content)
+        distinct.add(record.content)
+        peak = max(peak, record.peak)
+    reader.save()
+    measured = max(8, peak.bit_length()) if peak else None
+    return Identity(
+        digest=PREFIXES[trust] + total.hexdigest(),
+        bits=(bits or measured) if peak else None,
+        num_distinct=len(distinct) if trust == "content" else len(names),
+        changed=tuple(reader.changed),
+    )
+
+
+@dataclass
+class _Reader:
+    """Reads files, or takes what the cache knows of them."""
+
+    root: Path
+    trust: Trust
+    images: Collection[bytes] | None
+    verify: bool
+    known: dict[bytes, Record] = field(default_factory=dict)  # from the cache
+    fresh: dict[bytes, Record] = field(default_factory=dict)  # for the cache
+    changed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.base = os.path.join(os.fsencode(self.root), b"")
+        place = f"{self.trust} {os.fsdecode(os.path.realpath(self.base))} {self.images == ()}"
+        key = hashlib.blake2b(place.encode("utf-8", "surrogateescape"), digest_size=DIGEST).hexdigest()
+        self.cache = cache_dir() / "identity" / f"{key}.bin"
+        self.known = _load(self.cache)
+
+    def records(self, names: Sequence[bytes]) -> Iterator[Record]:
+        """A record for each name, in order."""
+        if self.images is not None and not isinstance(self.images, frozenset):
+            self.images = frozenset(self.images)
+        chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+        begun = told = time.monotonic()
+        done = 0
+        with ThreadPoolExecutor(THREADS) as pool, status_line() as tell:
+            for chunk in pool.map(lambda part: [self._record(name) for name in part], chunks):
+                yield from chunk
+                done += len(chunk)
+                now = time.monotonic()
+                if now - begun > STATUS_AFTER and now - told > STATUS_EVERY and done < len(names):
+                    told = now
+                    left = (now - begun) / done * (len(names) - done)
+                    tell(f"Reading the data's contents: {done:,} of {len(names):,} files, about {left:.0f} s left")
+
+    def _record(self, name: bytes) -> Record:
+        path = self.base + name
+        try:
+            stat = os.stat(path)
+            numbers = STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            key = hashlib.blake2b(numbers + name, digest_size=DIGEST).digest()
+            known = self.known.get(key)
+            if known is not None and not self.verify:
+                self.fresh[key] = known
+                return known
+            record = self._read(name, path, stat.st_size)
+        except OSError:  # whatever needs the image says so; here it must only differ from a whole file
+            return Record(b"unreadable".ljust(DIGEST), 0)
+        if known is not None and known.content != record.content:
+            self.changed.append(os.fsdecode(name))
+        if known is not None or time.time() - max(stat.st_mtime, stat.st_ctime) > UNSETTLED_SECONDS:
+            self.fresh[key] = record
+        return record
+
+    def _read(self, name: bytes, path: bytes, size: int) -> Record:
+        image = self.images is None or name in self.images
+        if self.trust == "names":
+            content = struct.pack("<q", size).ljust(DIGEST)
+            head = b""
+            if image and may_be_deep(name):
+                with open(path, "rb") as file:
+                    head = file.read(HEAD)
+        else:
+            with open(path, "rb") as file:
+                whole = file.read()
+            content, head = hashlib.blake2b(whole, digest_size=DIGEST).digest(), whole[:HEAD]
+        return Record(content, largest_deep_value(os.fsdecode(path), head) if image else 0)
+
+    def save(self) -> None:
+        """Keeps what was read, if anything is new. What goes wrong with the cache is not the user's concern."""
+        if self.fresh.keys() == self.known.keys() and not self.changed:
+            return
+        body = b"".join(RECORD.pack(key, record.content, record.peak) for key, record in self.fresh.items())
+        with contextlib.suppress(OSError, UserError):
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.cache) as temporary:
+                temporary.write_bytes(CACHE_MAGIC + hashlib.blake2b(body, digest_size=DIGEST).digest() + body)
+
+
+def _load(cache: Path) -> dict[bytes, Record]:
+    try:
+        content = cache.read_bytes()
+    except OSError:
+        return {}
+    start = len(CACHE_MAGIC) + DIGEST
+    body = content[start:]
+    whole = content.startswith(CACHE_MAGIC) and len(body) % RECORD.size == 0
+    if not whole or content[len(CACHE_MAGIC) : start] != hashlib.blake2b(body, digest_size=DIGEST).digest():
+        notice(f"The cache {cache} is damaged: the data's files are read again.")
+        return {}
+    return {key: Record(content, peak) for key, content, peak in RECORD.iter_unpack(body)}

@@ -1,0 +1,140 @@
+"""Protects the start of processes: RANK and its like are read in one place, and a contradiction is one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_MODEL, Hcnet, environment
+
+from hcnet_cli import console, dist
+from hcnet_cli.console import Progress, UserError
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((None, None, None), (0, 1, 0)),
+        (("1", None, "1"), (0, 1, 0)),  # one process is the main process
+        (("3", "", ""), (0, 1, 0)),
+        (("x", None, None), (0, 1, 0)),
+        (("", "1", ""), (0, 1, 0)),
+        (("1", "4", "0"), (1, 4, 0)),
+        ((" 3 ", "4", "3"), (3, 4, 3)),
+    ],
+)
+def test_what_the_variables_mean(
+    values: tuple[str | None, ...], expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in zip(NAMES, values, strict=True):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert (dist.rank(), dist.world_size(), dist.local_rank()) == expected
+    assert console.is_main_process() == dist.is_main() == (expected[0] == 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (("0", "two", "0"), 'WORLD_SIZE is "two"'),
+        (("0", "0", "0"), 'WORLD_SIZE is "0", not a whole number of at least 1'),
+        (("0", "-1", "0"), 'WORLD_SIZE is "-1"'),
+        (("0", "2.0", "0"), 'WORLD_SIZE is "2.0"'),
+        (("", "2", ""), "WORLD_SIZE is 2, but RANK is not set"),
+        (("2", "2", "0"), "RANK is 2, but WORLD_SIZE is 2"),
+        (("1", "1", "0"), "RANK is 1, but WORLD_SIZE is 1"),
+        (("0", "2", "2"), "LOCAL_RANK is 2, but WORLD_SIZE is 2"),
+        (("0", "2", "a"), 'LOCAL_RANK is "a"'),
+    ],
+)
+def test_a_contradiction_is_one_sentence_that_every_process_says(
+    values: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, hcnet: Hcnet, tmp_path: Path
+) -> None:
+    for name, value in zip(NAMES, values, strict=True):
+        monkeypatch.setenv(name, value)
+    assert console.is_main_process()
+    done = hcnet("pretrain", "--out", tmp_path)
+    assert (done.code, "Traceback" in done.err) == (2, False)
+    assert words in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_cannot_meet_are_one_sentence(monkeypatch: pytest.MonkeyPatch, hcnet: Hcnet) -> None:
+    for name, value in zip(NAMES, "020", strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    done = hcnet("pretrain", "--device", "cpu")
+    assert done.code == 2
+    assert "The 2 processes cannot be joined" in done.err
+    monkeypatch.setenv("LOCAL_RANK", "")
+    with pytest.raises(UserError, match="every process would take the same GPU"):
+        dist.local_rank()
+
+
+def test_a_lost_terminal_saves_and_stops_and_nohup_goes_on(folder_of_images: Path, tmp_path: Path) -> None:
+    """SIGHUP while nobody reads standard error any more: the run saves, exit code 129; ignored, it trains on."""
+    line = [sys.executable, "-m", "hcnet_cli", "pretrain", "--recipe", "digits", *SMALL_MODEL, "--epochs", "6"]
+    line += ["--set", "data.img_size=16", "--batch-size", "8", "--workers", "0", "--set", "train.log_every=1"]
+    line += ["--data", str(folder_of_images), "--out", str(tmp_path)]
+    for prefix, code in (([], 129), (["nohup"], 0)):
+        process = subprocess.Popen([*prefix, *line], env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        before = sum(file.stat().st_size for file in tmp_path.glob("runs/*/metrics.jsonl"))
+        deadline = time.monotonic() + 100
+        while sum(file.stat().st_size for file in tmp_path.glob("runs/*/metrics.jsonl")) <= before:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert process.stderr is not None
+        process.stderr.close()
+        process.send_signal(1)
+        assert process.wait(timeout=100) == code
+    (record,) = tmp_path.glob("runs/*/run.json")
+    assert '"finished"' in record.read_text()
+
+
+def test_lines_come_by_time_whatever_a_step_or_an_evaluation_takes(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Progress, "QUIET", 0.1)
+    with Progress(10, 0, "top1") as progress:
+        time.sleep(0.6)  # a long first step
+        first = capfd.readouterr().err
+        assert "step 1/10 · at work for" in first
+        progress.begin("step 2/10")
+        for batch in range(1, 8):
+            time.sleep(0.05)
+            progress.evaluating(batch, 7)
+        assert "evaluating · batch" in capfd.readouterr().err
+        progress.printed -= 1
+        progress.step(2, {"loss": 1.0, "images_per_second": 3.21, "data_wait": 0.0})
+        assert "step 2/10 · loss 1.000 · 3.2 img/s" in capfd.readouterr().err
+
+
+def test_standard_error_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    said = console.ErrorConsole(file=os.fdopen(write, "w", buffering=1))
+    monkeypatch.setattr(console, "err", said)
+    console.notice("x")
+    console.warn("y")
+    assert said.quiet
+    with contextlib.suppress(BrokenPipeError):
+        said.file.close()
+
+
+def test_durations_are_said_as_people_say_them() -> None:
+    said = [console.about(seconds) for seconds in (0.2, 40, 100, 700, 9000, 60000, 2 * 86400, 13.2 * 86400)]
+    assert said == ["1 s", "40 s", "1.7 min", "12 min", "2.5 h", "17 h", "2 d", "13 d"]
