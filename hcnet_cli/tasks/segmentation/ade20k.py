@@ -1,5 +1,12 @@
-"""The 150 classes of ADE20K's scene parsing benchmark: the first name of each in objectInfo150.txt, in its order."""
+"""What ADE20K's scene parsing benchmark is: its classes and its numbers of images."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NUM_TRAIN, NUM_VAL = 20_210, 2_000  # images of ADE20K
+MIN_DISTINCT = 0.99  # of its files have different contents
+# The first name of each class in objectInfo150.txt, in its order.
 ADE20K_CLASSES = tuple(
     name.strip()
     for name in """
@@ -19,3 +26,12 @@ glass, clock, flag
     .strip()
     .split(",")
 )
+
+
+def is_ade20k(names: Sequence[str], num_train: int, num_val: int, num_distinct: int) -> bool:
+    """Whether these are ADE20K's 150 classes, in their order, and its numbers of images, hardly one twice."""
+    return (
+        (num_train, num_val) == (NUM_TRAIN, NUM_VAL)
+        and num_distinct >= MIN_DISTINCT * 2 * (NUM_TRAIN + NUM_VAL)  # images and labels
+        and tuple(name.split(",")[0].split(";")[0].strip().lower() for name in names) == ADE20K_CLASSES
+    )

@@ -32,13 +32,11 @@ from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD, Part
 from hcnet_cli.tasks.segmentation import augment, labels, spec
-from hcnet_cli.tasks.segmentation.ade20k import ADE20K_CLASSES
+from hcnet_cli.tasks.segmentation.ade20k import is_ade20k
 from hcnet_cli.tasks.segmentation.augment import Pixels
 from hcnet_cli.tasks.segmentation.labels import LabelScan, LabelTable, read_label
 
 SPLITS = ("training", "validation")
-NUM_TRAIN, NUM_VAL = 20_210, 2_000  # images of ADE20K
-MIN_DISTINCT = 0.99  # of its files have different contents
 BACKGROUND = frozenset({"background", "bg", "backgrounds", "unlabeled", "unlabelled", "none", "void", "ignore"})
 MANY_ZEROS = 0.25  # of the pixels; 0 is less than a tenth of ADE20K
 ZERO_IS_A_CLASS = "--set data.reduce_zero_label=false"
@@ -147,15 +145,6 @@ def open_folder(
         images=images,
         labels=label_files,
         table=table,
-    )
-
-
-def is_ade20k(names: Sequence[str], num_train: int, num_val: int, num_distinct: int) -> bool:
-    """Whether these are ADE20K's 150 classes, in their order, and its numbers of images, hardly one twice."""
-    return (
-        (num_train, num_val) == (NUM_TRAIN, NUM_VAL)
-        and num_distinct >= MIN_DISTINCT * 2 * (NUM_TRAIN + NUM_VAL)  # images and labels
-        and tuple(name.split(",")[0].split(";")[0].strip().lower() for name in names) == ADE20K_CLASSES
     )
 
 
