@@ -340,6 +340,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     for key in not_in_fingerprint(recipe) & flat.keys():
         del flat[key]
     old = {new: name for name, new in _renamed(recipe.task).items() if isinstance(new, str)}
+    if recipe.optim.name != "adamw":  # version 0.1 had no other
+        old = {new: name for new, name in old.items() if not new.startswith("optim.")}
     return {old.get(key, key): value for key, value in flat.items()}
 
 
