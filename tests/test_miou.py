@@ -136,21 +136,21 @@ def test_saved_results_and_pictures(tmp_path):
     labels, predictions = random_maps(5, count=3, absent=(4,))
     for i, label in enumerate(labels):
         Image.fromarray(np.full((*label.shape, 3), 80 * i, np.uint8)).save(tmp_path / f"{i}.jpg")
-    evaluator = MeanIoU([f"class {c}" for c in range(6)], num_pictures=2, suffix="_ms", protocol="ms")
+    evaluator = MeanIoU([f"class {c}" for c in range(6)], num_pictures=2, protocol="ms")
     for maps, batch in batches(labels, predictions, [0, 1, 2], folder=tmp_path):
         evaluator.update(maps, batch)
     metrics = evaluator.compute()
-    assert set(metrics) == {"mIoU_ms", "mAcc_ms", "aAcc_ms", "num_present_ms"}
+    assert set(metrics) == {"mIoU", "mAcc", "aAcc", "num_present"}
     evaluator.save(tmp_path / "final")
-    saved = json.loads((tmp_path / "final" / "per_class_ms.json").read_text())
-    assert saved["mIoU"] == pytest.approx(metrics["mIoU_ms"], abs=1e-4)
+    saved = json.loads((tmp_path / "final" / "per_class.json").read_text())
+    assert saved["mIoU"] == pytest.approx(metrics["mIoU"], abs=1e-4)
     assert saved["protocol"] == "ms"
     assert [row["name"] for row in saved["classes"] if row["IoU"] is None] == ["class 4"]
     counted = [row["IoU"] for row in saved["classes"] if row["IoU"] is not None]
     assert sum(counted) / saved["num_present"] == pytest.approx(saved["mIoU"], abs=1e-3)
-    pictures = sorted(path.name for path in (tmp_path / "final" / "pictures_ms").iterdir())
+    pictures = sorted(path.name for path in (tmp_path / "final" / "pictures").iterdir())
     assert pictures == ["0.png", "1.png"]
-    with Image.open(tmp_path / "final" / "pictures_ms" / "0.png") as picture:
+    with Image.open(tmp_path / "final" / "pictures" / "0.png") as picture:
         assert picture.width > 1200
 
 

@@ -55,7 +55,7 @@ def scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
 
 
 class MeanIoU:
-    """Evaluator of label maps. Names of metrics end in `suffix`; the first `num_pictures` images are drawn.
+    """Evaluator of label maps. The first `num_pictures` images are drawn.
 
     `read` gives an image by its path, as training sees it.
     """
@@ -66,7 +66,6 @@ class MeanIoU:
         *,
         ignore_index: int = 255,
         num_pictures: int = 8,
-        suffix: str = "",
         protocol: str = "",
         read: Callable[[str], Image.Image] = read_image,
     ) -> None:
@@ -74,7 +73,6 @@ class MeanIoU:
         self.read = read
         self.ignore_index = ignore_index
         self.num_pictures = num_pictures
-        self.suffix = suffix
         self.protocol = protocol
         self.partial = False
         self._confusion: Tensor | None = None
@@ -109,7 +107,7 @@ class MeanIoU:
             absent = [name for name, iou in zip(self.class_names, self._result["iou"], strict=True) if np.isnan(iou)]
             some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
             notice(f"mIoU over {present} of {num_classes} classes (absent: {some}).")
-        return {name + self.suffix: float(self._result[name]) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
+        return {name: float(self._result[name]) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
 
     def save(self, folder: Path) -> None:
         """per_class.json and pictures/NAME.png, after `compute`. Undefined numbers are null."""
@@ -125,10 +123,10 @@ class MeanIoU:
                 for name, iou, acc, pixels in rows
             ],
         }
-        file = folder / f"per_class{self.suffix}.json"
+        file = folder / "per_class.json"
         with optional(file):
             write_text(file, json.dumps(content, indent=1) + "\n")
-        target = folder / f"pictures{self.suffix}"
+        target = folder / "pictures"
         with optional(target):
             target.mkdir(parents=True, exist_ok=True)
         samples = sorted(self._kept)[: 1 if self.partial else None]
