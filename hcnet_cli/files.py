@@ -6,11 +6,43 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from hcnet_cli.console import DISK_FULL, UserError, notice, warn
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    UserError for a folder, a pipe or a device, for a file that is longer, and for one that cannot be read. A pipe is
+    never waited for, and a file that grows meanwhile is read up to the limit alone.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise UserError(f"{path} is not a regular file.")
+            content = file.read(limit + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if len(content) > limit:
+        raise UserError(f"{path} is larger than {limit / 2**20:.0f} MiB, more than such a file can need.")
+    return content
+
+
+def read_text(path: Path, limit: int = 16 * 2**20) -> str:
+    """UTF-8 text of a regular file, without a byte-order mark. UserError as `read_bytes`, and for other encodings."""
+    content = read_bytes(path, limit)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not UTF-8 text (line {line}).", hint="Save it as UTF-8.") from None
 
 
 @contextlib.contextmanager
