@@ -37,14 +37,15 @@ LAYERS = [
     ["published", "statistics", "grouping"],
     ["table", "runs"],
     ["recipe", "plausible"],
-    ["declarations"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
-    ["schema", "files", "plain_yaml", "header"],
+    ["declarations", "header"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
+    ["schema", "plain_yaml", "plain_json"],
+    ["files", "privacy"],
     ["console", "sizes"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table"),
-    *("header", "plausible", "pretrained", "grouping"),
+    *("header", "plain_json", "plausible", "pretrained", "grouping", "privacy"),
     *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most
