@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +152,8 @@ def read_init(source: str) -> tuple[str, dict[str, Tensor]]:
 
 
 def weights_file(source: str) -> Path:
-    """The file of weights that a run folder or a path names."""
-    path = Path(source)
+    """The file of weights that a run folder or a path names; `~` is the home folder."""
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         best = path / "best.safetensors"
         if not best.is_file():

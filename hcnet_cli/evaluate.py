@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from hcnet_cli import build, dist, engine, files, run, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice, out, warn
 from hcnet_cli.device import pick_device
+from hcnet_cli.privacy import host_id
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
 
@@ -73,7 +73,7 @@ def evaluate(
                     "at": runs.now(),
                     "git_commit": commit,
                     "git_dirty": dirty,
-                    "host": platform.node(),
+                    "host": host_id(),
                 }
             )
         if dist.is_main() and wanted != [first]:

@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 from hcnet_cli.console import DISK_FULL, UserError, notice, warn
 
-
 STALE_SECONDS = 3600.0  # no write takes so long: an older temporary file is of a process that was killed
 
 

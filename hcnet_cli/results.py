@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hcnet_cli import runs
 from hcnet_cli.grouping import Run, changes_text, deduplicate, group_by_config, independent, init_label, tell_apart
+from hcnet_cli.privacy import mask
 from hcnet_cli.published import METRICS, read_published, shipped_published
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.sizes import SIZES
@@ -119,9 +120,10 @@ def published_protocol(info: RunInfo) -> str:
 
 
 def command(argv: Sequence[str]) -> str:
-    """A command as a person would type it, wherever the program was installed."""
+    """A command as a person would type it, wherever the program was installed, without secrets."""
     if not argv:
         return ""
+    argv = mask(argv)  # records of version 0.1 have them
     program = Path(argv[0]).name
     return shlex.join([*(["python", "-m", "hcnet_cli"] if program == "__main__.py" else [program]), *argv[1:]])
 

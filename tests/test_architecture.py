@@ -36,7 +36,8 @@ LAYERS = [
     ["results", "recipe_reference", "pretrained"],
     ["published", "statistics", "grouping"],
     ["table", "runs"],
-    ["recipe", "plausible"],
+    ["recipe", "record"],
+    ["plausible"],
     ["declarations", "header"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
     ["schema", "plain_yaml", "plain_json"],
     ["files", "privacy"],
@@ -45,7 +46,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table"),
-    *("header", "plain_json", "plausible", "pretrained", "grouping", "privacy"),
+    *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy"),
     *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most

@@ -11,6 +11,7 @@ import typer
 from hcnet_cli.cli import options
 from hcnet_cli.cli.base import base_recipe
 from hcnet_cli.console import UserError
+from hcnet_cli.privacy import command_line
 from hcnet_cli.sizes import COMPONENTS
 from hcnet_cli.tasks import TASKS
 
@@ -75,7 +76,7 @@ def ablate(
             )
     bases = [_study_base(kind, one, ctx.params) for kind, one in wanted]
     expanded = design.expand(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
-    settings = runner.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=sys.argv)
+    settings = runner.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=command_line())
     if dry_run:
         preview.preview(expanded, settings, lambda one: _cost(one, device))
         return

@@ -9,6 +9,7 @@ import typer
 
 from hcnet_cli.cli import options
 from hcnet_cli.console import UserError
+from hcnet_cli.privacy import command_line
 from hcnet_cli.tasks.classification.spec import SPEC
 
 app = typer.Typer()
@@ -52,7 +53,7 @@ def bench(
 
     timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
-    known = tables.facts(settings.device, sys.argv, settings.threads)
+    known = tables.facts(settings.device, command_line(), settings.threads)
     made = timing.measure(timing.contenders(models, mode, precision, compile_models), settings)
     sys.stdout.write(render(tables.tables(made), "rich"))
     if output is not None:
@@ -83,7 +84,7 @@ def bench_data(
 
     bench.check_output(output)
     bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it
-    known = tables.facts(pick_device("cpu"), sys.argv, threads=1)
+    known = tables.facts(pick_device("cpu"), command_line(), threads=1)
     with bench_data.folder(data) as (root, name):
         made = bench_data.measure(
             bench_data.read_recipe(recipe, root, img_size),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hcnet_cli.cli import options
+from hcnet_cli.privacy import command_line
 
 
 def evaluate(
@@ -37,4 +37,4 @@ def evaluate(
     from hcnet_cli.evaluate import find_run
 
     names = [name.strip() for name in on.split(",")] if on is not None else []
-    score(find_run(run, out_dir), settings, names, device, sys.argv)
+    score(find_run(run, out_dir), settings, names, device, command_line())

@@ -38,7 +38,7 @@ def report(
     where, more = results or [Path("results")], published or []
     studies, unreadable = tables(where)
     for line in unreadable:
-        warn(f"{line}.")
+        warn(line)
     if check is not None:
         if output is not None or fmt is not None:
             raise UserError(

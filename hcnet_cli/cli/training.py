@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from hcnet_cli.cli import options
 from hcnet_cli.cli.base import resolve
 from hcnet_cli.console import UserError
+from hcnet_cli.privacy import command_line
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.spec import Spec
 
@@ -86,7 +86,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         fresh=given["fresh"],
         dry_run=given["dry_run"],
         eval_only=given["eval_only"],
-        argv=sys.argv,
+        argv=command_line(),
     )
     _, _, stopped_by = train(resolved, chosen)
     if stopped_by:

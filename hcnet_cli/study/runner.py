@@ -27,7 +27,7 @@ from hcnet_cli.grouping import Run
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.design import Design
 from hcnet_cli.study.machine import environment
-from hcnet_cli.study.record import Cell, Found, StudyRecord, find_run, same_recipe
+from hcnet_cli.study.record import Cell, Found, StudyRecord, find_run, read_study, same_recipe
 from hcnet_cli.table import is_number
 from hcnet_cli.tasks import TASKS
 
@@ -119,9 +119,8 @@ class StudyProcess:
     def _adopt(self) -> None:
         """Enters the runs that exist already. The earlier record names runs whose data has another path since."""
         earlier = {}
-        with contextlib.suppress(OSError, ValueError):
-            old = StudyRecord.model_validate_json(self.file.read_text(encoding="utf-8"))
-            earlier = {(c.arm, c.task, c.seed): c for c in old.cells}
+        with contextlib.suppress(UserError):
+            earlier = {(c.arm, c.task, c.seed): c for c in read_study(self.file).cells}
         found = runs.find_runs(self.settings.results)
         names = {path.name: Run(path, info) for path, info in found[0]}
         code, others = runs.git_state(), 0
