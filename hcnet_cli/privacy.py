@@ -72,11 +72,17 @@ def public(value: Any) -> Any:
 
 def public_text(text: str) -> str:
     """Text without secrets, folders, and the names of this computer and its user: a path is its last part alone."""
-    text = PATH.sub(lambda found: Path(found[0]).name or "/", mask_text(text))
+    text = PATH.sub(_last_part, mask_text(text))
     for name in {platform.node(), _user()} - {"", "root", "localhost"}:
         if len(name) > 2:
             text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", MASK, text)
     return text
+
+
+def _last_part(found: re.Match[str]) -> str:
+    path = Path(found[0])
+    of_run = path.name in ("best.safetensors", "last")  # which says nothing without the name of its run
+    return f"{path.parent.name}/{path.name}" if of_run else path.name
 
 
 def _user() -> str:

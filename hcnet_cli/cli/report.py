@@ -24,6 +24,10 @@ def report(
     check: Annotated[
         Path | None, typer.Option(help="Folder of tables to compare with the runs; 1 if they differ.")
     ] = None,
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="Leave out folders, the names of computer and user, and secrets in commands."),
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
@@ -54,7 +58,14 @@ def report(
         raise UserError("--watch refreshes a page in a file.", hint="Add --format html --output report.html")
     while True:
         text = make(
-            where, table=table, fmt=fmt, published=more, extra=studies, output=output, refresh=10 if watch else None
+            where,
+            table=table,
+            fmt=fmt,
+            published=more,
+            extra=studies,
+            output=output,
+            refresh=10 if watch else None,
+            public=public,
         )
         if output is None:
             sys.stdout.write(text)

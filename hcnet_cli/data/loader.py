@@ -190,6 +190,8 @@ def watching_workers() -> Iterator[None]:
 
 
 def _worker_died(reason: str) -> RunFailed:
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again, wherever the program is
     return RunFailed(
         f"A data worker process died ({reason}).",
         hint="The usual cause is too little memory or shared memory (/dev/shm): try fewer --workers. The same command "

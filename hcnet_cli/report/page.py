@@ -17,7 +17,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from hcnet_cli import runs
+from hcnet_cli.console import UserError, warn
 from hcnet_cli.grouping import Run, changes_text
+from hcnet_cli.privacy import public_text
 from hcnet_cli.report import figures
 from hcnet_cli.results import Results, command, model_name
 from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
@@ -48,7 +50,7 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
         measured=[s for s in sections if s["table"].measured],
         published=[s for s in sections if not s["table"].measured],
         cards=[card for table in ordered if (card := _card(table))],
-        runs=[_run(run, anchors[run.folder]) for run in found.runs],
+        runs=[_run(run, anchors[run.folder], found.public) for run in found.runs],
         finished=sum(run.finished for run in found.runs),
         data_sets=len({run.info.data.name for run in found.runs}),
         curves=Markup(curves.replace("<", "\\u003c")),  # no name in it can end the script element
@@ -171,7 +173,11 @@ def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[s
     """Loss, primary metric and learning rate of each run over its steps, at most CURVE_POINTS each."""
     curves = []
     for run in all_runs:
-        log = runs.read_log(run.folder / "metrics.jsonl")
+        try:
+            log = runs.read_log(run.folder / "metrics.jsonl")
+        except UserError as error:
+            warn(f"{error} The run has no curves.")
+            continue
         metric = TASKS[run.info.task].primary.key
         series = {name: _thin(log, key) for name, key in (("loss", "loss"), ("metric", metric), ("lr", "lr"))}
         if any(series.values()):
@@ -191,7 +197,7 @@ def _thin(log: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
     return [points[round(i * last / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]
 
 
-def _run(run: Run, anchor: str) -> dict[str, Any]:
+def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
     """What run.json records, for people."""
     i = run.info
     steps = f"{i.steps_done:,} of {i.steps_total:,}"
@@ -228,13 +234,14 @@ def _run(run: Run, anchor: str) -> dict[str, Any]:
         "error": i.error,
     }
     recipe = run.folder / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
     return {
         "id": anchor,
         "run": run,
         "label": _label(run),
         "share": math.floor(100 * i.steps_done / max(1, i.steps_total)),
         "facts": {what: text for what, text in facts.items() if text},
-        "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        "recipe": public_text(text) if public else text,
     }
 
 
