@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from hcnet_cli import recipe as rcp
@@ -9,6 +10,22 @@ from hcnet_cli import runs
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import TASKS
+
+
+def weights_file(source: str) -> Path:
+    """The file of weights that a run folder or a path names; `~` is the home folder."""
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        best = path / "best.safetensors"
+        if not best.is_file():
+            inside = sorted(str(file.parent) for file in path.glob("runs/*/best.safetensors"))
+            more = " ..." if len(inside) > 3 else ""
+            raise UserError(
+                f"{path} is not a run with weights: it has no best.safetensors.",
+                hint=f"Runs in it: {', '.join(inside[:3])}{more}" if inside else "",
+            )
+        path = best
+    return path
 
 
 def best_pretraining(recipe: Recipe, results: Path) -> str | None:

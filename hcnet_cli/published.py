@@ -58,11 +58,18 @@ def read_published(files: Sequence[Path]) -> list[Values]:
 def _read_csv(file: Path) -> list[tuple[int, Values]]:
     """(line number, row) of each row. UserError for a file that is not as documented."""
     reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    lines: list[tuple[int, list[str]]] = []
     try:
-        header = next(reader, [])
-        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+        for cells in reader:
+            cells = [" ".join(cell.split()) for cell in cells]
+            if hidden := next((cell for cell in cells if not cell.isprintable()), None):
+                shown = ascii(hidden)[:60]
+                raise UserError(f"{file} line {reader.line_num} has a character that cannot be shown ({shown}).")
+            if any(cells) or not lines:
+                lines.append((reader.line_num, cells))
     except csv.Error as error:
         raise UserError(f"{file} line {reader.line_num} cannot be read as CSV: {error}.") from None
+    header = lines.pop(0)[1] if lines else []
     columns = f"Columns: {', '.join(COLUMNS)}."
     for name in header:
         if name not in COLUMNS:
@@ -81,12 +88,10 @@ def _read_csv(file: Path) -> list[tuple[int, Values]]:
 
 
 def _row(cells: Mapping[str, str], place: str) -> Values:
-    texts = {name: " ".join(cells[name].split()) for name in TEXT}
+    texts = {name: cells[name] for name in TEXT}
     for name, text in texts.items():
         if not text:
             raise UserError(f'{place}: "{name}" is empty.')
-        if not text.isprintable():
-            raise UserError(f'{place}: "{name}" has a character that cannot be shown ({ascii(text)[:60]}).')
     spec = SPECS.get(texts["table"])
     if spec is None:
         raise UserError(f'{place}: unknown table "{texts["table"]}" (known: {", ".join(SPECS)}).')

@@ -112,6 +112,13 @@ class RunFolder:
             info.status = "interrupted"
         return info
 
+    def require(self) -> RunInfo:
+        """The record; UserError for a folder without one, too."""
+        info = self.read()
+        if info is None:
+            raise UserError(f"{self.path} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
+        return info
+
     def write(self, info: RunInfo) -> None:
         write_text(self.record, record_text(info))
 
@@ -168,6 +175,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if isinstance(entry, dict):
                 entries.append(entry)
     return entries
+
+
+def find_run(run_name: str, results: Path) -> RunFolder:
+    """The folder of a run given by path, or by its name under RESULTS/runs."""
+    path = Path(run_name)
+    if not path.is_dir() and (results / "runs" / run_name).is_dir():
+        path = results / "runs" / run_name
+    if not path.is_dir():
+        raise UserError(f"There is no run {run_name}.", hint=f"Runs lie in {results / 'runs'}.")
+    return RunFolder(path)
 
 
 def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Path, str]]]:

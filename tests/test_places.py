@@ -83,7 +83,7 @@ def test_json_is_read_as_python_reads_it() -> None:
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_every_file_follows_the_umask(mask: int, tmp_path: Path) -> None:
-    """safetensors makes its files private; a group could not read the weights of a run."""
+    """Safetensors makes its files private; a group could not read the weights of a run."""
     before = os.umask(mask)
     try:
         checkpoint.save_tensors(tmp_path / "best.safetensors", {"w": torch.ones(2)})
@@ -163,3 +163,11 @@ def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.M
     if cache.lstat().st_uid != 54321:
         with pytest.raises(UserError, match="belongs to another user"):
             folders.cache_dir()
+
+
+@pytest.mark.parametrize("command", [["evaluate", "nowhere"], ["explain", "nowhere"]])
+def test_a_run_that_is_not_there_is_said_before_torch_is_loaded(command: list[str], tmp_path: Path) -> None:
+    code = "import sys; from hcnet_cli.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
+    assert "nowhere" in done.stderr

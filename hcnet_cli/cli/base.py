@@ -40,6 +40,7 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
         notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")
     if file is None:
         file = rcp.recipe_file(spec.embedded if data == spec.embedded else spec.default_recipe, task)
+    data = os.path.expanduser(data)  # a shell expands ~ in an argument, not in a variable or a recipe
     overrides = [("data.path", data, source), *_flags(task, given)]
     overrides += [(key, value, f"--set {key}") for key, value in parsed]
     found = rcp.resolve(file, overrides).recipe

@@ -48,6 +48,9 @@ def explain(
     ] = None,
 ) -> None:
     """Draw what the heat layers of a run do: stencils, conduction rates, transfer functions, receptive fields."""
+    from hcnet_cli.runs import RunFolder
+
+    RunFolder(run).require()  # before PyTorch is loaded, which takes seconds
     from hcnet_cli.explain import explain as draw
 
     for path in draw(run, image, out_dir):
