@@ -37,7 +37,7 @@ class DataInfo(BaseModel):
     """The data a run saw. `name` is what tables group by.
 
     `digest` covers the contents and names of all files, the classes and their order; with `trust` "names", only names
-    and sizes. `bits` are those of grey images of more than 8 bits, if there are any. `left_out` counts what the folder
+    and sizes. `bits` are those of images of more than 8 bits, if there are any. `left_out` counts what the folder
     holds and the run does not use, by reason. `notes` belong under every table that shows the run.
     """
 
@@ -55,7 +55,7 @@ class DataInfo(BaseModel):
 
     def remarks(self) -> list[str]:
         """What people must know of the data before a run, a line each."""
-        lines = [f"16-bit grey images are read as {self.bits}-bit (data.bits)."] if self.bits else []
+        lines = [f"16-bit images are read as {self.bits}-bit (data.bits)."] if self.bits else []
         if self.left_out:
             counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
             lines.append(f"Left out of the data: {counts}. `hcnet check` names them.")
