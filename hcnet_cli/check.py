@@ -65,9 +65,9 @@ def check(recipe: Recipe) -> Audit:
     try:
         audit = importlib.import_module(form.module).audit(recipe.data, recipe.head, root)
     except UserError as problem:  # after which a format cannot go on
-        if not form.recognise(root):
-            problem.hint = layouts()
         audit = Audit(root.name, root, recipe.data.format, "images", [], {}, problems=[problem])
+    if audit.problems and not form.recognise(root):
+        audit.problems[0].hint = layouts()
     inspect_images(audit)
     audit.findings.sort(key=lambda finding: not finding.wrong)
     return audit

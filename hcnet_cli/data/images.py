@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png, read_file
+from torchvision.io import ImageReadMode, decode_png
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError
@@ -43,8 +43,8 @@ HOT_PIXELS = 1000  # one of so many pixels, but at least one of each image, may 
 MAX_ATTEMPTS = 10  # images in a row that cannot be used before training stops
 
 Image.MAX_IMAGE_PIXELS = None  # `opened` has its own limit, a field of the recipe
-# A few of ImageNet's own files have damaged EXIF data; their pixels are fine.
-warnings.filterwarnings("ignore", message=".*(EXIF|Truncated File Read)", category=UserWarning, module="PIL")
+# Of damaged metadata, as in a few of ImageNet's own files: the pixels are fine, or the image is named.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -137,7 +137,8 @@ def _deep_values(path: str | Path, file: Image.Image) -> NDArray[np.integer] | N
         return np.asarray(file)
     if file.format == "PNG" and any(str(tile[3]).endswith(";16B") for tile in file.tile):  # type: ignore[attr-defined]
         # Pillow would drop the lower 8 bits of colours, and with them all of a 12-bit image's dark half
-        return decode_png(read_file(str(path)), ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()  # type: ignore[no-any-return]
+        content = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+        return np.asarray(decode_png(content, ImageReadMode.UNCHANGED).permute(1, 2, 0))
     return None
 
 
