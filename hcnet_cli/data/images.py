@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError
@@ -132,14 +131,29 @@ def read_image(
 
 
 def _deep_values(path: str | Path, file: Image.Image) -> NDArray[np.integer] | None:
-    """The numbers of an image of more than 8 bits, [H, W] or [H, W, C]; None for any other."""
+    """The numbers of an image of more than 8 bits, [H, W] or [H, W, C]; None for any other.
+
+    Pillow drops the lower bytes of a 16-bit PNG in colour, and with them all of a 12-bit image's dark half. Its decoder
+    gives them where it is told another order of the bytes.
+    """
     if file.mode.startswith("I"):
         return np.asarray(file)
-    if file.format == "PNG" and any(str(tile[3]).endswith(";16B") for tile in file.tile):  # type: ignore[attr-defined]
-        # Pillow would drop the lower 8 bits of colours, and with them all of a 12-bit image's dark half
-        content = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
-        return np.asarray(decode_png(content, ImageReadMode.UNCHANGED).permute(1, 2, 0))
-    return None
+    layout = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""  # type: ignore[attr-defined]
+    if layout in ("RGB;16B", "RGBA;16B"):
+        high, low = _decoded_as(path, layout), _decoded_as(path, layout.replace("16B", "16L"))
+    elif layout == "LA;16B":
+        both = _decoded_as(path, "RGBA")  # grey and opacity, two bytes each
+        high, low = both[..., 0::2], both[..., 1::2]
+    else:
+        return None
+    return high.astype(np.uint16) << 8 | low
+
+
+def _decoded_as(path: str | Path, layout: str) -> NDArray[np.uint8]:
+    """The pixels of a PNG file whose bytes are taken in another layout."""
+    with Image.open(path, formats=("PNG",)) as file:
+        file.tile = [(*tile[:3], layout) for tile in file.tile]  # type: ignore[attr-defined]
+        return np.asarray(file)
 
 
 def _in_8_bits(values: NDArray[np.integer], bits: int) -> Image.Image:
