@@ -10,13 +10,13 @@ import time
 import rich.box
 import rich.table
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import about, duration, notice, out, warn
 from hcnet_cli.data import loader
+from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task, to_device
 from hcnet_cli.files import existing_parent
@@ -280,6 +280,6 @@ def typical_side(data: DataSplits) -> int | None:
     sides = []
     for n in range(count):
         file = data.train.sample_path(n * len(data.train) // count)
-        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(file) as image:
-            sides.append(min(image.size))
+        with contextlib.suppress(UnusableImageError):
+            sides.append(min(shown_size(file)))
     return sorted(sides)[len(sides) // 2] if sides else None

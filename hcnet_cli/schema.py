@@ -15,6 +15,7 @@ from hcnet_cli.console import did_you_mean
 from hcnet_cli.sizes import COMPONENTS, SIZES, ordered_components
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_PIXELS = 100_000_000  # of an image, unless a recipe says otherwise
 Triple = tuple[float, float, float]
 Quad = tuple[int, int, int, int]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -56,7 +57,13 @@ class DataPart(Part):
     std: Triple = field(IMAGENET_STD, "Standard deviation of the channels, of values in 0..1.")
     bits: Annotated[int, Field(ge=8, le=32)] | None = field(
         None,
-        "Bits that grey images of more than 8 bits use: 8, 10, 12, 16; null: measured over the data.",
+        "Bits that images of more than 8 bits use: 8, 10, 12, 16; null: measured over the data.",
+        fingerprint="changed",
+    )
+    max_pixels: PositiveInt = field(
+        MAX_PIXELS,
+        "An image of more is not decoded: it is treated as one that cannot be read.",
+        unit="pixels",
         fingerprint="changed",
     )
     trust: Literal["content", "names"] = field(

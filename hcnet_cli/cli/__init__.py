@@ -11,6 +11,7 @@ import typer
 
 import hcnet_cli
 from hcnet_cli.cli import ablate, bench, evaluate, inspect, recipes, report, training
+from hcnet_cli.cli.base import require_text
 from hcnet_cli.console import DISK_FULL, UserError, err, is_main_process, out
 
 app = typer.Typer(
@@ -54,6 +55,8 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
+            for word in sys.argv[1:]:
+                require_text(word, "An argument")
             app(prog_name="hcnet")
         finally:
             sys.stdout.flush()

@@ -21,8 +21,9 @@ def check(
 ) -> None:
     """Look at every image and annotation of a data set as training reads them, and say what is wrong, before training.
 
-    The layout tells the task. Exits with 1 if something spoils training or its figures: files that cannot be read,
-    sizes that are not those annotated, the same picture in training and validation or in two classes.
+    The layout tells the task. Exits with 2 if training would refuse the data, and with 1 if something else spoils
+    training or its figures: files that cannot be read, sizes that are not those annotated, the same picture in training
+    and validation or in two classes.
     """
     from hcnet_cli import check as checking
     from hcnet_cli.files import check_output, write_output
@@ -37,6 +38,8 @@ def check(
     sys.stdout.write(render(checking.tables(made), "rich", checking.lines(made)))
     if output is not None:
         write_output(output, checking.json_text(made))
+    if made.problems:
+        raise made.problems[0]
     raise typer.Exit(made.wrong)
 
 

@@ -127,7 +127,7 @@ def _one_image(recipe: Recipe, file: Path, bits: int | None) -> tuple[list[Tenso
     """The image in `file` as the run's evaluation would see it: [3, H, W]."""
     config: Any = recipe.data
     try:
-        image = read_image(file, bits=bits)
+        image = read_image(file, bits=bits, max_pixels=config.max_pixels)
     except UnusableImageError as error:
         raise UserError(str(error)) from None
     if isinstance(config, ImageFolder):

@@ -267,7 +267,7 @@ def _image(file: Path) -> dict[str, Any] | None:
     """A picture as data URI, shrunk if it is large, and its size; None for a file that is not a picture."""
     content, kind = file.read_bytes(), "png"
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             size = image.size
             if len(content) > PICTURE_BYTES:
                 image.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH))
@@ -277,7 +277,7 @@ def _image(file: Path) -> dict[str, Any] | None:
                 content = small.getvalue()
             else:
                 image.verify()
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return {"uri": uri, "size": size, "name": file.stem}
