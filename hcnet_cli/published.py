@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -107,8 +106,7 @@ def _number(text: str, name: str, place: str) -> float:
         value = float(text)
     except ValueError:
         raise UserError(f'{place}: "{name}" is "{text}", not a number.') from None
-    highest = 100.0 if name in METRICS else math.inf
-    if not 0 <= value <= highest or math.isinf(value):
-        limit = "between 0 and 100 (per cent)" if name in METRICS else "a positive number"
+    highest, limit = (100.0, "between 0 and 100 (per cent)") if name in METRICS else (1e9, "between 0 and 1e9")
+    if not 0 <= value <= highest:
         raise UserError(f'{place}: "{name}" is {text}, not {limit}.')
     return int(value) if value.is_integer() and name == "img_size" else value

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.images import read_image
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.report.escape import to_json
 from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.classification import augment
 from hcnet_cli.tasks.classification.spec import SPEC, ImageFolder
@@ -294,4 +294,4 @@ def json_text(made: Measurement, known: Mapping[str, str]) -> str:
     pairs = zip(summary(made), made.pipelines, strict=True)
     fields = {name: value for name, value in vars(made).items() if name != "pipelines"}
     fields["pipelines"] = [{**values, "rounds": pipeline.figures} for values, pipeline in pairs]
-    return json.dumps({**known, **fields}, indent=1, ensure_ascii=False) + "\n"
+    return to_json({**known, **fields}) + "\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ import hcnet_cli
 from hcnet_cli import report, runs
 from hcnet_cli.bench.models import REFERENCE, Contender, Measurement
 from hcnet_cli.bench.turns import other_load_notes, ratio
+from hcnet_cli.report.escape import in_markdown, markdown_code, to_json
 from hcnet_cli.table import Column, Row, Table
 
 SPEED_ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
@@ -138,7 +138,10 @@ def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, 
 
 def markdown(title: str, known: Mapping[str, str], made: Sequence[Table]) -> str:
     """A page that says how it was made, then the tables."""
-    facts = [f"- {what}: " + (f"`{text}`" if what in ("command", "commit") else text) for what, text in known.items()]
+    facts = [
+        f"- {what}: {(markdown_code if what in ('command', 'commit') else in_markdown)(text)}"
+        for what, text in known.items()
+    ]
     return "\n".join([f"# {title}", "", *facts, "", report.render(made, "markdown")])
 
 
@@ -182,4 +185,4 @@ def json_text(made: Measurement, known: Mapping[str, str]) -> str:
         )
     settings = {**dataclasses.asdict(made.settings), "device": str(made.settings.device)}
     whole = {**known, **settings, "stopped": made.stopped, "cores_of_others": made.others, "modes": modes}
-    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    return to_json(whole) + "\n"
