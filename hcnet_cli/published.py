@@ -106,7 +106,9 @@ def _number(text: str, name: str, place: str) -> float:
         value = float(text)
     except ValueError:
         raise UserError(f'{place}: "{name}" is "{text}", not a number.') from None
-    highest, limit = (100.0, "between 0 and 100 (per cent)") if name in METRICS else (1e9, "between 0 and 1e9")
+    highest, limit = (
+        (100.0, "between 0 and 100 (per cent)") if name in METRICS else (1e9, "a positive number up to 1e9")
+    )
     if not 0 <= value <= highest:
         raise UserError(f'{place}: "{name}" is {text}, not {limit}.')
     return int(value) if value.is_integer() and name == "img_size" else value

@@ -91,7 +91,8 @@ def _table(made: Measurement, mode: str) -> Table:
         rows.append(Row("measured", values, mark=mark))
     columns = [c for c in COLUMNS if c.key != "latency_ms" or mode == "infer"]
     if unit is None:
-        return Table("bench", TITLES[mode], columns, rows, [*notes, "Nothing ran to the end of a round."])
+        nothing = "Stopped before a round of it ended." if made.stopped else "Nothing ran to the end of a round."
+        return Table("bench", TITLES[mode], columns, rows, [*notes, nothing], whole="--output FILE.md")
     rounds = len(unit.rates)
     peaks = [f"{max(rates):,.0f} GFLOP/s in {precision}" for precision, rates in made.matmul[mode].items()]
     notes += [
@@ -103,7 +104,7 @@ def _table(made: Measurement, mode: str) -> Table:
         "of peak: achieved GFLOP/s (two for a MAC" + (", three times those of the forward pass" * (mode == "train"))
         + f") as a share of a large matrix product's, measured in the same rounds: {', '.join(peaks)}.",
     ]  # fmt: skip
-    if made.stopped:
+    if made.stopped and rounds < settings.rounds:
         notes.append(f"Stopped after {rounds} of {settings.rounds} rounds.")
     notes += other_load_notes(made.others)
     title = f"{TITLES[mode]}: batch {settings.batch_size}, {settings.img_size} x {settings.img_size}"
@@ -184,5 +185,5 @@ def json_text(made: Measurement, known: Mapping[str, str]) -> str:
             }
         )
     settings = {**dataclasses.asdict(made.settings), "device": str(made.settings.device)}
-    whole = {**known, **settings, "stopped": made.stopped, "cores_of_others": made.others, "modes": modes}
+    whole = {**known, **settings, "stopped": bool(made.stopped), "cores_of_others": made.others, "modes": modes}
     return to_json(whole) + "\n"
