@@ -364,7 +364,7 @@ def test_ctrl_c_prints_the_finished_rounds(hcnet: Hcnet, monkeypatch: pytest.Mon
 def test_a_signal_prints_the_finished_rounds_and_says_what_is_missing(
     number: int, rounds: int, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A real signal, in the first of two modes: its table has the rounds that ended, the other's says there are none."""
+    """A real signal in the first of two modes: its table has the rounds that ended, the other says there are none."""
     turns = bench.take_turns
 
     def interrupted(jobs: Any, _: int, *others: Any) -> Any:

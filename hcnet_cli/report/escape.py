@@ -19,7 +19,7 @@ from hcnet_cli.table import is_number
 
 # What GitHub's Markdown reads as more than a letter: anywhere, before what makes it a link or an entity, or first.
 MARKDOWN = re.compile(
-    r"[|*<`~$\\]|\[(?=\^)|\](?=[(\[:])|&(?=#?\w+;)|(?<!\w)_|_(?!\w)|^#(?=#{0,5}(?:\s|$))|^>|^[-+=](?=[-+=\s]|$)|(?<=^\d)[.)](?=\s|$)"
+    r"[|*<`~$\\]|\[(?=\^)|\](?=[(\[:])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|^#(?=#{0,5}(?:\s|$))|^>|^[-+=](?=[-+=\s]|$)|(?<=^\d)[.)](?=\s|$)"
 )
 MARKDOWN_LINK = re.compile(rf"{MARKDOWN.pattern}|[][]")
 ESCAPED = r"\\\g<0>"

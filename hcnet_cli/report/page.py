@@ -80,7 +80,7 @@ def _shown(value: Any) -> Any:
 
 def _section(table: Table, anchor: str, anchors: Mapping[Path, str]) -> dict[str, Any]:
     columns = [c for c in table.columns if c.key not in COLUMNS_LEFT_OUT]
-    arms = [arm for arm in table.forest if not any(abs(value) > DRAWN for value in arm[1:])]
+    arms = [arm for arm in table.forest if _drawn(arm[1]) and all(map(_drawn, filter(math.isfinite, arm[2:])))]
     forest = [figures.forest(arms, FOREST_TITLE, width) for width in (760, 350)] if arms else []
     return {
         "id": anchor,
