@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
 PANEL = 640  # pixels, the longer side of a panel
+LONGEST = 200  # letters of a name or a title
 GAP = 24  # pixels between panels
 IGNORED = (60, 60, 60)  # colour of pixels without a class
 Colour = tuple[int, int, int]
@@ -52,9 +52,9 @@ def palette(num_classes: int) -> Pixels:
 
 
 def one_line(text: str) -> str:
-    """The text as it can be drawn: without line breaks and control characters, and without what UTF-8 cannot hold."""
-    plain = text.encode("utf-8", "replace").decode()
-    return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in plain).split())
+    """The text as it can be drawn: no line break, nothing that is obeyed or hidden (`console.visible`), not endless."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * LONGEST]).split())
+    return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 1]}…"
 
 
 def _plain(part: str) -> str:

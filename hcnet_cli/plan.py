@@ -52,7 +52,7 @@ def print_plan(
     notice("Timing some small batches ...")
     seconds = seconds_per_image(recipe, data, task, device)
     for name, text in _lines(folder, recipe, data, task, device, seconds).items():
-        out.print(f"{name + ':':<15}{text}", markup=False)
+        out.print(f"{name + ':':<15}{text}")
     steps = build.steps(recipe, data)
     notice_many_passes(steps)
     remark_on_schedule(recipe, steps)

@@ -57,4 +57,4 @@ def explain(
     from hcnet_cli.explain import explain as draw
 
     for path in draw(run, image, out_dir):
-        out.print(str(path), markup=False)
+        out.print(str(path))

@@ -49,7 +49,7 @@ def report(
                 f"--check compares every table in {check}; --{'output' if output else 'format'} has no place."
             )
         for line in (differing := report_check(where, check, published=more, extra=studies)):
-            out.print(line, markup=False)
+            out.print(line)
         if not differing:
             notice(f"All tables in {check} agree with the runs.")
         raise typer.Exit(1 if differing else 0)

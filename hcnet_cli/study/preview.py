@@ -8,6 +8,7 @@ from pathlib import Path
 
 import rich.box
 import rich.table
+from rich.text import Text
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
@@ -36,7 +37,7 @@ def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) 
         grid.add_column(title, no_wrap=True)
     grid.add_column("sets", overflow="fold")
     for title in ("finished", "#params\n(M)", "MACs\n(G)", "a run"):
-        grid.add_column(title, justify="right")
+        grid.add_column(Text(title), justify="right")
     seconds_left, tried = 0.0, False
     for task in design.tasks:
         for arm, changes in design.arms.items():
@@ -65,7 +66,7 @@ def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) 
         "study": f"{settings.results / 'studies' / design.name}.json",
     }
     for name, text in lines.items():
-        out.print(f"{name + ':':<8}{text}", markup=False)
+        out.print(f"{name + ':':<8}{text}")
 
 
 def _speed(recipe: Recipe, results: Path) -> float | None:
