@@ -6,8 +6,6 @@ python -m hcnet_cli.recipe_reference > docs/recipe.md
 from __future__ import annotations
 
 import json
-import types
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.recipe import Recipe, sections
 from hcnet_cli.schema import Part
 from hcnet_cli.tasks import TASKS
+from hcnet_cli.values import describe
 
 TOP = {
     "task": ("text", f"The task, which is the command: {', '.join(TASKS)}."),
@@ -37,7 +36,7 @@ class Entry:
     changes_numbers: bool
 
     def lines(self) -> list[str]:
-        facts = [f"type {self.type}", f"default {self.default}"]
+        facts = [f"takes {self.type}", f"default {self.default}"]
         if self.unit:
             facts.append(f"in {self.unit}")
         facts.append(f"tasks: {', '.join(self.tasks)}")
@@ -69,35 +68,13 @@ def _of_section(part: type[Part], section: str, task: str) -> Iterator[Entry]:
         default = given.get(name, info.get_default()) if section.startswith("evaluation.") else info.get_default()
         yield Entry(
             key=f"{section}.{name}",
-            type=_type(info.annotation),
+            type=describe(info.annotation, info.metadata),
             default="required" if info.is_required() else _value(default),
             unit=str(extra.get("unit", "")),
             description=info.description or "Names the kind of this section.",
             tasks=(task,),
             changes_numbers=extra.get("fingerprint", "always") != "never",
         )
-
-
-def _type(annotation: Any) -> str:
-    """How a type reads: `number`, `whole number`, `list of 3 numbers`, "a" or "b"."""
-    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _type(inner[0])
-    if origin is typing.Literal:
-        return " or ".join(f"`{value}`" for value in inner)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if one is type(None) else _type(one) for one in inner)
-    if origin is tuple:
-        if len(inner) == 2 and inner[1] is Ellipsis:
-            return f"list of {_plural(inner[0])}"
-        return f"list of {len(inner)} {_plural(inner[0])}"
-    if origin is dict:
-        return "mapping"
-    return {int: "whole number", float: "number", bool: "true or false", str: "text"}.get(annotation, "section")
-
-
-def _plural(annotation: Any) -> str:
-    return {"whole number": "whole numbers", "number": "numbers", "text": "texts"}[_type(annotation)]
 
 
 def _value(value: Any) -> str:
@@ -132,7 +109,7 @@ def markdown() -> str:
         heading = _heading(name, entry)
         if heading != section:
             section = heading
-            lines += ["", f"## {section}", "", "| field | type | default | unit | meaning |", "|---|---|---|---|---|"]
+            lines += ["", f"## {section}", "", "| field | takes | default | unit | meaning |", "|---|---|---|---|---|"]
         mark = "" if entry.changes_numbers else " *"
         cells = (f"`{entry.key}`{mark}", entry.type, f"`{entry.default}`", entry.unit, entry.description)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")

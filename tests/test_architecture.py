@@ -38,12 +38,13 @@ LAYERS = [
     ["table", "runs"],
     ["recipe", "plausible"],
     ["declarations"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
-    ["schema", "files", "plain_yaml", "header"],
+    ["schema"],
+    ["values", "files", "plain_yaml", "header"],
     ["console", "sizes"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
-    *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table"),
+    *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plausible", "pretrained", "grouping"),
     *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
