@@ -56,9 +56,18 @@ def example(field: FieldInfo) -> Any:
 
 def as_typed(key: str, value: Any, flag: str = "--set") -> str:
     """A value as an option to type: `--set optim.lr=0.001`, or, for a flag of its own, `--lr 0.001`."""
-    plain = json.loads(json.dumps(value))
-    text = yaml.dump(plain, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip().replace(", ", ",")
+    text = _yaml(value).replace(", ", ",")
     return f"--set {shlex.quote(f'{key}={text}')}" if flag.startswith("--set") else f"{flag} {shlex.quote(text)}"
+
+
+def as_written(key: str, value: Any) -> str:
+    """A value as a line of a file: `seeds: [0, 1, 2]`."""
+    return f"{key.split('.')[-1]}: {_yaml(value)}"
+
+
+def _yaml(value: Any) -> str:
+    plain = json.loads(json.dumps(value))
+    return yaml.dump(plain, default_flow_style=True, sort_keys=False, width=10_000).removesuffix("\n...\n").strip()
 
 
 def shown(value: Any) -> str:
@@ -81,7 +90,7 @@ def first_mistake(error: ValidationError, model: type[BaseModel], data: Any, kno
     known: All keys that there are, to suggest one.
     """
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    kind, place = first["type"], [part for part in first["loc"] if part != "[key]"]
+    kind, place = first["type"], list(first["loc"])
     if kind.startswith("union_tag"):
         place.append(first["ctx"]["discriminator"].strip("'"))
     place, field, sections = _find(model, place)
@@ -93,6 +102,8 @@ def first_mistake(error: ValidationError, model: type[BaseModel], data: Any, kno
         return Mistake(key, f'unknown key "{key}".{nested}')
     if kind in ("missing", "union_tag_not_found") and len(place) >= len(first["loc"]):
         return Mistake(key, f'the key "{key}" is missing.', example(field) if field else None)
+    if first["loc"][-1:] == ("[key]",):  # of a mapping: the key itself is what is wrong
+        return Mistake(key, f"{reason}.")
     if field is None:
         keys = ", ".join(dict.fromkeys(name for section in sections for name in section.model_fields))
         what = f'"{key}" cannot be {shown(first["input"])}: it is a section with the keys {keys}'
