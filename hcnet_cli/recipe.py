@@ -51,8 +51,8 @@ class Recipe(Part):
             )
         if self.train.batch_size % self.train.accumulate:
             raise ValueError(
-                f'"train.batch_size" {self.train.batch_size} is not a multiple of "train.accumulate" '
-                f"{self.train.accumulate}: micro-batches have equal sizes"
+                f'"train.accumulate" {self.train.accumulate} does not divide "train.batch_size" '
+                f"{self.train.batch_size}: micro-batches have equal sizes"
             )
         return self
 
@@ -303,10 +303,10 @@ def _with_task_defaults(data: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         }
         when = given[first].get("when") if isinstance(given[first], Mapping) else None
         if when not in (None, "training"):
-            raise UserError(f"evaluation.{first}.when must be training: it decides which weights are best.")
+            raise UserError(f'"evaluation.{first}.when" must be training: it decides which weights are best.')
         for name, entry in given.items():
             if name != first and isinstance(entry, Mapping) and entry.get("when") == "training":
-                raise UserError(f"evaluation.{name}.when cannot be training: only {first} is measured then.")
+                raise UserError(f'"evaluation.{name}.when" cannot be training: only {first} is measured then.')
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", str(name)):
                 raise UserError(f'evaluation: "{name}" cannot be a name: use letters and digits.')
     return {"head": {"kind": next(iter(spec.heads))}, **data, "evaluation": given}

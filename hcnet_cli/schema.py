@@ -174,7 +174,7 @@ class Model(Part):
     @classmethod
     def _known_size(cls, size: str) -> str:
         if size not in SIZES:
-            raise ValueError(f"the sizes are {', '.join(SIZES)}{_or(size, SIZES)}")
+            raise ValueError(f"unknown size; the sizes are {', '.join(SIZES)}{_or(size, SIZES)}")
         return size
 
     @field_validator("disable")
@@ -182,7 +182,7 @@ class Model(Part):
     def _known_components(cls, disable: tuple[str, ...]) -> tuple[str, ...]:
         for name in disable:
             if name not in COMPONENTS:
-                raise ValueError(f"the components are {', '.join(COMPONENTS)}{_or(name, COMPONENTS)}")
+                raise ValueError(f"unknown component; known are {', '.join(COMPONENTS)}{_or(name, COMPONENTS)}")
         ordered_components(disable)
         return disable
 

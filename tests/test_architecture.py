@@ -32,7 +32,7 @@ LAYERS = [
     ["models", "data", "optim", "profile", "checkpoint", "weights", "device", "pictures"],
     ["dist", "rng"],
     ["report"],
-    ["study"],
+    ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
     ["published", "statistics", "grouping"],
     ["table", "runs"],
@@ -45,7 +45,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
-    *("header", "plausible", "pretrained", "grouping"),
+    *("header", "plausible", "pretrained", "grouping", "inputs"),
     *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most

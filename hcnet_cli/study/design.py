@@ -35,7 +35,9 @@ MOST_CELLS = 1000  # each is a training
 
 def _file_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,59}", name):
-        raise ValueError(f'"{name[:80]}" cannot be the name of an arm: use letters, digits and . _ + = -, at most 60')
+        raise ValueError(
+            f'"{name[:80]}" cannot be the name of an arm: use at most 60 letters, digits and signs of "._+=-"'
+        )
     return name
 
 
@@ -67,7 +69,7 @@ class StudyRun(Part):
         changes: Recipe fields of all arms, such as the budget.
     """
 
-    recipe: Line = Field(json_schema_extra={"example": "pretrain/digits"})
+    recipe: str = Field(json_schema_extra={"example": "pretrain/digits"})
     init: Line = "none"
     changes: Changes = Field(default_factory=dict, json_schema_extra={"example": {"optim.lr": 0.001}})
 
@@ -187,7 +189,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts) or len(parts) > MOST_SEEDS:
         raise UserError(
-            f'--seeds "{text[:80]}" is not a list of at most {MOST_SEEDS} whole numbers below a billion.',
+            f'--seeds "{text[:80]}" is not a list of whole numbers below a billion, at most {MOST_SEEDS}.',
             hint="For example: --seeds 0,1,2",
         )
     seeds = tuple(int(part) for part in parts)
