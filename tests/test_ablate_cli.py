@@ -236,8 +236,8 @@ def test_a_broken_record_is_a_failed_cell_until_fresh(hcnet: Hcnet, fake: Callab
 
 def test_a_run_on_moved_data_is_recognised_by_the_program_itself(hcnet: Hcnet, fake: Callable[..., None]) -> None:
     """The data's path is not their identity: the cell starts, finds itself finished, and is not trained again."""
-    Path("a").mkdir()
-    Path("b").mkdir()
+    Path("a/train").mkdir(parents=True)
+    Path("b/train").mkdir(parents=True)
     arguments = ("ablate", "--disable", "gate", "--recipe", "digits", "--seeds", "0")
     assert hcnet(*arguments, "--data", "a").code == 0
     made = {path: (path / "run.json").read_bytes() for path in Path("results/runs").iterdir()}

@@ -55,6 +55,7 @@ def ablate(
     so that two arms and three seeds end within minutes. Fine-tuning starts from the same arm's own pretraining when
     pretrain is among the tasks, else from random weights.
     """
+    from hcnet_cli.inputs import check_data
     from hcnet_cli.report import render
     from hcnet_cli.study import design, preview, runner
     from hcnet_cli.study.table import runs_by_name, table
@@ -76,6 +77,8 @@ def ablate(
             )
     bases = [_study_base(kind, one, ctx.params) for kind, one in wanted]
     expanded = design.expand(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
+    for one in {(one.task, one.data.path): one for one in expanded.recipes.values()}.values():
+        check_data(one)
     settings = runner.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=command_line())
     if dry_run:
         preview.preview(expanded, settings, lambda one: _cost(one, device))
