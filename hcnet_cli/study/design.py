@@ -19,6 +19,7 @@ from hcnet_cli.plain_yaml import parse_yaml
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.schema import Part
 from hcnet_cli.sizes import COMPONENTS, ordered_components
+from hcnet_cli.study.analysis import Analysis
 from hcnet_cli.study.record import run_key
 from hcnet_cli.tasks import FIRST_TASK, TASKS
 
@@ -67,6 +68,7 @@ class Study(Part):
     arms: dict[Name, dict[str, Any]] = Field(min_length=2)
     runs: tuple[StudyRun, ...] = ()
     seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
+    primary: Analysis = Analysis()
 
 
 def shipped_studies() -> list[str]:
@@ -108,7 +110,8 @@ def _format_validation_error(error: ValidationError) -> str:
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key causes others
     key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "extra_forbidden":
-        known = StudyRun.model_fields if len(first["loc"]) > 1 else Study.model_fields
+        parts: dict[object, type[Part]] = {"runs": StudyRun, "primary": Analysis}
+        known = parts.get(first["loc"][0] if len(first["loc"]) > 1 else "", Study).model_fields
         return f'unknown key "{key}".{did_you_mean(str(first["loc"][-1]), known)}'
     if first["type"] == "missing":
         return f'the key "{key}" is missing.'
@@ -203,6 +206,7 @@ class Design:
         arms: The dotted keys that each sets; the first is the baseline.
         recipes: By (arm, task), complete except for the seed and for weights of the study's own runs.
         sources: For each task that starts from the study's own runs, the task of those runs.
+        analysis: The primary analysis that is asked for.
     """
 
     name: str
@@ -212,6 +216,7 @@ class Design:
     seeds: tuple[int, ...]
     recipes: Mapping[tuple[str, str], Recipe]
     sources: Mapping[str, str]
+    analysis: Analysis
 
     @property
     def baseline(self) -> str:
@@ -254,6 +259,7 @@ def expand(
                 f"{task} starts from the {source} run of this study, but there is none in it.",
                 hint=f"Put a {source} recipe before it, or name weights or none as its init.",
             )
+    seeds = tuple(seeds) or study.seeds
     first = recipes[next(iter(study.arms)), tasks[0]]
     keys = {f"{arm} {task}": run_key(recipe) for (arm, task), recipe in recipes.items()}
     digest = hashlib.sha256(json.dumps([keys, sorted(sources)], sort_keys=True).encode()).hexdigest()[:8]
@@ -263,9 +269,10 @@ def expand(
         title=study.title,
         arms={arm: rcp.flatten(changes) for arm, changes in study.arms.items()},
         tasks=tasks,
-        seeds=tuple(seeds) or study.seeds,
+        seeds=seeds,
         recipes=recipes,
         sources=sources,
+        analysis=study.primary.check(tasks, seeds),
     )
 
 

@@ -14,6 +14,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.grouping import Run
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunInfo
+from hcnet_cli.study.analysis import Analysis, Fixed
 from hcnet_cli.tasks import TASKS
 
 SCHEMA = 1
@@ -45,10 +46,21 @@ class StudyRecord(BaseModel):
     tasks: list[str]
     seeds: list[int]
     cells: list[Cell]
+    primary: Fixed | None = None  # None: a record of version 0.1
+    detect: float | None = None  # points, the difference that matters to the user
 
     @property
     def baseline(self) -> str:
         return next(iter(self.arms))
+
+    @property
+    def analysis(self) -> Analysis:
+        return self.primary.analysis if self.primary else Analysis().check(self.tasks, self.seeds)
+
+    @property
+    def first_stage(self) -> tuple[int, ...] | None:
+        """The seeds of the first stage of `until`; None for a study with a fixed number of seeds."""
+        return self.primary.seeds if self.primary and self.primary.analysis.until else None
 
 
 def read_studies(results: Path) -> tuple[list[StudyRecord], list[str]]:
@@ -65,6 +77,14 @@ def read_studies(results: Path) -> tuple[list[StudyRecord], list[str]]:
         except (OSError, ValueError) as error:
             broken.append(f"{file} cannot be read: {str(error).splitlines()[0]}")
     return records, broken
+
+
+def read_record(file: Path) -> StudyRecord | None:
+    """The record of a study; None if there is none that can be read."""
+    try:
+        return StudyRecord.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def run_key(recipe: Recipe) -> str:
