@@ -87,9 +87,11 @@ def build_task(
         smoothing=config.smoothing,
     )
     model = backbone(data.info.num_classes)
+    images = data.val
+    assert isinstance(images, image_folder.ImageFolder)
 
     def sample_name(sample: int) -> str:
-        return Path(os.path.relpath(data.val.sample_path(sample), data.info.path)).as_posix()
+        return Path(os.path.relpath(images.sample_path(sample), data.info.path)).as_posix()
 
     normalise = Normalise(config.mean, config.std)
     return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, sample_name)
