@@ -96,7 +96,7 @@ def test_equivalence_within_the_margin_is_a_verdict(tmp_path: Path) -> None:
     table, rows, notes = made(tmp_path, fixed(study_of(tmp_path, scores), margin=0.2))
     assert [rows[arm]["top1_verdict"] for arm in ("no-gate", "no-refinement")] == ["equivalent", "unresolved"]
     assert "equivalent to full within ±0.2: no-gate." in notes
-    assert "more seeds would be needed for a difference of 0.20 at 80 % power" in notes
+    assert "seeds still needed for 0.20: " in notes
     assert "Fixed before training." in notes
     assert "p (equivalence)" in [column.title for column in table.columns]
 
@@ -107,7 +107,7 @@ def test_the_number_of_seeds_in_the_words_is_that_of_the_power_functions(tmp_pat
     _, _, notes = made(tmp_path, record)
     spread = math.sqrt(4 * 0.25 / 3)
     needed = next(n for n in range(2, 99) if statistics.t_power(0.4, spread, n) >= 0.8)
-    assert f"{needed - 4} more seeds would be needed for a difference of 0.40 at 80 % power" in notes
+    assert f"with 80 % power; seeds still needed for 0.40: {needed - 4}." in notes
 
 
 def test_the_sign_flip_test_decides_where_it_is_primary(tmp_path: Path) -> None:
@@ -133,11 +133,15 @@ def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:
     assert (row["top1_high"] - row["top1_low"]) / 2 == pytest.approx(4.302653 / math.sqrt(5), abs=1e-5)
     assert row["top1_p_sign_flip"] is None
     assert "those of the two stages" in notes
+    assert "takes" not in notes.split("Primary analysis")[0]  # the interval is as narrow as it was to be
+    narrow = fixed(record, (0, 1, 2), until=0.5)
+    _, _, notes = made(tmp_path, narrow)  # n s^2 t^2 / 0.5^2 = 74.05, as if --max-seeds had ended it
+    assert "the interval of no-gate is ±1.92 with 5 seeds; ±0.5 takes 75 (--max-seeds)" in notes
 
 
 def test_seeds_that_were_added_later_are_named(tmp_path: Path) -> None:
     _, _, notes = made(tmp_path, fixed(study_of(tmp_path), (0, 1), finished=2))
-    assert "1 seeds were added when results of the first 2 were known" in notes
+    assert "Seeds added when results of the first 2 were known: 2. p is too small if" in notes
     assert "Fixed when 2 of 9 runs were finished already." in notes
 
 

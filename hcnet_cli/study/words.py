@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from hcnet_cli.results import command, epochs
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.statistics import (
     BOOTSTRAP_FROM,
+    MOST_SEEDS,
     POWER,
     Comparison,
     fewest_seeds,
@@ -44,7 +46,10 @@ def verdicts(
         lines.append(f"{title}: equivalent to {baseline} within ±{analysis.margin:g}: {', '.join(arms)}.")
     if arms := by_verdict.get(UNRESOLVED):
         lines.append(f"{title}: not resolved for {', '.join(arms)}: differences inside the intervals remain possible.")
-        lines += [f"{title}: {sentence}" for sentence in _more_seeds(record, [comparisons[arm] for arm in arms])]
+        if not analysis.until:
+            lines += [f"{title}: {sentence}" for sentence in _more_seeds(record, [comparisons[arm] for arm in arms])]
+    if analysis.until and metric.key == analysis.metric:
+        lines += [f"{title}: {sentence}" for sentence in _still_wide(analysis.until, comparisons)]
     if arms := [arm for arm, c in comparisons.items() if c.n > 1 and c.low is None]:
         lines.append(
             f"{title}: every seed gives the same difference for {', '.join(arms)}: there is no spread, and so no "
@@ -68,15 +73,26 @@ def _more_seeds(record: StudyRecord, unresolved: Sequence[Comparison]) -> list[s
     shown = smallest_difference(spread, n, level)
     if shown is None:
         return []
+    power = f"{100 * POWER:.0f} % power"
     wanted = record.detect or analysis.margin or shown / 2
-    needed = seeds_for(wanted, spread, level)
-    if needed is None or needed > n:
-        more = f"{needed - n} more" if needed else "more than ten thousand"
-        return [
-            f"{more} seeds would be needed for a difference of {wanted:.2f} at {100 * POWER:.0f} % power; {n} seeds "
-            f"show {shown:.2f}."
-        ]
-    return [f"{n} seeds have {100 * POWER:.0f} % power for a difference of {shown:.2f}."]
+    needed = seeds_for(wanted, spread, level) or MOST_SEEDS
+    if needed <= n:
+        return [f"{n} seeds show a difference of {shown:.2f} with {power}."]
+    return [
+        f"{n} seeds show a difference of {shown:.2f} with {power}; seeds still needed for {wanted:.2f}: "
+        f"{'more than ' if needed == MOST_SEEDS else ''}{needed - n}."
+    ]
+
+
+def _still_wide(until: float, comparisons: Mapping[str, Comparison]) -> list[str]:
+    """The arms whose interval is wider than was asked, with the seeds that it takes by Stein's rule."""
+    halves = {arm: (c.high - c.low) / 2 for arm, c in comparisons.items() if c.low is not None and c.high is not None}
+    return [
+        f"the interval of {arm} is ±{half:.2f} with {comparisons[arm].n} seeds; ±{until:g} takes "
+        f"{math.ceil(comparisons[arm].n * (half / until) ** 2 - 1e-9)} (--max-seeds)."
+        for arm, half in halves.items()
+        if half > until * (1 + 1e-9)
+    ]
 
 
 def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
@@ -94,14 +110,10 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
             f"Interval and p of the primary analysis are those of the two stages: the spread is that of the first "
             f"{len(record.first_stage or ())} seeds, which decided the number of the others."
         )
-    elif (
-        record.primary
-        and (added := len(set(record.seeds) - set(record.primary.seeds)))
-        and len(record.primary.seeds) > 1
-    ):
+    elif record.primary and len(planned := record.primary.seeds) > 1 and (added := set(record.seeds) - set(planned)):
         notes.append(
-            f"{added} seeds were added when results of the first {len(record.primary.seeds)} were known: p is too "
-            "small if that was because of them (--until adds seeds by a rule that keeps the error rate)."
+            f"Seeds added when results of the first {len(planned)} were known: {', '.join(map(str, sorted(added)))}. p "
+            "is too small if they were added because of these results (--until adds seeds and keeps the error rate)."
         )
     further = [
         "±: half of the 95 % t-interval over n seeds.",
@@ -114,7 +126,7 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
     if numbers("_iqm"):
         further.append("IQM: mean of the middle half of the differences.")
     if max(numbers("_n")) >= BOOTSTRAP_FROM and not analysis.until:
-        further.append("BCa interval: bootstrap over seeds, narrower than 95 % of truth at such n.")
+        further.append("BCa interval: bootstrap over seeds, too narrow for few seeds (docs/statistics.md).")
     notes.append(f"Differences are arm minus {record.baseline}, paired by seed. {' '.join(further)}")
     return notes
 
