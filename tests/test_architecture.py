@@ -29,12 +29,12 @@ LAYERS = [
     ["task parts"],  # tasks/*/: data formats, heads, metrics
     ["engine"],
     ["kernels"],
-    ["models", "data", "optim", "profile", "checkpoint", "weights", "device", "pictures"],
+    ["models", "data", "optim", "profile", "checkpoint", "weights", "device"],
     ["dist", "rng"],
     ["report"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
-    ["published", "statistics", "grouping"],
+    ["published", "statistics", "grouping", "pictures"],
     ["table", "runs"],
     ["recipe", "record"],
     ["plausible"],
@@ -47,7 +47,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
-    *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs"),
+    *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
     *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most

@@ -18,6 +18,7 @@ from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.schema import Line, Part, Seed
 from hcnet_cli.sizes import COMPONENTS, ordered_components
+from hcnet_cli.study.analysis import Analysis
 from hcnet_cli.study.record import run_key
 from hcnet_cli.tasks import FIRST_TASK, TASKS
 from hcnet_cli.values import as_written, first_mistake
@@ -95,6 +96,7 @@ class Study(Part):
     seeds: Annotated[tuple[Seed, ...], AfterValidator(_distinct)] = Field(
         default=(0, 1, 2), min_length=1, max_length=MOST_SEEDS
     )
+    primary: Analysis = Analysis()
 
 
 def shipped_studies() -> list[str]:
@@ -129,7 +131,11 @@ def read_study(name: str) -> tuple[str, Study]:
         raise UserError(f"{file}: {wrong.sentence}", hint=hint) from None
 
 
-STUDY_KEYS = [*Study.model_fields, *(f"runs.0.{name}" for name in StudyRun.model_fields)]
+STUDY_KEYS = [
+    *Study.model_fields,
+    *(f"runs.0.{name}" for name in StudyRun.model_fields),
+    *(f"primary.{name}" for name in Analysis.model_fields),
+]
 
 
 def disable_study(given: Sequence[str]) -> tuple[str, Study]:
@@ -219,6 +225,7 @@ class Design:
         arms: The dotted keys that each sets; the first is the baseline.
         recipes: By (arm, task), complete except for the seed and for weights of the study's own runs.
         sources: For each task that starts from the study's own runs, the task of those runs.
+        analysis: The primary analysis that is asked for.
     """
 
     name: str
@@ -228,6 +235,7 @@ class Design:
     seeds: tuple[int, ...]
     recipes: Mapping[tuple[str, str], Recipe]
     sources: Mapping[str, str]
+    analysis: Analysis
 
     @property
     def baseline(self) -> str:
@@ -273,6 +281,7 @@ def expand(
                 f"{task} starts from the {source} run of this study, but there is none in it.",
                 hint=f"Put a {source} recipe before it, or name weights or none as its init.",
             )
+    seeds = tuple(seeds) or study.seeds
     first = recipes[next(iter(study.arms)), tasks[0]]
     keys = {f"{arm} {task}": run_key(recipe) for (arm, task), recipe in recipes.items()}
     digest = hashlib.sha256(json.dumps([keys, sorted(sources)], sort_keys=True).encode()).hexdigest()[:8]
@@ -285,6 +294,7 @@ def expand(
         seeds=seeds,
         recipes=recipes,
         sources=sources,
+        analysis=study.primary.check(tasks, seeds),
     )
 
 
