@@ -37,7 +37,6 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
         data, source = rcp.resolve(file).recipe.data.path, f"recipe {name}"
     if data is None:
         data, source = spec.embedded, "embedded"
-        notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")
     require_text(data, source)
     if file is None:
         file = rcp.recipe_file(spec.embedded if data == spec.embedded else spec.default_recipe, task)
@@ -53,6 +52,8 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
                 f"This recipe counts {found.schedule.unit}, not {parameter}.",
                 hint=f"Use --set schedule.length=N, in {found.schedule.unit}.",
             )
+    if source == "embedded":
+        notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")
     return file, overrides
 
 

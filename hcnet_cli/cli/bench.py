@@ -83,7 +83,7 @@ def bench_data(
     from hcnet_cli.report import render
 
     bench.check_output(output)
-    bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it
+    bench_data.read_recipe(recipe, data or SPEC.embedded, img_size)  # before pictures are made for it
     known = tables.facts(pick_device("cpu"), command_line(), threads=1)
     with bench_data.folder(data) as (root, name):
         made = bench_data.measure(
