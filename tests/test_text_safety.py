@@ -507,8 +507,16 @@ def test_any_encoding_of_the_terminal(encoding: str, results: Path) -> None:
 
 def test_ascii_for_our_own_characters() -> None:
     """Every character that the program's own texts use beyond ASCII has a readable form."""
-    own = {c for path in PACKAGE.rglob("*.py") for c in path.read_text(encoding="utf-8") if not c.isascii()}
-    of_escapes = set("＝＋－＠ßæÆœŒøØłŁı¡¿ω")
+    constants = {
+        node.value
+        for path in PACKAGE.rglob("*.py")
+        for statement in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))  # a docstring
+        for node in ast.iter_child_nodes(statement)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    own = {c for constant in constants for c in constant if not c.isascii()}
+    of_escapes = set("＝＋－＠ω") | escape.LATEX_LETTERS | escape.ACCENTS
     assert own - of_escapes <= set(console.PLAIN)
     assert all(form.isascii() and form for form in console.PLAIN.values())
 
