@@ -76,7 +76,7 @@ def test_the_study_file_fixes_it(tmp_path: Path) -> None:
     asked = planned(design.read_study(str(file))[1]).analysis
     assert (asked.test, asked.margin, asked.metric, asked.alpha) == ("sign-flip", 0.2, "top1", 0.05)
     file.write_text("title: x\narms: {a: {}, b: {}}\nprimary: {marge: 0.2}")
-    with pytest.raises(UserError, match=r'unknown key "primary.marge". Did you mean "margin"'):
+    with pytest.raises(UserError, match=r'unknown key "primary.marge". Did you mean "primary.margin"'):
         design.read_study(str(file))
 
 
