@@ -79,7 +79,7 @@ SHARED = """
 --set schedule.gamma=2 | above 0 and below 1
 --set schedule.power=0 | above 0 and of at most 10
 --set schedule.warmup=-1 | "schedule.warmup" cannot be -1
---set schedule.min_lr=90 --set schedule.kind=cosine | is above "optim.lr"
+--set schedule.min_lr=90 --set schedule.kind=cosine | from 0 to 0.1
 --set train.batch_size=0 | from 1 to 1,048,576.
 --set train.batch_size=10000000000000 | from 1 to 1,048,576.
 --set train.accumulate=5 | does not divide

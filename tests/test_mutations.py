@@ -29,7 +29,7 @@ from conftest import SMALL_MODEL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hcnet_cli import report, runs
+from hcnet_cli import record, report, runs
 from hcnet_cli.header import read_metadata
 
 TINY = ("--recipe", "digits", *SMALL_MODEL, "--set", "data.img_size=16", "--batch-size", "8", "--workers", "0")
@@ -98,7 +98,7 @@ def field(key: str, value: Any, signed: bool = False) -> Mutation:
             inner = inner[name]
         inner[last] = value(inner.get(last)) if callable(value) else value
         if signed:
-            content["checksum"] = runs._checksum(content)
+            content["checksum"] = record._checksum(content)
         (run / "run.json").write_text(json.dumps(content, indent=2))
 
     return mutate
