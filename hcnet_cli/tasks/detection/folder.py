@@ -98,7 +98,9 @@ def check_objects(train: Annotations, val: Annotations) -> None:
 
 
 def _brief(annotations: Annotations) -> str:
-    pairs = [f"{i} {n}" for i, n in zip(annotations.category_ids, annotations.class_names, strict=True)]
+    pairs = [
+        f"{i} {' '.join(n.split())}" for i, n in zip(annotations.category_ids, annotations.class_names, strict=True)
+    ]
     return ", ".join(pairs[:4] + ["..."] * (len(pairs) > 4))
 
 
