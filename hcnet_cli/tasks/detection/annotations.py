@@ -32,6 +32,7 @@ from hcnet_cli.tasks.detection import masks as mask_bytes
 LISTS = ("images", "annotations", "categories")
 LARGEST_FILE = 4 * 2**30  # bytes; COCO's has half of one GiB
 FLAG_VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "": 0}
+LONGEST_NAME = 1000  # characters
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 NO_MASKS_HINT = "Add --no-masks to train Faster R-CNN, without masks."
 
@@ -289,9 +290,9 @@ def _number(value: Any) -> float | None:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it can be written: half of a surrogate pair cannot, and a path ends at a null character."""
+    """Whether it is a name that can be written: half of a surrogate pair cannot, a path ends at a null character."""
     try:
-        return isinstance(value, str) and "\0" not in value and bool(value.encode())
+        return isinstance(value, str) and len(value) <= LONGEST_NAME and "\0" not in value and bool(value.encode())
     except UnicodeEncodeError:
         return False
 
