@@ -36,6 +36,7 @@ from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Evaluation, Job, Task
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
+from hcnet_cli.pretrained import weights_file
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
 from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Part
@@ -148,22 +149,6 @@ def read_init(source: str) -> tuple[str, dict[str, Tensor]]:
     state = read_weights(path)
     _check_weights(path, state)
     return str(path), state
-
-
-def weights_file(source: str) -> Path:
-    """The file of weights that a run folder or a path names."""
-    path = Path(source)
-    if path.is_dir():
-        best = path / "best.safetensors"
-        if not best.is_file():
-            inside = sorted(str(file.parent) for file in path.glob("runs/*/best.safetensors"))
-            more = " ..." if len(inside) > 3 else ""
-            raise UserError(
-                f"{path} is not a run with weights: it has no best.safetensors.",
-                hint=f"Runs in it: {', '.join(inside[:3])}{more}" if inside else "",
-            )
-        path = best
-    return path
 
 
 def _check_weights(path: Path, state: dict[str, Tensor]) -> None:

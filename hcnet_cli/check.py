@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from hcnet_cli.data import embedded
 from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.data.images import Size, UnusableImageError, is_turned, read_image
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.report.escape import to_json
 from hcnet_cli.table import Column, Row, Style, Table, Value
 from hcnet_cli.tasks import FIRST_TASK, TASKS
 
@@ -212,4 +212,4 @@ def json_text(audit: Audit) -> str:
         "problems": list(map(str, audit.problems)),
         "findings": [asdict(finding) for finding in audit.findings],
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return to_json(content) + "\n"

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hcnet_cli.console import UserError, warn
-from hcnet_cli.files import replacing, require_space, sync, write_text, writing
+from hcnet_cli.files import open_regular, read_text, replacing, require_space, sync, write_text, writing
 
 Tensors = Mapping[str, Tensor]
 NEWEST, PREVIOUS = "last", "previous"
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what reading a bad one raises
 
 
 def save_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, Any] | None = None) -> None:
@@ -71,8 +72,8 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | 
     for place in present:
         try:
             return _read_whole(place)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            warn(f"The checkpoint {place} is damaged ({error}) and was skipped.")
+        except (*DAMAGE, SafetensorError) as error:
+            warn(f"The checkpoint {place} is damaged ({str(error).rstrip('.')}) and was skipped.")
     if present:
         raise UserError(
             f"No checkpoint in {folder} is whole.", hint="Start over with --fresh, or restore the folder from a backup."
@@ -87,19 +88,20 @@ def owner(folder: Path) -> tuple[dict[str, str], int] | None:
     """
     for name in (NEWEST, PREVIOUS):
         try:
-            state = json.loads((folder / name / "state.json").read_text(encoding="utf-8"))["state"]
+            state = json.loads(read_text(folder / name / "state.json"))["state"]
             return dict(state.get("run", {})), int(state["step"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except DAMAGE:
             continue
     return None
 
 
 def _read_whole(place: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    content = json.loads((place / "state.json").read_text(encoding="utf-8"))
-    checksum = content.pop("checksum")
-    if checksum != _checksum(content):
+    content = json.loads(read_text(place / "state.json"))
+    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise ValueError("state.json was altered")
     for name, digest in content["files"].items():
+        if Path(name).name != name:
+            raise ValueError(f"{name} is not the name of a file in it")
         if _sha256(place / name) != digest:
             raise ValueError(f"{name} was altered or cut short")
     return {Path(name).stem: load_file(place / name) for name in content["files"]}, content["state"]
@@ -110,7 +112,7 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file_digest(file)
 
 

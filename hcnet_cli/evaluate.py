@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hcnet_cli import build, dist, engine, files, run, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice, out, warn
 from hcnet_cli.device import pick_device
+from hcnet_cli.privacy import host_id
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
 
@@ -73,7 +72,7 @@ def evaluate(
                     "at": runs.now(),
                     "git_commit": commit,
                     "git_dirty": dirty,
-                    "host": platform.node(),
+                    "host": host_id(),
                 }
             )
         if dist.is_main() and wanted != [first]:
@@ -85,9 +84,7 @@ def evaluate(
 
 def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple[RunInfo, Recipe]:
     """Record and recipe of a finished run, the recipe with what the command line sets."""
-    info = folder.read()
-    if info is None:
-        raise UserError(f"{folder.path} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
+    info = folder.require()
     if info.status != "finished":
         raise UserError(
             f"{folder.path} is not finished ({info.status} at step {info.steps_done} of {info.steps_total}).",
@@ -148,13 +145,3 @@ def _compare(info: RunInfo, scores: dict[str, float]) -> None:
         f"The weights score otherwise than the run's record says: {differing}.",
         hint="Weights or data were changed, or another machine or version of PyTorch rounds differently.",
     )
-
-
-def find_run(run_name: str, results: Path) -> RunFolder:
-    """The folder of a run given by path, or by its name under RESULTS/runs."""
-    path = Path(run_name)
-    if not path.is_dir() and (results / "runs" / run_name).is_dir():
-        path = results / "runs" / run_name
-    if not path.is_dir():
-        raise UserError(f"There is no run {run_name}.", hint=f"Runs lie in {results / 'runs'}.")
-    return RunFolder(path)

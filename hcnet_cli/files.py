@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from hcnet_cli.console import DISK_FULL, UserError, notice, warn
 
+STALE_SECONDS = 3600.0  # no write takes so long: an older temporary file is of a process that was killed
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
 
-    UserError for a folder, a pipe or a device, for a file that is longer, and for one that cannot be read. A pipe is
-    never waited for, and a file that grows meanwhile is read up to the limit alone.
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """Opens a regular file for reading. UserError for a folder, a pipe or a device, and for a file that cannot be read.
+
+    A pipe is never waited for.
     """
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} is not the name of a file.")
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise UserError(f"{path} is not a regular file.")
-            content = file.read(limit + 1)
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+            yield file
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. UserError as `open_regular`, and for a longer file.
+
+    A file that grows meanwhile is read up to the limit alone.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise UserError(f"{path} is larger than {limit / 2**20:.0f} MiB, more than such a file can need.")
     return content
@@ -54,6 +68,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in DISK_FULL and out_of_inodes(path):
+            raise UserError(
+                f"The disk has no room for another file (its inodes are used up): {path} could not be written.",
+                hint="What was saved before is intact. Remove files and run the same command again.",
+            ) from None
         if error.errno in DISK_FULL:
             free = shutil.disk_usage(existing_parent(path)).free // 2**20
             raise UserError(
@@ -82,16 +101,29 @@ def optional(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; what was written there replaces `path` at the end of the block.
 
-    The file is synced before the rename and the folder after it. If the block raises, `path` stays as it was.
+    The file is synced before the rename and the folder after it. If the block raises, `path` stays as it was. Its mode
+    follows the umask, whoever writes it. What a killed process left of an earlier write is removed.
     """
+    remove_stale(path.parent, f".{glob.escape(path.name)}.*.tmp")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)  # safetensors makes its files private
         sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_stale(folder: Path, pattern: str, seconds: float = STALE_SECONDS) -> None:
+    """Removes the temporary files and folders of a pattern that nothing has been written to for `seconds`."""
+    for old in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - old.lstat().st_mtime >= seconds:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
 def sync(path: Path) -> None:
@@ -148,3 +180,11 @@ def require_space(path: Path, num_bytes: int) -> None:
     """OSError(ENOSPC) if the disk of `path` has less than `num_bytes` and a reserve of 1 MiB free."""
     if shutil.disk_usage(existing_parent(path.parent)).free < num_bytes + 2**20:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def out_of_inodes(path: Path) -> bool:
+    """Whether the disk of `path` has free bytes, but cannot hold one more file."""
+    if not hasattr(os, "statvfs"):
+        return False
+    disk = os.statvfs(existing_parent(path))
+    return disk.f_files > 0 and disk.f_favail == 0 and disk.f_bavail > 0  # some file systems count no inodes: 0 files

@@ -103,8 +103,8 @@ def _by_start(group: Sequence[Run]) -> list[list[Run]]:
 
 def _start_seed(info: RunInfo) -> int | None:
     """The seed of the run whose weights this one started from, where it is known."""
-    if info.init.get("seed") is not None:
-        return int(info.init["seed"])
+    if (seed := info.init.get("seed")) is not None:
+        return seed
     named = re.search(r"-s(\d+)-[0-9a-f]{8}(/|$)", str(info.init.get("source") or ""))
     return int(named[1]) if named else None
 

@@ -14,6 +14,7 @@ AT_LEAST = {  # smallest value of a field, where it has one
     **dict.fromkeys(("data.num_train", "data.num_val", "data.num_classes", "best_step"), 0),
     **dict.fromkeys(("batch_size", "img_size", "processes"), 1),
 }
+LARGEST = 2.0**63  # of any number; squares and sums of such are still finite
 
 
 def implausible(record: Mapping[str, Any]) -> str:
@@ -23,6 +24,9 @@ def implausible(record: Mapping[str, Any]) -> str:
         value = flat.get(key)
         if value is not None and not (math.isfinite(value) and value >= least):
             return f"{key} is {value}"
+    for key, value in flat.items():
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:
+            return f"{key} is {value:g}"
     done, total, best = record["steps_done"], record["steps_total"], record["best_step"]
     if done > total:
         return f"steps_done is {done}, of {total} steps"
@@ -31,7 +35,7 @@ def implausible(record: Mapping[str, Any]) -> str:
     spec = TASKS.get(record["task"])
     percent = tuple(metric.key for metric in spec.metrics) if spec else ()
     for name, value in record["metrics"].items():
-        if value is None or not math.isfinite(value) or value < 0:  # a NaN is written as null
+        if value is None or not math.isfinite(value) or not 0 <= value <= LARGEST:  # a NaN is written as null
             return f"{name} is {value}"
         if value > 100 and (name in percent or name.startswith(tuple(f"{key}_" for key in percent))):
             return f"{name} is {value:g} per cent"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
-import math
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.files import read_text
 from hcnet_cli.table import Value
 from hcnet_cli.tasks import TASKS
 
 TEXT = ("table", "protocol", "model", "source")
-SIZES = ("img_size", "params_m", "macs_g")
+SIZES = {"img_size": 100_000, "params_m": 1e6, "macs_g": 1e9}  # column -> largest value
 METRICS = {metric.published or metric.key: metric.key for spec in TASKS.values() for metric in spec.metrics}
 NUMBERS = {**dict(zip(SIZES, SIZES, strict=True)), **METRICS}  # column of the file -> key of a row
 COLUMNS = (*TEXT, *NUMBERS)
@@ -55,13 +57,19 @@ def read_published(files: Sequence[Path]) -> list[Values]:
 
 def _read_csv(file: Path) -> list[tuple[int, Values]]:
     """(line number, row) of each row. UserError for a file that is not as documented."""
+    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    lines: list[tuple[int, list[str]]] = []
     try:
-        with file.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.reader(handle)
-            header = next(reader, [])
-            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as CSV: {error}.") from None
+        for cells in reader:
+            cells = [" ".join(cell.split()) for cell in cells]
+            if hidden := next((cell for cell in cells if not cell.isprintable()), None):
+                shown = ascii(hidden)[:60]
+                raise UserError(f"{file} line {reader.line_num} has a character that cannot be shown ({shown}).")
+            if any(cells) or not lines:
+                lines.append((reader.line_num, cells))
+    except csv.Error as error:
+        raise UserError(f"{file} line {reader.line_num} cannot be read as CSV: {error}.") from None
+    header = lines.pop(0)[1] if lines else []
     columns = f"Columns: {', '.join(COLUMNS)}."
     for name in header:
         if name not in COLUMNS:
@@ -80,7 +88,7 @@ def _read_csv(file: Path) -> list[tuple[int, Values]]:
 
 
 def _row(cells: Mapping[str, str], place: str) -> Values:
-    texts = {name: cells[name].strip() for name in TEXT}
+    texts = {name: cells[name] for name in TEXT}
     for name, text in texts.items():
         if not text:
             raise UserError(f'{place}: "{name}" is empty.')
@@ -103,12 +111,12 @@ def _row(cells: Mapping[str, str], place: str) -> Values:
 
 
 def _number(text: str, name: str, place: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise UserError(f'{place}: "{name}" is "{text}", not a number.') from None
-    highest = 100.0 if name in METRICS else math.inf
-    if not 0 <= value <= highest or math.isinf(value):
-        limit = "between 0 and 100 (per cent)" if name in METRICS else "a positive number"
-        raise UserError(f'{place}: "{name}" is {text}, not {limit}.')
-    return int(value) if value.is_integer() and name == "img_size" else value
+    if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", text, re.ASCII | re.IGNORECASE):
+        raise UserError(f'{place}: "{name}" is "{ascii(text)[1:-1][:40]}", not a number.')
+    value, highest = float(text), SIZES.get(name, 100)
+    if not 0 <= value <= highest:
+        limit = "between 0 and 100 (per cent)" if name in METRICS else f"a positive number up to {highest:,.0f}"
+        raise UserError(f'{place}: "{name}" is {text[:40]}, not {limit}.')
+    if name == "img_size" and not value.is_integer():
+        raise UserError(f'{place}: "{name}" is {text[:40]}, not a number of pixels.')
+    return int(value) if name == "img_size" else value

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hcnet_cli import runs
+from hcnet_cli import privacy, runs
 from hcnet_cli.grouping import Run, changes_text, deduplicate, group_by_config, independent, init_label, tell_apart
+from hcnet_cli.privacy import mask
 from hcnet_cli.published import METRICS, read_published, shipped_published
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.sizes import SIZES
@@ -55,9 +56,10 @@ class Results:
     runs: tuple[Run, ...] = ()
     broken: tuple[tuple[Path, str], ...] = ()
     notes: tuple[str, ...] = ()
+    public: bool = False  # without what is nobody else's concern, see privacy.public
 
 
-def collect(results: Iterable[Path], published: Iterable[Path] = ()) -> Results:
+def collect(results: Iterable[Path], published: Iterable[Path] = (), public: bool = False) -> Results:
     """Reads the runs under `results`, and the published numbers: the shipped ones, `published.csv` in each results
     folder, and the files `published`.
 
@@ -70,7 +72,7 @@ def collect(results: Iterable[Path], published: Iterable[Path] = ()) -> Results:
     broken: list[tuple[Path, str]] = []
     for folder in folders:
         good, bad = runs.find_runs(folder)
-        all_runs += [Run(path, info) for path, info in good if info.task in TASKS]
+        all_runs += [Run(path, public_record(info) if public else info) for path, info in good if info.task in TASKS]
         broken += [*bad, *((p, f"{p}: unknown task {i.task}.") for p, i in good if i.task not in TASKS)]
     kept, notes = deduplicate(all_runs)
     published_values = read_published([shipped_published(), *(f / "published.csv" for f in folders), *published])
@@ -86,7 +88,27 @@ def collect(results: Iterable[Path], published: Iterable[Path] = ()) -> Results:
         if counted[0].finished:
             values |= _difference(values, published_values)
         rows.append(_row(values, counted))
-    return Results(tuple(rows), tuple(kept), tuple(broken), tuple(notes))
+    found = Results(tuple(rows), tuple(kept), tuple(broken), tuple(notes), public)
+    return dataclasses.replace(found, broken=privacy.public(found.broken)) if public else found
+
+
+def public_record(info: RunInfo) -> RunInfo:
+    """A record without secrets, folders, and the names of computer and user."""
+    content = privacy.public(info.model_dump())
+    for session in (content, *content["sessions"]):
+        name, system, rest = re.split(r"\b((?:Linux|Darwin|Windows)\b|$)", session["machine"], maxsplit=1)
+        session |= {"host": "", "machine": system + rest if system else name}  # version 0.1 put the name first
+    return RunInfo.model_validate(content)
+
+
+def public_table(table: Table, base: Path | None) -> Table:
+    """A table without secrets, folders and names. Links to runs lead to `base`/results/runs/, if given."""
+    rows = []
+    for row in table.rows:
+        runs = tuple(base / "results" / "runs" / run.name for run in row.runs) if base else row.runs
+        values = privacy.public(dict(row.values)) if row.kind != "published" else row.values
+        rows.append(dataclasses.replace(row, values=values, runs=runs))
+    return dataclasses.replace(table, rows=rows, notes=privacy.public(list(table.notes)))
 
 
 def _row(values: Mapping[str, Value], members: Sequence[Run] = ()) -> Row:
@@ -119,9 +141,10 @@ def published_protocol(info: RunInfo) -> str:
 
 
 def command(argv: Sequence[str]) -> str:
-    """A command as a person would type it, wherever the program was installed."""
+    """A command as a person would type it, wherever the program was installed, without secrets."""
     if not argv:
         return ""
+    argv = mask(argv)  # records of version 0.1 have them
     program = Path(argv[0]).name
     return shlex.join([*(["python", "-m", "hcnet_cli"] if program == "__main__.py" else [program]), *argv[1:]])
 

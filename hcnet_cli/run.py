@@ -23,6 +23,7 @@ from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.engine import Evaluation, Task
 from hcnet_cli.previous import check_finished, identity, previous_record
+from hcnet_cli.privacy import home, host_id
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo, Session
 from hcnet_cli.weights import LoadReport
@@ -96,7 +97,14 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
         init = dataclasses.replace(init, **build.init_origin(recipe.init))
     fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
+    recipe = _with_short_paths(recipe)
     return RunSetup(RunFolder(options.results / "runs" / name), recipe, data, task, device, init), fingerprint
+
+
+def _with_short_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it is kept: `~` for the home folder, so that a run that is shared does not name its user."""
+    data = recipe.data.model_copy(update={"path": home(recipe.data.path or "")})
+    return recipe.model_copy(update={"data": data, "init": home(recipe.init)})
 
 
 def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
@@ -179,6 +187,7 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
     recipe, data, task, device = run.recipe, run.data, run.task, run.device
     commit, dirty = runs.git_state()
     steps = build.steps(recipe, data)
+    start: Any = {**vars(run.init), "source": home(run.init.source)} if run.init else {}
     return RunInfo(
         task=recipe.task,
         protocol=recipe.protocol,
@@ -189,7 +198,7 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         seed=recipe.train.seed,
         fingerprint=fingerprint,
         config=rcp.config_digest(recipe, data.info.digest, (run.init.config or run.init.digest) if run.init else ""),
-        data=data.info,
+        data=data.info.model_copy(update={"path": home(data.info.path)}),
         steps_total=steps.total,
         steps_per_epoch=steps.epoch,
         batch_size=recipe.train.batch_size,
@@ -200,10 +209,10 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=recipe.train.precision,
         processes=dist.processes(),
-        init=vars(run.init) if run.init else {},
+        init=start,
         git_commit=commit,
         git_dirty=dirty,
-        argv=[one.encode("utf-8", "backslashreplace").decode() for one in options.argv],
+        argv=list(options.argv),
         versions={
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -212,7 +221,7 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
             "safetensors": safetensors.__version__,
         },
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        host=platform.node(),
+        host=host_id(),
         started=runs.now(),
     )
 

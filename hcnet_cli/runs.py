@@ -3,155 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
-from hcnet_cli.files import sync, write_text, writing
+from hcnet_cli.files import read_text, remove_stale, sync, write_text, writing
 from hcnet_cli.header import read_metadata
-from hcnet_cli.plausible import implausible
+from hcnet_cli.plain_json import parse_json, read_json
+from hcnet_cli.privacy import host_id
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.record import CLEARED, DataInfo, RunInfo, Session, now, read_record, record_text, text_digest
 
-SCHEMA = 1
+__all__ = ["DataInfo", "RunInfo", "Session", "now", "read_record", "record_text", "text_digest"]  # with what is below
+
 WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process trains is waited for, not refused
 WAITING = "Waiting for another process that is working"
+LOG_BYTES = 256 * 2**20  # of a metrics.jsonl; a run of 1.5 million steps writes some 10 MiB
 RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain")
 RUN_FILES = ("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml")
-CLEARED = {"schema_version": SCHEMA, "status": "cleared"}
-
-
-class DataInfo(BaseModel):
-    """The data a run saw. `name` is what tables group by.
-
-    `digest` covers the contents and names of all files, the classes and their order; with `trust` "names", only names
-    and sizes. `bits` are those of images of more than 8 bits, if there are any. `left_out` counts what the folder
-    holds and the run does not use, by reason. `notes` belong under every table that shows the run.
-    """
-
-    name: str
-    digest: str
-    path: str
-    num_train: int
-    num_val: int
-    num_classes: int
-    split: str = "val"
-    trust: Literal["content", "names"] = "content"
-    bits: int | None = None
-    left_out: dict[str, int] = {}
-    notes: list[str] = []
-
-    def remarks(self) -> list[str]:
-        """What people must know of the data before a run, a line each."""
-        lines = [f"16-bit images are read as {self.bits}-bit (data.bits)."] if self.bits else []
-        if self.left_out:
-            counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
-            lines.append(f"Left out of the data: {counts}. `hcnet check` names them.")
-        return [*lines, *self.notes]
-
-
-class Session(BaseModel):
-    """One command that took part in a run."""
-
-    git_commit: str = ""
-    git_dirty: bool = False
-    argv: list[str] = []
-    host: str = ""
-    machine: str = ""
-    device: str = ""
-    processes: int = 1
-    versions: dict[str, str] = {}
-    started: str = ""
-    from_step: int = 0
-
-    @property
-    def code(self) -> str:
-        return (self.git_commit[:12] or "unknown") + ("+changes" if self.git_dirty else "")
-
-
-class RunInfo(BaseModel):
-    """run.json. Metrics are in per cent and belong to best.safetensors (step `best_step`).
-
-    Commit, command, machine and versions are those of the last session; `sessions` has all.
-    """
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
-    schema_version: int = SCHEMA
-    # "cleared": --fresh is removing the files of the run; see RunFolder.clear
-    status: Literal["running", "interrupted", "failed", "finished", "cleared"] = "running"
-    task: str
-    protocol: str  # shipped recipe followed, such as "pretrain/imagenet"
-    changes: dict[str, Any] = {}  # where the recipe departs from it (dotted key -> value)
-    size: str  # of HcNet; "" for another model
-    model: str = ""  # another model's name
-    variant: str = ""  # "", "no-refinement", "kernel_size=3" ...
-    seed: int
-    fingerprint: str
-    config: str = ""  # digest of all that can change a number but the seed: equal for the runs of one row
-    recipe_digest: str = ""  # of recipe.yaml as it was written
-    data: DataInfo
-    steps_done: int = 0
-    steps_total: int
-    steps_per_epoch: int | None = None
-    batch_size: int
-    metrics: dict[str, float] = {}
-    metric_notes: dict[str, str] = {}  # the protocols of scores that have several: {"mIoU": "ss, whole"}
-    evaluations: list[dict[str, Any]] = []  # scores added by `hcnet evaluate`: name, settings, argv, at
-    best_step: int | None = None
-    weights: str = ""  # digest of the tensors in best.safetensors
-    params: int | None = None
-    macs: int | None = None
-    macs_input: str = ""  # "3x224x224"
-    img_size: int | None = None
-    images_per_second: float | None = None  # inference, see speed_notes
-    speed_notes: str = ""
-    kernels: list[str] = []  # the faster forms that training used
-    train_images_per_second: float | None = None
-    data_wait_share: float | None = None  # of the training time, 0..1
-    peak_memory_mb: float | None = None
-    device: str = ""
-    precision: str = ""
-    processes: int = 1
-    init: dict[str, Any] = {}
-    unreadable_images: int = 0
-    evaluated_only: bool = False  # no training: weights that --init named
-    git_commit: str = ""
-    git_dirty: bool = False
-    argv: list[str] = []
-    versions: dict[str, str] = {}
-    machine: str = ""
-    host: str = ""  # the computer's name
-    started: str = ""
-    finished: str = ""
-    train_seconds: float = 0.0
-    error: str = ""
-    sessions: list[Session] = []
-    altered: bool = Field(default=False, exclude=True)  # run.json was changed after it was written
-
-    def all_sessions(self) -> list[Session]:
-        """Every command that took part; records from before they were kept have one."""
-        return self.sessions or [Session(**{key: getattr(self, key) for key in Session.model_fields if key in SHARED})]
-
-    @property
-    def code(self) -> str:
-        """The versions of the code that took part, in their order."""
-        return ", then ".join(dict.fromkeys(session.code for session in self.all_sessions()))
-
-
-SHARED = RunInfo.model_fields.keys()  # of a session and the record itself
 
 
 def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
@@ -166,10 +45,6 @@ def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
         fingerprint,
     ]
     return re.sub(r"[^A-Za-z0-9._=+-]", "_", "-".join(parts))
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -210,6 +85,7 @@ class RunFolder:
                 notice(f"{WAITING} in {self.path}.")
                 lock.acquire(poll_interval=0.5)
         try:
+            remove_stale(self.path, ".*.[0-9]*.tmp", seconds=0)  # whoever wrote them is gone
             yield
         finally:
             lock.release()
@@ -229,11 +105,18 @@ class RunFolder:
 
         A run that was killed on this machine could not write so: it is "interrupted", though its record says "running".
         """
-        if not self.record.exists():
+        if not os.path.lexists(self.record):
             return None
         info = read_record(self.record)
-        if info.status == "running" and info.host == platform.node() and not self.is_locked():
+        if info.status == "running" and info.host in (host_id(), platform.node()) and not self.is_locked():
             info.status = "interrupted"
+        return info
+
+    def require(self) -> RunInfo:
+        """The record; UserError for a folder without one, too."""
+        info = self.read()
+        if info is None:
+            raise UserError(f"{self.path} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
         return info
 
     def write(self, info: RunInfo) -> None:
@@ -259,8 +142,8 @@ class RunFolder:
 
     def is_cleared(self) -> bool:
         """Whether a --fresh was stopped while it removed the files of an earlier run."""
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads(self.record.read_text(encoding="utf-8"))
+        with contextlib.suppress(UserError):
+            content = read_json(self.record)
             return isinstance(content, dict) and content.get("status") == CLEARED["status"]
         return False
 
@@ -275,68 +158,33 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`: the run goes on from there and will log it again."""
-        if self.log_file.exists():
+        if os.path.lexists(self.log_file):
             kept = [json.dumps(entry) for entry in read_log(self.log_file) if entry.get("step", 0) <= step]
             write_text(self.log_file, "".join(f"{line}\n" for line in kept))
 
 
-def read_record(path: Path) -> RunInfo:
-    """A run.json as RunInfo, or a UserError saying why it cannot be."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}.",
-            hint="Start that run over with --fresh, or give this one another --name.",
-        ) from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA:
-        raise UserError(f"{path} is of version {version}; this program reads version {SCHEMA}.")
-    if data.get("status") == CLEARED["status"]:
-        raise UserError(
-            f"{path.parent} was being cleared by --fresh, which was stopped.",
-            hint="The next training command with this --name removes the rest and starts from the beginning.",
-        )
-    try:
-        info = RunInfo.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
-    if reason := implausible(vars(info) | {"data": vars(info.data)}):
-        raise UserError(
-            f"{path}: {reason}, which cannot be.",
-            hint="Restore the file, start that run over with --fresh, or give this one another --name.",
-        )
-    # records from before there was a checksum have no `config`
-    info.altered = data.get("checksum", "" if info.config else None) not in (None, _checksum(data))
-    return info
-
-
-def record_text(info: RunInfo) -> str:
-    """The text of run.json, with a checksum over its content."""
-    data = json.loads(info.model_dump_json())
-    return json.dumps({**data, "checksum": _checksum(data)}, indent=2, ensure_ascii=False) + "\n"
-
-
-def _checksum(data: Mapping[str, Any]) -> str:
-    content = {key: value for key, value in data.items() if key != "checksum"}
-    return text_digest(json.dumps(content, sort_keys=True))
-
-
-def text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The entries of a metrics.jsonl; a line that is no entry, such as a last one cut short by a crash, is left out.
+
+    UserError for a log that cannot be read.
+    """
     entries = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(line)
-                if isinstance(entry, dict):
-                    entries.append(entry)
+    for line in read_text(path, LOG_BYTES).splitlines() if os.path.lexists(path) else ():
+        with contextlib.suppress(ValueError):
+            entry = parse_json(line)
+            if isinstance(entry, dict):
+                entries.append(entry)
     return entries
+
+
+def find_run(run_name: str, results: Path) -> RunFolder:
+    """The folder of a run given by path, or by its name under RESULTS/runs."""
+    path = Path(run_name)
+    if not path.is_dir() and (results / "runs" / run_name).is_dir():
+        path = results / "runs" / run_name
+    if not path.is_dir():
+        raise UserError(f"There is no run {run_name}.", hint=f"Runs lie in {results / 'runs'}.")
+    return RunFolder(path)
 
 
 def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Path, str]]]:
@@ -345,8 +193,7 @@ def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Pat
     """
     good: list[tuple[Path, RunInfo]] = []
     broken: list[tuple[Path, str]] = []
-    root = results / "runs"
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []:
+    for folder in _folders(results / "runs"):
         try:
             info = RunFolder(folder).read()
         except UserError as error:
@@ -359,6 +206,17 @@ def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Pat
         else:
             good.append((folder, info))
     return good, broken
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folders in `root`, sorted, with links that lead nowhere: they stand for runs that are gone."""
+    if not os.path.isdir(root):
+        return []
+    try:
+        entries = sorted(root.iterdir())
+    except OSError as error:
+        raise UserError(f"{root} cannot be read: {error.strerror or error}.") from None
+    return [path for path in entries if os.path.isdir(path) or not os.path.exists(path)]
 
 
 # --- whether the files of a run belong together -----------------------------------------------------------------------
@@ -379,9 +237,9 @@ def contradiction(folder: RunFolder, info: RunInfo) -> str:
 def recipe_contradiction(folder: RunFolder, info: RunInfo) -> str:
     """How recipe.yaml contradicts the record; "" if it does not. A change without an effect on numbers is none."""
     try:
-        text = folder.recipe_file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        return f"{folder.recipe_file} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})."
+        text = read_text(folder.recipe_file)
+    except UserError as error:
+        return str(error)
     if text_digest(text) == info.recipe_digest:
         return ""
     try:
@@ -399,11 +257,13 @@ def weights_contradiction(folder: RunFolder, info: RunInfo) -> str:
 
     A run that is not finished may have newer weights than its record says: it can be killed between the two.
     """
-    if not folder.best.exists():
+    if not os.path.lexists(folder.best):
         return ""
     try:
         about = read_metadata(folder.best)
-    except (OSError, ValueError) as error:
+    except UserError as error:
+        return str(error)
+    except ValueError as error:
         return f"{folder.best} is damaged: {error}."
     if not about.get("fingerprint"):
         return f"{folder.best} does not say which run it is of." if info.weights else ""

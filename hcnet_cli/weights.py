@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
+import resource
 import warnings
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hcnet_cli.console import UserError
+from hcnet_cli.files import open_regular
+from hcnet_cli.header import read_metadata
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 MIN_MATCHED = 0.5  # of the model's backbone parameters; less is a mistake, not a choice
@@ -33,43 +38,152 @@ class IgnoredObject(OrderedDict[str, Any]):
 CONFIG_CLASSES = ("yacs.config.CfgNode", "argparse.Namespace", "easydict.EasyDict", "types.SimpleNamespace")
 
 
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+SHARED = 16  # times that tensors of several names may show the same bytes of a file (tied weights)
+NAME_LENGTH = 300  # characters; the longest names of timm have 80
+HEADROOM = 2**30  # bytes that reading may take beyond copies of the file
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A flat state dict from a .safetensors file or a PyTorch checkpoint.
 
     A checkpoint's weights may lie under `model`, `state_dict`, `model_ema` or `state_dict_ema`. Nothing in the file is
     run: tensors and plain containers are made, pickled configurations (CONFIG_CLASSES) are skipped, the rest refused.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"There is no weights file {path}.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
-    try:
-        with (
-            torch.serialization.safe_globals([(IgnoredObject, name) for name in CONFIG_CLASSES]),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")  # of old pickles' formats; what matters is said below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file provokes; nothing of it has run
-        text = str(error)
-        if "Unsupported global" in text or "GLOBAL " in text or "weights_only" in text.lower():
-            culprit = text.split("GLOBAL ")[1].split()[0] if "GLOBAL " in text else "an object that is not a tensor"
-            raise UserError(
-                f"{path} was refused: its pickle asks for {culprit}, which could run code.",
-                hint="Only tensors and plain containers are read. Ask its author for a .safetensors file.",
-            ) from None
-        raise UserError(f"{path} is damaged or not a PyTorch checkpoint.") from None
+    with open_regular(path) as file:
+        head, num_bytes = file.read(512), file.seek(0, 2)
+    if what := _other_content(head):
+        raise UserError(f"{path} holds no weights: it is {what}.", hint="Download the file itself, and name that.")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path, num_bytes)
     for key in ("model", "state_dict", "model_ema", "state_dict_ema"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    tensors = plain_tensors(content, num_bytes, path) if isinstance(content, Mapping) else {}
     if not tensors:
         raise UserError(f"{path} holds no state dict.")
     return tensors
+
+
+def _other_content(head: bytes) -> str:
+    """What a file is that begins with text instead of weights, in words; "" for anything else."""
+    if not head:
+        return "empty"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, which stands for the file"
+    if start.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page"
+    if re.fullmatch(rb"[\t\n\r\x20-\x7e]{8,}", head):
+        return f'text ("{head.splitlines()[0][:60].decode()}")'
+    return ""
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        read_metadata(path)
+        return load_file(path)
+    except Exception as error:  # whatever a damaged or hostile file provokes
+        raise UserError(f"{path} is not a readable safetensors file: {printable(str(error)).rstrip('.')}.") from None
+
+
+def _read_checkpoint(path: Path, num_bytes: int) -> Any:
+    """What torch.load makes of a PyTorch checkpoint. UserError for a damaged one, and for one that asks for more."""
+    unpacked = _unpacked_size(path)
+    if unpacked > num_bytes:
+        raise UserError(
+            f"{path} is a compressed archive: its {num_bytes:,} bytes unpack to {unpacked:,}.",
+            hint="PyTorch writes its checkpoints uncompressed; load it there and save it again.",
+        )
+    try:
+        with (
+            torch.serialization.safe_globals([(IgnoredObject, name) for name in CONFIG_CLASSES]),
+            warnings.catch_warnings(),
+            memory_limit(SHARED * num_bytes + HEADROOM),
+        ):
+            warnings.simplefilter("ignore")  # of old pickles' formats; what matters is said below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile file provokes; nothing of it has run
+        if culprit := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} was refused: its pickle asks for {printable(culprit[1])}, which could run code.",
+                hint="Only tensors and plain containers are read. Ask its author for a .safetensors file.",
+            ) from None
+        raise UserError(f"{path} is damaged or not a PyTorch checkpoint of tensors.") from None
+
+
+def _unpacked_size(path: Path) -> int:
+    """The bytes of all entries of a zip archive; 0 for another file, and for an archive that torch.load will refuse."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # zipfile has many for damaged archives
+        return 0
+
+
+@contextlib.contextmanager
+def memory_limit(num_bytes: int) -> Iterator[None]:
+    """Allocations that need more than `num_bytes` of further address space fail inside. Where Linux is not, no limit.
+
+    A pickle of 100 bytes can ask for a tensor, or a bytearray, of any size.
+    """
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bounds = [used + num_bytes, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def plain_tensors(found: Mapping[Any, Any], num_bytes: int, path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict from a file of `num_bytes`, each dense, contiguous and on the CPU, with a name that
+    can be shown. What is no tensor is left out. UserError for other kinds of tensors, and for tensors that claim more
+    than the file can hold, such as views that repeat one element.
+    """
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not name.isprintable() or len(name) > NAME_LENGTH:
+            raise UserError(f"{path}: {printable(repr(name))} cannot be the name of a tensor.")
+        if kind := _special_kind(value):
+            raise UserError(
+                f"{path}: {name} is a {kind} tensor; weights are plain numbers.",
+                hint="Name the original weights, before they were converted.",
+            )
+    claimed = sum(value.numel() * value.element_size() for value in tensors.values())
+    if claimed > SHARED * num_bytes:
+        raise UserError(f"{path} claims tensors of {claimed:,} bytes, but is a file of {num_bytes:,}.")
+    return {name: value.detach().resolve_neg().contiguous() for name, value in tensors.items()}
+
+
+def _special_kind(value: Tensor) -> str:
+    """In what a tensor differs from a plain one, as an adjective; "" for a plain one."""
+    if value.is_nested:
+        return "nested"
+    if value.layout != torch.strided:
+        return "sparse"
+    if value.is_quantized:
+        return "quantised"
+    if value.device.type != "cpu":
+        return value.device.type
+    if value.dtype not in DTYPES:
+        return str(value.dtype).removeprefix("torch.")
+    return "" if type(value) in (Tensor, nn.Parameter) else "wrapped"
+
+
+def printable(text: str, length: int = 100) -> str:
+    """Text from a file, cut, on one line, without characters that a terminal obeys."""
+    return "".join(char if char.isprintable() else "?" for char in text[:length])
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

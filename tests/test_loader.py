@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcnet_cli import rng
-from hcnet_cli.console import UserError
+from hcnet_cli.console import RunFailed, UserError
 from hcnet_cli.data.loader import EvalLoader, TrainLoader, collate_items, epoch_batches, micro_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -276,7 +276,7 @@ def test_unreadable_files_are_listed_warned_of_once_and_not_part_of_the_batch(
     batches = list(train.iterate(0))
     assert sorted(train.unreadable) == ["image 2", "image 5"]
     assert all("unreadable" not in batch for batch in batches)
-    assert capsys.readouterr().err.count("cannot read image 2") == 1
+    assert capsys.readouterr().err.count("image 2 cannot be read") == 1
 
 
 def test_too_many_unreadable_files_stop_the_run_and_are_named() -> None:
@@ -345,3 +345,19 @@ def test_collation() -> None:
     assert batch["x"].shape == (2, 2)
     assert batch["n"].dtype == torch.int64
     assert batch["s"] == ["a", "b"]
+
+
+class DeadlyNumbers(Numbers):
+    """A data set whose worker is killed at its third batch, as by the system when memory runs out."""
+
+    def __getitem__(self, request: tuple[int, int, int]) -> dict[str, Any]:
+        if request[0] == 5 and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(request)
+
+
+def test_a_killed_worker_ends_the_run_with_one_sentence() -> None:
+    with pytest.raises(RunFailed, match="A data worker process died") as error:
+        list(EvalLoader(DeadlyNumbers(8), batch_size=2, workers=1))
+    assert error.value.exit_code == 1
+    assert "goes on from the last checkpoint" in error.value.hint

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, Hcnet, only_run
+from conftest import SMALL_MODEL, Hcnet, environment, only_run
 from PIL import Image
 
 from hcnet_cli import build, engine, plan, rehearsal, runs
@@ -266,7 +268,11 @@ def test_predictions_lost_between_checkpoint_and_saving_are_made_again(
     assert [p.name for p in (folder / "final").iterdir()] == [engine.loop.MISSING]
     done = hcnet(*arguments)
     assert done.code == 0, done.err
-    assert sorted(p.name for p in (folder / "final").iterdir()) == ["confusion.json", "per_class.json"]
+    assert sorted(p.name for p in (folder / "final").iterdir()) == [
+        "confusion.json",
+        "per_class.json",
+        "predictions.csv",
+    ]
 
 
 # --- what fits the data -----------------------------------------------------------------------------------------------
@@ -327,3 +333,17 @@ def test_an_undefined_score_is_one_sentence() -> None:
     job: Any = type("Job", (), {"weights": task.model})
     with pytest.raises(UserError, match="score is not defined on the validation data"):
         engine.evaluate(job, engine.Evaluation("val", task, []))  # type: ignore[arg-type]
+
+
+def test_what_fails_on_one_of_two_processes_ends_both_with_the_same_sentence(tmp_path: Path) -> None:
+    """The other process must not wait for ever in the next exchange."""
+    script = Path(__file__).parent / "rehearsal_on_one_process.py"
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*line, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second
+    assert "A training step fails" in first
+    assert "ZeroDivisionError: of process 1" in first

@@ -353,7 +353,10 @@ def test_a_users_rows_are_added(tmp_path):
         (HEADER + GOOD + GOOD, 'line 3: "HcNet-S" appears twice'),
         (HEADER + GOOD.replace("HcNet-S", "HcNet-T"), "has other numbers than"),
         ("", "the column table is missing"),
-        ("\xff\xfe", "cannot be read as CSV"),
+        ("\xff\xfe", "is not UTF-8 text (line 1)"),
+        (HEADER + GOOD.replace("50", "1e300"), 'line 2: "params_m" is 1e300, not a positive number up to 1,000,000'),
+        (HEADER + GOOD.replace("the paper", "\x1b[2J"), "has a character that cannot be shown"),
+        (HEADER + '"half', "line 2 cannot be read as CSV"),
     ],
 )
 def test_bad_published_files_are_one_clear_sentence(tmp_path, text, message):

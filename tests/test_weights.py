@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import resource
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile_weights import PTH, SAFETENSORS
 from safetensors.torch import save_file
 from torch import nn
 
 from hcnet_cli.console import UserError
-from hcnet_cli.weights import load_into, read_weights
+from hcnet_cli.weights import digest, load_into, read_weights
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.zeros(2)}
 
@@ -131,3 +134,62 @@ def test_the_account_names_everything_that_did_not_fit() -> None:
 def test_too_little_matched_is_an_error() -> None:
     with pytest.raises(UserError, match="does not fit this model"):
         load_into(net(), {"head.bias": torch.zeros(5)}, "w")
+
+
+HOSTILE = [("pth", name) for name in PTH] + [("safetensors", name) for name in SAFETENSORS]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about the tensors that the test makes
+@pytest.mark.parametrize(("ending", "name"), HOSTILE, ids=[f"{name}.{ending}" for ending, name in HOSTILE])
+def test_a_hostile_file_is_one_sentence_and_takes_no_memory(ending: str, name: str, tmp_path: Path) -> None:
+    """Each was a traceback, a hang, or filled the memory."""
+    file = tmp_path / f"w.{ending}"
+    {"pth": PTH, "safetensors": SAFETENSORS}[ending][name](file)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.monotonic()
+    with pytest.raises(UserError) as error:
+        read_weights(file)
+    assert time.monotonic() - begun < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+    assert str(error.value).isprintable()
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>404 Not Found</html>", "web page"),
+        (b"404: Not Found", r'text \("404: Not Found"\)'),
+        (b"", "empty"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_download_that_went_wrong_is_called_what_it_is(
+    content: bytes, what: str, ending: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"w.{ending}").write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        read_weights(tmp_path / f"w.{ending}")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_unusual_tensors_that_are_whole_become_plain(legacy: bool, tmp_path: Path) -> None:
+    base = torch.arange(6.0)
+    state = {
+        "tied": base,
+        "tied too": base,
+        "transposed": base.view(2, 3).t(),
+        "expanded": base[:2].expand(3, 2),
+        "negated": torch.complex(torch.ones(2), torch.ones(2)).conj().imag,
+        "parameter": nn.Parameter(base.clone()),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3),
+    }
+    torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    found = read_weights(tmp_path / "w.pth")
+    assert found.keys() == state.keys()
+    assert all(found[name].equal(value) for name, value in state.items())
+    assert all(type(value) is torch.Tensor and value.is_contiguous() for value in found.values())
+    assert not any(value.requires_grad or value.is_neg() for value in found.values())
+    assert len(digest(found)) == 16

@@ -37,10 +37,10 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
         data, source = rcp.resolve(file).recipe.data.path, f"recipe {name}"
     if data is None:
         data, source = spec.embedded, "embedded"
-        notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")
     require_text(data, source)
     if file is None:
         file = rcp.recipe_file(spec.embedded if data == spec.embedded else spec.default_recipe, task)
+    data = os.path.expanduser(data)  # a shell expands ~ in an argument, not in a variable or a recipe
     overrides = [("data.path", data, source), *_flags(task, given)]
     overrides += [(key, value, f"--set {key}") for key, value in parsed]
     found = rcp.resolve(file, overrides).recipe
@@ -52,6 +52,8 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
                 f"This recipe counts {found.schedule.unit}, not {parameter}.",
                 hint=f"Use --set schedule.length=N, in {found.schedule.unit}.",
             )
+    if source == "embedded":
+        notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")
     return file, overrides
 
 

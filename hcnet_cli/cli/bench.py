@@ -9,6 +9,7 @@ import typer
 
 from hcnet_cli.cli import options
 from hcnet_cli.console import UserError
+from hcnet_cli.privacy import command_line
 from hcnet_cli.tasks.classification.spec import SPEC
 
 app = typer.Typer()
@@ -52,13 +53,13 @@ def bench(
 
     timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
-    known = tables.facts(settings.device, sys.argv, settings.threads)
+    known = tables.facts(settings.device, command_line(), settings.threads)
     made = timing.measure(timing.contenders(models, mode, precision, compile_models), settings)
     sys.stdout.write(render(tables.tables(made), "rich"))
     if output is not None:
         write_output(output, (tables.json_text if output.suffix == ".json" else tables.page)(made, known))
     if made.stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + made.stopped)
     if all(contender.error for contender in made.contenders):
         raise typer.Exit(1)
 
@@ -82,8 +83,8 @@ def bench_data(
     from hcnet_cli.report import render
 
     bench.check_output(output)
-    bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it
-    known = tables.facts(pick_device("cpu"), sys.argv, threads=1)
+    bench_data.read_recipe(recipe, data or SPEC.embedded, img_size)  # before pictures are made for it
+    known = tables.facts(pick_device("cpu"), command_line(), threads=1)
     with bench_data.folder(data) as (root, name):
         made = bench_data.measure(
             bench_data.read_recipe(recipe, root, img_size),
@@ -97,4 +98,4 @@ def bench_data(
     if output is not None:
         write_output(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
     if made.stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + made.stopped)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hcnet_cli.cli import options
+from hcnet_cli.privacy import command_line
 
 
 def evaluate(
@@ -29,12 +29,14 @@ def evaluate(
     --set evaluation.tiles.mode=slide. Scores are added to the run's record, with their protocol; none is replaced.
     """
     from hcnet_cli import recipe as rcp
+    from hcnet_cli.runs import find_run
 
+    folder = find_run(run, out_dir)
+    folder.require()  # before PyTorch is loaded, which takes seconds
     given = [("data.path", data, "--data"), ("train.workers", workers, "--workers")]
     settings = [(key, value, source) for key, value, source in given if value is not None]
     settings += [(key, value, f"--set {key}") for key, value in map(rcp.parse_override, overrides or [])]
     from hcnet_cli.evaluate import evaluate as score
-    from hcnet_cli.evaluate import find_run
 
     names = [name.strip() for name in on.split(",")] if on is not None else []
-    score(find_run(run, out_dir), settings, names, device, sys.argv)
+    score(folder, settings, names, device, command_line())

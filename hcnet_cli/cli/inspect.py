@@ -11,6 +11,7 @@ import typer
 from hcnet_cli.cli import options
 from hcnet_cli.cli.base import resolve
 from hcnet_cli.console import UserError, out
+from hcnet_cli.tasks import TASKS
 
 
 def check(
@@ -25,14 +26,17 @@ def check(
     training or its figures: files that cannot be read, sizes that are not those annotated, the same picture in training
     and validation or in two classes.
     """
-    from hcnet_cli import check as checking
     from hcnet_cli.files import check_output, write_output
-    from hcnet_cli.report import render
+    from hcnet_cli.inputs import check_folder
 
+    check_folder(data, "Layouts: " + "; ".join(form.layout for one in TASKS.values() for form in one.formats.values()))
     if output is not None:
         if output.suffix != ".json":
             raise UserError(f"{output} does not end in .json.")
         check_output(output)
+    from hcnet_cli import check as checking
+    from hcnet_cli.report import render
+
     resolved = resolve(checking.task_of(data), {"data": data, "recipe": recipe, "overrides": overrides})
     made = checking.check(resolved.recipe)
     sys.stdout.write(render(checking.tables(made), "rich", checking.lines(made)))
@@ -51,7 +55,10 @@ def explain(
     ] = None,
 ) -> None:
     """Draw what the heat layers of a run do: stencils, conduction rates, transfer functions, receptive fields."""
+    from hcnet_cli.runs import RunFolder
+
+    RunFolder(run).require()  # before PyTorch is loaded, which takes seconds
     from hcnet_cli.explain import explain as draw
 
     for path in draw(run, image, out_dir):
-        out.print(str(path), markup=False)
+        out.print(str(path))

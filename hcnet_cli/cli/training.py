@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from hcnet_cli.cli import options
 from hcnet_cli.cli.base import resolve
 from hcnet_cli.console import UserError
+from hcnet_cli.privacy import command_line
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.spec import Spec
 
@@ -70,6 +70,8 @@ def _parameters(spec: Spec) -> Parameters:
 
 def train_task(task: str, given: dict[str, Any]) -> None:
     """Runs a training command with the parameters that were given."""
+    from hcnet_cli.inputs import check_inputs
+
     name = given["name"]
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
@@ -77,6 +79,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         other = "fresh" if given["fresh"] else "dry-run"
         raise UserError(f"--eval-only trains nothing: it cannot be combined with --{other}.")
     resolved = resolve(task, given)
+    check_inputs(resolved.recipe, given["out_dir"])  # before PyTorch is loaded, which takes seconds
     from hcnet_cli.run import Options, train
 
     chosen = Options(
@@ -86,7 +89,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         fresh=given["fresh"],
         dry_run=given["dry_run"],
         eval_only=given["eval_only"],
-        argv=sys.argv,
+        argv=command_line(),
     )
     _, _, stopped_by = train(resolved, chosen)
     if stopped_by:

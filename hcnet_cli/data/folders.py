@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -108,8 +109,17 @@ def counted(left_out: LeftOut) -> dict[str, int]:
 
 
 def cache_dir() -> Path:
-    """`$HCNET_CACHE`, else `$XDG_CACHE_HOME/hcnet`, else `~/.cache/hcnet`."""
+    """`$HCNET_CACHE`, else `$XDG_CACHE_HOME/hcnet`, else `~/.cache/hcnet`; for a user without a home folder, one of
+    his own among the temporary files.
+    """
     if own := os.environ.get("HCNET_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hcnet"
+        return Path(os.path.expanduser(own))
+    home = os.path.expanduser("~")  # "~" where there is neither $HOME nor an entry for the user
+    if base := os.environ.get("XDG_CACHE_HOME") or (home != "~" and os.path.join(home, ".cache")):
+        return Path(base) / "hcnet"
+    folder = Path(tempfile.gettempdir()) / f"hcnet-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid != os.getuid():
+            raise UserError(f"{folder} belongs to another user.", hint="Set HCNET_CACHE to a folder of your own.")
+    return folder

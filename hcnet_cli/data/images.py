@@ -152,7 +152,7 @@ def _deep_values(path: str | Path, file: Image.Image) -> NDArray[np.integer] | N
 def _decoded_as(path: str | Path, layout: str) -> NDArray[np.uint8]:
     """The pixels of a PNG file whose bytes are taken in another layout."""
     with Image.open(path, formats=("PNG",)) as file:
-        file.tile = [(*tile[:3], layout) for tile in file.tile]  # type: ignore[attr-defined]
+        file.tile = [(*tile[:3], layout) for tile in file.tile]  # type: ignore[misc, attr-defined, unused-ignore]
         return np.asarray(file)
 
 

@@ -6,6 +6,7 @@ workers, processes and micro-batches or on the step at which a run resumes. Eval
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hcnet_cli import rng
-from hcnet_cli.console import UserError, warn
+from hcnet_cli.console import RunFailed, UserError, warn
 
 
 class SampleRequest(NamedTuple):
@@ -177,19 +178,38 @@ def _data_loader(
     )
 
 
-def _batches(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+@contextlib.contextmanager
+def watching_workers() -> Iterator[None]:
+    """Turns the death of a worker process, which a signal handler of PyTorch raises anywhere, into one sentence."""
     try:
-        for result in loader:
-            if isinstance(result, UserError):
-                raise result
-            yield result
+        yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise UserError(
-            f"A data worker process died ({str(error).rstrip('. ')}).",
-            hint="The usual cause is too little memory or shared memory (/dev/shm): try fewer --workers.",
-        ) from None
+        raise _worker_died(" ".join(str(error).split()).rstrip(".")) from None
+
+
+def _worker_died(reason: str) -> RunFailed:
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again, wherever the program is
+    return RunFailed(
+        f"A data worker process died ({reason}).",
+        hint="The usual cause is too little memory or shared memory (/dev/shm): try fewer --workers. The same command "
+        "goes on from the last checkpoint.",
+    )
+
+
+def _batches(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    try:
+        with watching_workers():
+            for result in loader:
+                if isinstance(result, UserError):
+                    raise result
+                yield result
+    except (ConnectionError, EOFError, FileNotFoundError) as error:  # a batch of a worker that is gone
+        if not loader.num_workers:
+            raise
+        raise _worker_died(f"its last batch is lost: {type(error).__name__}") from None
 
 
 class TrainLoader:
@@ -279,7 +299,7 @@ class TrainLoader:
                 f"{some}{', ...' if len(self.unreadable) > 5 else ''}.",
                 hint="Is the disk mounted, and the data set unpacked completely? `hcnet check` names all such files.",
             )
-        warn(f"cannot read {path}; another image takes its place.")
+        warn(f"{path} cannot be read; another image takes its place.")
 
 
 def sample_batch(dataset: RequestDataset, indices: Sequence[int], seed: int, collate: Collate | None) -> dict[str, Any]:

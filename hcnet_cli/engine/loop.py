@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hcnet_cli import checkpoint, dist
 from hcnet_cli.console import Progress, RunFailed, UserError
+from hcnet_cli.data.loader import watching_workers
 from hcnet_cli.engine.job import EvalBatches, Evaluation, Evaluator, Job, autocast, to_device
 from hcnet_cli.engine.state import State, save
 from hcnet_cli.engine.step import NonFiniteGuard, Stepper
@@ -107,6 +108,7 @@ class Window:
         return dict(zip(names, means.tolist(), strict=True))
 
 
+@watching_workers()
 def evaluate(job: Job, evaluation: Evaluation, progress: Progress | None = None) -> tuple[dict[str, float], Evaluator]:
     """Metrics of the job's weights (`Job.weights`) by one evaluation, and the evaluator that holds the predictions.
 
@@ -147,6 +149,7 @@ def predict(
         task.train()
 
 
+@watching_workers()
 def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[State], None]) -> int:
     """Trains from `state.step` to `job.total_steps`; logs, evaluates and saves into `folder`.
 

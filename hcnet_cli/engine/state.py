@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from hcnet_cli import checkpoint, optim
 from hcnet_cli.console import UserError
 from hcnet_cli.engine.job import Job
@@ -58,4 +60,11 @@ def restore(job: Job, folder: Path) -> State:
     optim.load_state(job.optimizer, job.task.model, tensors["optimizer"], content.pop("optimizer", {}))
     if job.ema is not None:
         job.ema.module.load_state_dict(tensors["ema"])
-    return State(**content)
+    try:
+        return TypeAdapter(State).validate_python(content)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"The checkpoint in {folder} is damaged: its state has no {key} that can be understood.",
+            hint="Start over with --fresh, or restore the folder from a backup.",
+        ) from None

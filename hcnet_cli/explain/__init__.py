@@ -6,7 +6,6 @@ the heat steps, and how far receptive fields and heat spread. Equal runs give eq
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from hcnet_cli.explain.pictures import draw
 from hcnet_cli.files import replacing, writing
 from hcnet_cli.models import HcNet
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.report.escape import in_markdown, to_json
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.tasks.classification import augment
@@ -57,8 +57,8 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     made = {f"{name}.png": content for name, content in draw(found, label).items()}
     for stage in found["stages"]:
         del stage["receptive_field"]["field"]  # one number per pixel: the picture shows it better
-    made["captions.md"] = f"# Inside the heat layers\n\n{label}\n{''.join(sections)}".encode()
-    made["explain.json"] = json.dumps(_rounded({**about, "captions": texts, **found}), ensure_ascii=False).encode()
+    made["captions.md"] = f"# Inside the heat layers\n\n{in_markdown(label)}\n{''.join(sections)}".encode()
+    made["explain.json"] = to_json(_rounded({**about, "captions": texts, **found}), indent=None).encode()
     for name, content in made.items():  # each file whole: the report's page may read it at any time
         with writing(folder / name), replacing(folder / name) as temporary:
             temporary.write_bytes(content)
@@ -77,9 +77,7 @@ def _rounded(value: Any) -> Any:
 def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
     """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data are not needed."""
     folder = RunFolder(run)
-    info = folder.read()
-    if info is None:
-        raise UserError(f"{run} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
+    info = folder.require()
     if not folder.best.is_file():
         hint = "Training writes it at the first evaluation: go on with it."
         raise UserError(f"{run} has no best.safetensors yet.", hint=hint)

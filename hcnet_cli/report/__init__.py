@@ -10,7 +10,7 @@ from pathlib import Path
 from hcnet_cli import console
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.report import text
-from hcnet_cli.results import collect, tables
+from hcnet_cli.results import collect, public_table, tables
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.table import Table
 from hcnet_cli.tasks import FIRST_TASK, TASKS
@@ -31,6 +31,7 @@ def report(
     output: Path | None = None,
     width: int | None = None,
     refresh: float | None = None,
+    public: bool = False,
 ) -> str:
     """The report as text in one of FORMATS. UserError for an unknown table or format, or a bad published file.
 
@@ -42,6 +43,7 @@ def report(
         extra: Tables of another origin, such as those of studies.
         output: The file that the text is for; links to runs are relative to its folder.
         width: Of the terminal ("rich" only).
+        public: Without secrets, folders, and the names of computer and user.
         refresh: Seconds after which a browser loads the page again ("html" only).
     """
     _check_known("table", table, (*TABLES, "all"))
@@ -49,8 +51,12 @@ def report(
     for file in published:
         if not file.is_file():
             raise UserError(f"There is no file {file} with published numbers.")
-    found = collect(results, published)
+    found = collect(results, published, public)
+    base = output.absolute().parent if output else None
     made = [*tables(found, table), *(t for t in extra if table in ("all", t.name))]
+    if public:
+        links_from = {"html": None, "markdown": base or Path.cwd()}.get(fmt, Path.cwd())
+        made = [public_table(one, links_from) for one in made]
     notes = [] if found.runs else [FIRST_RUN]
     if not made:
         notes.append("There is nothing for this table yet.")
@@ -63,7 +69,7 @@ def report(
         if hidden := dict.fromkeys(t.name for t in made if not t.measured):
             notes.insert(0, f"Published numbers alone: hcnet report --table {' or '.join(hidden)}.")
         made = [t for t in made if t.measured]
-    return render(made, fmt, notes, base=output.absolute().parent if output else None, width=width)
+    return render(made, fmt, notes, base=base, width=width)
 
 
 def render(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError, model_validator
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
 from hcnet_cli.grouping import Run
+from hcnet_cli.plain_json import read_json
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunInfo
+from hcnet_cli.study.analysis import Analysis, Fixed
 from hcnet_cli.tasks import TASKS
 
 SCHEMA = 1
@@ -45,33 +48,64 @@ class StudyRecord(BaseModel):
     tasks: list[str]
     seeds: list[int]
     cells: list[Cell]
+    primary: Fixed | None = None  # None: a record of version 0.1
+    detect: float | None = None  # points, the difference that matters to the user
+
+    @model_validator(mode="after")
+    def _check(self) -> StudyRecord:
+        if not (self.arms and self.tasks):
+            raise ValueError("it has no arms or no tasks")
+        if unknown := [task for task in self.tasks if task not in TASKS]:
+            raise ValueError(f"unknown task {unknown[0]}")
+        if foreign := [cell for cell in self.cells if cell.arm not in self.arms or cell.task not in self.tasks]:
+            raise ValueError(f"a cell of {foreign[0].arm}, {foreign[0].task} belongs to none of its arms and tasks")
+        return self
 
     @property
     def baseline(self) -> str:
         return next(iter(self.arms))
 
+    @property
+    def analysis(self) -> Analysis:
+        return self.primary.analysis if self.primary else Analysis().check(self.tasks, self.seeds)
+
+    @property
+    def first_stage(self) -> tuple[int, ...] | None:
+        """The seeds of the first stage of `until`; None for a study with a fixed number of seeds."""
+        return self.primary.seeds if self.primary and self.primary.analysis.until else None
+
+
+def read_study(file: Path) -> StudyRecord:
+    """The record of a study, or a UserError saying why it cannot be read."""
+    data = read_json(file)
+    version = data.get("schema_version", SCHEMA) if isinstance(data, dict) else None
+    if version != SCHEMA:
+        raise UserError(f"{file} is of version {str(version)[:20]}; this program reads version {SCHEMA}.")
+    try:
+        return StudyRecord.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{file}: {f'{place}: ' if place else ''}{reason}.") from None
+
 
 def read_studies(results: Path) -> tuple[list[StudyRecord], list[str]]:
-    """The studies of a results folder, and a line for each one that cannot be read."""
+    """The studies of a results folder, and a sentence for each one that cannot be read."""
     records, broken = [], []
     for file in sorted((results / "studies").glob("*.json")):
         try:
-            record = StudyRecord.model_validate_json(file.read_text(encoding="utf-8"))
-            if record.schema_version != SCHEMA:
-                raise ValueError("unknown version")
-            if unknown := [task for task in record.tasks if task not in TASKS]:
-                raise ValueError(f"unknown task {unknown[0]}")
-            records.append(record)
-        except (OSError, ValueError) as error:
-            broken.append(f"{file} cannot be read: {str(error).splitlines()[0]}")
+            records.append(read_study(file))
+        except UserError as error:
+            broken.append(str(error))
     return records, broken
 
 
 def run_key(recipe: Recipe) -> str:
     """Equal for two recipes that are the same run. Precision is compared separately, see find_run."""
     kept = {key: value for key, value in rcp.identity(recipe).items() if key != "train.precision"}
-    kept["data.path"] = str(Path(recipe.data.path or "").resolve())
-    kept["init"] = recipe.init if recipe.init == "none" else str(Path(recipe.init).resolve())
+    kept["data.path"] = os.path.realpath(os.path.expanduser(recipe.data.path or ""))
+    kept["init"] = recipe.init if recipe.init == "none" else os.path.realpath(os.path.expanduser(recipe.init))
     return json.dumps(kept, sort_keys=True)
 
 

@@ -25,7 +25,7 @@ from hcnet_cli.data import identity
 from hcnet_cli.data.embedded.digits import make_digits
 from hcnet_cli.data.embedded.scenes import make_digit_scenes, make_digit_stuff
 from hcnet_cli.data.folders import cache_dir
-from hcnet_cli.files import write_text
+from hcnet_cli.files import read_text, remove_stale, write_text
 
 VERSION = 3  # raise it when a byte of any set changes: the sets are then made again, in a new folder
 
@@ -43,8 +43,10 @@ DIGESTS = {  # of the contents of all files, for VERSION, with Pillow 13
 
 
 def data_folder(path: str) -> Path:
-    """The folder that `--data` means: the path itself, or an embedded set by its name, made on first use."""
-    return ensure(path) if path in EMBEDDED else Path(path)
+    """The folder that `--data` means: the path itself, with `~` for the home folder, or an embedded set by its name,
+    made on first use.
+    """
+    return ensure(path) if path in EMBEDDED else Path(os.path.expanduser(path))
 
 
 def ensure(name: str) -> Path:
@@ -71,6 +73,7 @@ def _ensure(name: str) -> Path:
             if _is_whole(name, folder):
                 return folder
             notice(f"The embedded data set {name} in {folder} was changed or is incomplete: it is made again.")
+        remove_stale(folder.parent, f".{name}-*")
         temporary.mkdir(parents=True)
         notice(f"Making the embedded data set {name} in {folder} (once, some seconds).")
         EMBEDDED[name](temporary)
@@ -107,6 +110,6 @@ def _is_whole(name: str, folder: Path) -> bool:
     Another version of Pillow may compress the same pixels to other bytes, so the digest of what was made here is kept.
     """
     found = _digest(folder)
-    with contextlib.suppress(OSError):
-        return found in (DIGESTS[name], _digest_file(folder).read_text())
+    with contextlib.suppress(UserError):
+        return found in (DIGESTS[name], read_text(_digest_file(folder), limit=1000))
     return found == DIGESTS[name]

@@ -1,0 +1,203 @@
+"""The record of a run, run.json: its fields, and the one place that reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict
+
+from hcnet_cli.console import UserError
+from hcnet_cli.plain_json import read_json
+from hcnet_cli.plausible import implausible
+
+SCHEMA = 1
+CLEARED = {"schema_version": SCHEMA, "status": "cleared"}
+
+
+class DataInfo(BaseModel):
+    """The data a run saw. `name` is what tables group by.
+
+    `digest` covers the contents and names of all files, the classes and their order; with `trust` "names", only names
+    and sizes. `bits` are those of images of more than 8 bits, if there are any. `left_out` counts what the folder
+    holds and the run does not use, by reason. `notes` belong under every table that shows the run.
+    """
+
+    name: str
+    digest: str
+    path: str
+    num_train: int
+    num_val: int
+    num_classes: int
+    split: str = "val"
+    trust: Literal["content", "names"] = "content"
+    bits: int | None = None
+    left_out: dict[str, int] = {}
+    notes: list[str] = []
+
+    def remarks(self) -> list[str]:
+        """What people must know of the data before a run, a line each."""
+        lines = [f"16-bit images are read as {self.bits}-bit (data.bits)."] if self.bits else []
+        if self.left_out:
+            counts = ", ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
+            lines.append(f"Left out of the data: {counts}. `hcnet check` names them.")
+        return [*lines, *self.notes]
+
+
+class InitInfo(TypedDict, total=False):
+    """What became of the weights that a run started from: the fields of weights.LoadReport."""
+
+    source: str
+    digest: str
+    loaded: int
+    total: int
+    reinitialised: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    config: str
+    seed: int | None
+
+
+class Session(BaseModel):
+    """One command that took part in a run."""
+
+    git_commit: str = ""
+    git_dirty: bool = False
+    argv: list[str] = []
+    host: str = ""
+    machine: str = ""
+    device: str = ""
+    processes: int = 1
+    versions: dict[str, str] = {}
+    started: str = ""
+    from_step: int = 0
+
+    @property
+    def code(self) -> str:
+        return (self.git_commit[:12] or "unknown") + ("+changes" if self.git_dirty else "")
+
+
+class RunInfo(BaseModel):
+    """run.json. Metrics are in per cent and belong to best.safetensors (step `best_step`).
+
+    Commit, command, machine and versions are those of the last session; `sessions` has all.
+    """
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    schema_version: int = SCHEMA
+    # "cleared": --fresh is removing the files of the run; see RunFolder.clear
+    status: Literal["running", "interrupted", "failed", "finished", "cleared"] = "running"
+    task: str
+    protocol: str  # shipped recipe followed, such as "pretrain/imagenet"
+    changes: dict[str, Any] = {}  # where the recipe departs from it (dotted key -> value)
+    size: str  # of HcNet; "" for another model
+    model: str = ""  # another model's name
+    variant: str = ""  # "", "no-refinement", "kernel_size=3" ...
+    seed: int
+    fingerprint: str
+    config: str = ""  # digest of all that can change a number but the seed: equal for the runs of one row
+    recipe_digest: str = ""  # of recipe.yaml as it was written
+    data: DataInfo
+    steps_done: int = 0
+    steps_total: int
+    steps_per_epoch: int | None = None
+    batch_size: int
+    metrics: dict[str, float] = {}
+    metric_notes: dict[str, str] = {}  # the protocols of scores that have several: {"mIoU": "ss, whole"}
+    evaluations: list[dict[str, Any]] = []  # scores added by `hcnet evaluate`: name, settings, argv, at
+    best_step: int | None = None
+    weights: str = ""  # digest of the tensors in best.safetensors
+    params: int | None = None
+    macs: int | None = None
+    macs_input: str = ""  # "3x224x224"
+    img_size: int | None = None
+    images_per_second: float | None = None  # inference, see speed_notes
+    speed_notes: str = ""
+    kernels: list[str] = []  # the faster forms that training used
+    train_images_per_second: float | None = None
+    data_wait_share: float | None = None  # of the training time, 0..1
+    peak_memory_mb: float | None = None
+    device: str = ""
+    precision: str = ""
+    processes: int = 1
+    init: InitInfo = {}
+    unreadable_images: int = 0
+    evaluated_only: bool = False  # no training: weights that --init named
+    git_commit: str = ""
+    git_dirty: bool = False
+    argv: list[str] = []
+    versions: dict[str, str] = {}
+    machine: str = ""
+    host: str = ""  # a digest of the computer's name (privacy.host_id)
+    started: str = ""
+    finished: str = ""
+    train_seconds: float = 0.0
+    error: str = ""
+    sessions: list[Session] = []
+    altered: bool = Field(default=False, exclude=True)  # run.json was changed after it was written
+
+    def all_sessions(self) -> list[Session]:
+        """Every command that took part; records from before they were kept have one."""
+        return self.sessions or [Session(**{key: getattr(self, key) for key in Session.model_fields if key in SHARED})]
+
+    @property
+    def code(self) -> str:
+        """The versions of the code that took part, in their order."""
+        return ", then ".join(dict.fromkeys(session.code for session in self.all_sessions()))
+
+
+SHARED = RunInfo.model_fields.keys()  # of a session and the record itself
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def read_record(path: Path) -> RunInfo:
+    """A run.json as RunInfo, or a UserError saying why it cannot be."""
+    try:
+        data = read_json(path)
+    except UserError as error:
+        raise UserError(str(error), hint="Start that run over with --fresh, or give this one another --name.") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA or isinstance(version, bool):
+        raise UserError(f"{path} is of version {str(version)[:20]}; this program reads version {SCHEMA}.")
+    if data.get("status") == CLEARED["status"]:
+        raise UserError(
+            f"{path.parent} was being cleared by --fresh, which was stopped.",
+            hint="The next training command with this --name removes the rest and starts from the beginning.",
+        )
+    try:
+        info = RunInfo.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    if reason := implausible(vars(info) | {"data": vars(info.data)}):
+        raise UserError(
+            f"{path}: {reason}, which cannot be.",
+            hint="Restore the file, start that run over with --fresh, or give this one another --name.",
+        )
+    # records from before there was a checksum have no `config`
+    info.altered = data.get("checksum", "" if info.config else None) not in (None, _checksum(data))
+    return info
+
+
+def record_text(info: RunInfo) -> str:
+    """The text of run.json, with a checksum over its content."""
+    data = json.loads(info.model_dump_json())
+    return json.dumps({**data, "checksum": _checksum(data)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in data.items() if key != "checksum"}
+    return text_digest(json.dumps(content, sort_keys=True))
+
+
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
