@@ -163,7 +163,7 @@ def open_folder(
     if len(splits) < 2:
         return None
     (train, train_images), (val, val_images) = splits["train"], splits["val"]
-    for check in (check_same_classes, check_objects, check_scorable):
+    for check in (check_same_classes, check_scorable, check_objects):
         with reported(report):
             check(train, val)
     places: dict[bytes, None] = {}  # in the order of the files, each once
