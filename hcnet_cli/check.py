@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,17 +14,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hcnet_cli.console import status_line
+from hcnet_cli.console import UserError, status_line
 from hcnet_cli.data import embedded
 from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.data.images import Size, UnusableImageError, is_turned, read_image
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.report.escape import to_json
 from hcnet_cli.table import Column, Row, Style, Table, Value
 from hcnet_cli.tasks import FIRST_TASK, TASKS
 
 CHUNK = 512  # images read between two status lines
 STATUS_SECONDS = 2.0  # at least, between two status lines
 CLASSES_SHOWN = 20  # at most, in the table of classes
+PROBLEMS_SHOWN = 20  # at most, a line each
 
 
 def task_of(data: str) -> str:
@@ -42,15 +43,31 @@ def task_of(data: str) -> str:
     return FIRST_TASK
 
 
-def check(recipe: Recipe) -> Audit:
-    """Reads the whole data set of a recipe.
+def layouts() -> str:
+    """What a data folder may hold, for a hint."""
+    known = [f"{spec.name}: {form.layout}" for spec in TASKS.values() for form in spec.formats.values()]
+    return "A data folder holds, for " + "; for ".join(known) + "."
 
-    Raises UserError for what stops any training: a broken layout, annotation file or label file.
+
+def check(recipe: Recipe) -> Audit:
+    """Reads the whole data set of a recipe, as training would. What training would refuse is in `problems`, all of it.
+
+    UserError for a path that is no folder.
     """
     path = recipe.data.path
     assert path is not None, "the command line fills in data.path"
-    module = importlib.import_module(TASKS[recipe.task].formats[recipe.data.format].module)
-    audit: Audit = module.audit(recipe.data, recipe.head, embedded.data_folder(path))
+    root = embedded.data_folder(path)
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise UserError(f"The data folder {root} {what}.", hint=layouts())
+    form = TASKS[recipe.task].formats[recipe.data.format]
+    audit: Audit
+    try:
+        audit = importlib.import_module(form.module).audit(recipe.data, recipe.head, root)
+    except UserError as problem:  # after which a format cannot go on
+        audit = Audit(root.name, root, recipe.data.format, "images", [], {}, problems=[problem])
+    if audit.problems and not form.recognise(root):
+        audit.problems[0].hint = layouts()
     inspect_images(audit)
     audit.findings.sort(key=lambda finding: not finding.wrong)
     return audit
@@ -73,11 +90,13 @@ class Inspection:
 def inspect(item: Item, audit: Audit) -> Inspection:
     """Decodes an image, and its label file if it has one. `error` says why training cannot use them."""
     try:
-        image = read_image(item.path, item.size, audit.bits)
+        image = read_image(item.path, item.size, audit.bits, audit.max_pixels)
         pixels = audit.count_pixels(item) if audit.count_pixels else None
-        turned = is_turned(item.path)
-    except UnusableImageError as error:
-        return Inspection(error=error.reason if error.path == item.path else str(error))
+        turned = is_turned(item.path, audit.max_pixels)
+    except UserError as error:
+        if isinstance(error, UnusableImageError) and error.path == item.path:
+            return Inspection(error=error.reason)
+        return Inspection(error=str(error))  # of its label
     size = image.height, image.width
     digest = hashlib.blake2b(repr(size).encode() + image.tobytes(), digest_size=16).digest()
     return Inspection(size, turned, digest, pixels)
@@ -140,6 +159,9 @@ def _note_repeated(audit: Audit, groups: Sequence[Sequence[Item]]) -> None:
 
 
 def tables(audit: Audit) -> list[Table]:
+    """The images and the classes; none of data that could not be read."""
+    if not audit.items:
+        return []
     rows = []
     for split, count in audit.images.items():
         values: dict[str, Value] = {"split": split, "images": count}
@@ -169,10 +191,13 @@ def _class_table(audit: Audit) -> Table:
 
 
 def lines(audit: Audit) -> list[str]:
-    """The findings, a line each, and the verdict."""
-    wrong = sum(finding.wrong for finding in audit.findings)
-    verdict = f"Correct what is WRONG ({wrong}) before training." if wrong else "Nothing is wrong."
-    return [*map(str, audit.findings), verdict]
+    """The problems and findings, a line each, and the verdict."""
+    shown = [f"WRONG: {problem}" for problem in audit.problems[:PROBLEMS_SHOWN]]
+    if len(audit.problems) > PROBLEMS_SHOWN:
+        shown.append(f"WRONG: and {len(audit.problems) - PROBLEMS_SHOWN:,} more problems; --output FILE.json has all.")
+    wrong = len(audit.problems) + sum(finding.wrong for finding in audit.findings)
+    verdict = f"Correct what is WRONG ({wrong:,}) before training." if wrong else "Nothing is wrong."
+    return [*shown, *map(str, audit.findings), verdict]
 
 
 def json_text(audit: Audit) -> str:
@@ -184,6 +209,7 @@ def json_text(audit: Audit) -> str:
         "images": audit.images,
         "unit": audit.unit,
         "classes": audit.classes,
+        "problems": list(map(str, audit.problems)),
         "findings": [asdict(finding) for finding in audit.findings],
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return to_json(content) + "\n"

@@ -1,26 +1,62 @@
-"""What the user sees. Standard output carries results, standard error everything else; the main process speaks."""
+"""What the user sees. Standard output carries results, standard error everything else; the main process speaks.
+
+Names of files, classes, runs and fields come from other people. They reach a terminal through `Terminal` alone, which
+never takes them for markup and shows what a terminal would obey as an escape (`visible`).
+"""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import errno
+import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.segment import Segment
 from rich.text import Text
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system calls it
 
+# --- text that leaves -------------------------------------------------------------------------------------------------
 
-class ErrorConsole(Console):
+
+def visible(text: str, keep: str = "") -> str:
+    r"""The text with an escape, such as \x1b or \u202e, for each character that is obeyed or hidden instead of drawn.
+
+    These are control characters (a line break too, unless it is in `keep`), bidirectional and other format characters,
+    lone surrogates, separators other than the plain space, and code points without a character.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+class Terminal(Console):
+    """A console for text of any origin: a str is one line, taken literally. What has line breaks of ours is a Text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text, keep="\n"), style, control)
+
+
+class ErrorConsole(Terminal):
     """Standard error. Where nobody reads it any more (a closed pipe, a terminal that is gone), it becomes silent:
     what is printed there is never a reason to end a run.
     """
@@ -35,8 +71,28 @@ class ErrorConsole(Console):
         self.quiet = True
 
 
-out = Console(highlight=False, soft_wrap=True)
-err = ErrorConsole(stderr=True, highlight=False, soft_wrap=True)
+out = Terminal(soft_wrap=True)
+err = ErrorConsole(stderr=True, soft_wrap=True)
+
+PLAIN = dict(zip("–−·─━╸╺│×“”’", '-------|x""\'', strict=True))  # our own characters, for an encoding that lacks them
+PLAIN |= {"±": "+-", "√": "sqrt ", "…": "...", "→": "->", "½": "1/2", "¼": "1/4"}
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """Error handler of an encoding: what it lacks is written in ASCII, as `PLAIN` says or as an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c, c.encode("unicode_escape").decode()) for c in text), error.end
+
+
+def open_output() -> None:
+    """Makes both standard streams writable: a closed one goes nowhere, and any text suits their encoding."""
+    codecs.register_error("hcnet.plain", plain)
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="hcnet.plain")
 
 
 class UserError(ValueError):
@@ -112,12 +168,20 @@ def is_main_process() -> bool:
 def notice(message: str) -> None:
     """One line for people, on standard error, from the main process only."""
     if is_main_process():
-        err.print(message, markup=False)
+        err.print(message)
 
 
 def warn(message: str) -> None:
     if is_main_process():
-        err.print(f"warning: {message}", style="yellow", markup=False)
+        err.print(f"warning: {message}", style="yellow")
+
+
+def print_error(message: str, hint: str = "") -> None:
+    """A mistake, and what to do next."""
+    if is_main_process():
+        err.print(Text.assemble(("error:", "bold red"), " ", visible(message)))
+        if hint:
+            err.print(hint)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import torch
 
 from hcnet_cli import dist
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, warn
+
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and ARM processors, in /proc/cpuinfo
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,4 +43,26 @@ def pick_precision(precision: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and device.type == "cpu":
         raise UserError("fp16 training needs a GPU.", hint="Use --precision bf16 or fp32.")
+    if precision == "bf16":
+        warn_of_emulation(device)
     return precision
+
+
+@functools.cache
+def warn_of_emulation(device: torch.device) -> None:
+    """Says once if bf16 was asked for where it is slow."""
+    if emulates_bf16(device):
+        warn(f"This {'GPU' if device.type == 'cuda' else 'CPU'} has no bf16 arithmetic: bf16 is emulated, and far "
+             "slower than fp32.")  # fmt: skip
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether PyTorch computes bf16 by other types on this device. False where the system does not tell."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    try:
+        return BF16_FLAGS.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False

@@ -53,6 +53,9 @@ def read_text(path: Path, limit: int = 16 * 2**20) -> str:
     """UTF-8 text of a regular file, without a byte-order mark. UserError as `read_bytes`, and for other encodings."""
     content = read_bytes(path, limit)
     try:
+        null = content.find(b"\0")
+        if null >= 0:  # no text has one, and UTF-16 without a mark has one beside every letter
+            raise UnicodeDecodeError("utf-8", content, null, null + 1, "null character")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1

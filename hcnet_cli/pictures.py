@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
 PANEL = 640  # pixels, the longer side of a panel
+LONGEST = 200  # letters of a name or a title
+TILE = 180  # pixels, the side of an image in a grid
 GAP = 24  # pixels between panels
 IGNORED = (60, 60, 60)  # colour of pixels without a class
 Colour = tuple[int, int, int]
@@ -52,9 +53,9 @@ def palette(num_classes: int) -> Pixels:
 
 
 def one_line(text: str) -> str:
-    """The text as it can be drawn: without line breaks and control characters, and without what UTF-8 cannot hold."""
-    plain = text.encode("utf-8", "replace").decode()
-    return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in plain).split())
+    """The text as it can be drawn: no line break, nothing that is obeyed or hidden (`console.visible`), not endless."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * LONGEST]).split())
+    return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 1]}…"
 
 
 def _plain(part: str) -> str:
@@ -116,6 +117,31 @@ def sheet(panels: Sequence[Image.Image], caption: str, legend: Sequence[tuple[st
         draw.rounded_rectangle((GAP + x, y + 5, GAP + x + 24, y + 21), radius=3, fill=colour)
         draw.text((GAP + x + 32, y + 13), name, fill=INK, font=_font(15), anchor="lm")
     draw.text((GAP, top + 28 * rows + 20), one_line(caption), fill=GREY, font=_font(15), anchor="lm")
+    return image
+
+
+def tile(image: Image.Image | None, lines: Sequence[tuple[str, Colour]]) -> Image.Image:
+    """An image in a square of TILE pixels (None: an empty one) above lines of text in their colours."""
+    made = Image.new("RGB", (TILE, TILE + 22 * len(lines)), PAPER)
+    if image is not None:
+        shown = ImageOps.contain(image, (TILE, TILE), Image.Resampling.BICUBIC)
+        made.paste(shown, ((TILE - shown.width) // 2, (TILE - shown.height) // 2))
+    draw = ImageDraw.Draw(made)
+    for n, (text, colour) in enumerate(lines):
+        draw.text((0, TILE + 22 * n + 12), one_line(text), fill=colour, font=_font(15), anchor="lm")
+    return made
+
+
+def grid(tiles: Sequence[Image.Image], columns: int, caption: str) -> Image.Image:
+    """Tiles of one size in rows, and a caption below them."""
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
+    width, height = tiles[0].size
+    image = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP + 40), PAPER)
+    for n, one in enumerate(tiles):
+        image.paste(one, (GAP + n % columns * (width + GAP), GAP + n // columns * (height + GAP)))
+    draw = ImageDraw.Draw(image)
+    draw.text((GAP, image.height - 30), one_line(caption), fill=GREY, font=_font(15), anchor="lm")
     return image
 
 

@@ -6,17 +6,19 @@ import contextlib
 import math
 import shutil
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import rich.box
 import rich.table
 import torch
-from PIL import Image
 from torch import Tensor
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import about, duration, notice, out, warn
 from hcnet_cli.data import loader
+from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task, to_device
 from hcnet_cli.files import existing_parent
@@ -52,10 +54,10 @@ def print_plan(
     notice("Timing some small batches ...")
     seconds = seconds_per_image(recipe, data, task, device)
     for name, text in _lines(folder, recipe, data, task, device, seconds).items():
-        out.print(f"{name + ':':<15}{text}", markup=False)
+        out.print(f"{name + ':':<15}{text}")
     steps = build.steps(recipe, data)
     notice_many_passes(steps)
-    remark_on_schedule(recipe, steps)
+    remark_on_schedule(recipe, steps, resolved.sources)
     notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total))
     if shutil.disk_usage(existing_parent(folder.path)).free < disk_need(recipe, task):
         warn("The disk has too little space for this run's checkpoints.")
@@ -118,14 +120,16 @@ def notice_many_passes(steps: build.Steps) -> None:
         notice(f"That is {passes:,} passes over the training images; --set schedule.length=N gives a shorter schedule.")
 
 
-def remark_on_schedule(recipe: Recipe, steps: build.Steps) -> None:
+def remark_on_schedule(recipe: Recipe, steps: build.Steps, sources: Mapping[str, str] = MappingProxyType({})) -> None:
     """Warns of parts of the schedule that the run does not reach, or that have no effect."""
-    for line in schedule_remarks(recipe, steps):
+    for line in schedule_remarks(recipe, steps, sources):
         warn(line)
 
 
-def schedule_remarks(recipe: Recipe, steps: build.Steps) -> list[str]:
-    """What a schedule says and the run does not do, a sentence for each."""
+def schedule_remarks(
+    recipe: Recipe, steps: build.Steps, sources: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """What a schedule says and the run does not do, a sentence for each. `sources`: as in recipe.Resolved."""
     schedule = recipe.schedule
     length = f"{schedule.length} {schedule.unit}"
     remarks = []
@@ -136,16 +140,9 @@ def schedule_remarks(recipe: Recipe, steps: build.Steps) -> list[str]:
                 f"The run ends after {length}, at or before the milestones {', '.join(missed)}: the learning rate does "
                 f"not fall there.{_scaled_milestones(recipe)}"
             )
-        if early := [milestone for milestone, step in at if step <= 0]:
-            remarks.append(f"The milestones {', '.join(early)} are before the first step.")
         if not at:
             remarks.append("schedule.kind is multistep without milestones: the learning rate never falls.")
-    for key, kinds in USED_BY.items():
-        value, default = getattr(schedule, key), type(schedule).model_fields[key].default
-        if value != default and schedule.kind not in kinds:
-            remarks.append(f"schedule.{key} has no effect: the schedule is {schedule.kind}, not {' or '.join(kinds)}.")
-    if schedule.kind in USED_BY["min_lr"] and schedule.min_lr > recipe.optim.lr:
-        remarks.append(f"schedule.min_lr {schedule.min_lr:g} is above optim.lr {recipe.optim.lr:g}: the rate rises.")
+    remarks += [f"{key} has no effect: {why}." for key, why in unused(recipe, sources).items()]
     if steps.shortened:
         given = f"{schedule.warmup:g} {schedule.warmup_unit}"
         remarks.append(f"The warm-up ({given}) was shortened to half of the run, {steps.warmup} steps.")
@@ -155,6 +152,27 @@ def schedule_remarks(recipe: Recipe, steps: build.Steps) -> list[str]:
             "evaluated once, at the end."
         )
     return remarks
+
+
+def unused(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str]:
+    """The keys that say something which the run does not use, and why: they leave their default, or were typed."""
+    kind = recipe.schedule.kind
+    reasons = {
+        f"schedule.{key}": f"the schedule is {kind}, not {' or '.join(kinds)}"
+        for key, kinds in USED_BY.items()
+        if kind not in kinds
+    }
+    if not recipe.schedule.warmup:
+        reasons |= dict.fromkeys(("schedule.warmup_ratio", "schedule.warmup_inside"), "schedule.warmup is 0")
+    if not recipe.optim.weight_decay:
+        reasons["optim.no_decay"] = "optim.weight_decay is 0"
+
+    def said(key: str) -> bool:
+        section, name = key.split(".")
+        part = getattr(recipe, section)
+        return getattr(part, name) != type(part).model_fields[name].default or sources.get(key, "").startswith("--")
+
+    return {key: why for key, why in reasons.items() if said(key)}
 
 
 def _scaled_milestones(recipe: Recipe) -> str:
@@ -280,6 +298,6 @@ def typical_side(data: DataSplits) -> int | None:
     sides = []
     for n in range(count):
         file = data.train.sample_path(n * len(data.train) // count)
-        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(file) as image:
-            sides.append(min(image.size))
+        with contextlib.suppress(UnusableImageError):
+            sides.append(min(shown_size(file)))
     return sorted(sides)[len(sides) // 2] if sides else None

@@ -1,4 +1,4 @@
-"""Which run a training starts from where the command line does not say. Torch-free."""
+"""Which weights a training starts from: the file that is named, or a run that fits. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,22 +10,6 @@ from hcnet_cli import runs
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import TASKS
-
-
-def weights_file(source: str) -> Path:
-    """The file of weights that a run folder or a path names; `~` is the home folder."""
-    path = Path(os.path.expanduser(source))
-    if path.is_dir():
-        best = path / "best.safetensors"
-        if not best.is_file():
-            inside = sorted(str(file.parent) for file in path.glob("runs/*/best.safetensors"))
-            more = " ..." if len(inside) > 3 else ""
-            raise UserError(
-                f"{path} is not a run with weights: it has no best.safetensors.",
-                hint=f"Runs in it: {', '.join(inside[:3])}{more}" if inside else "",
-            )
-        path = best
-    return path
 
 
 def best_pretraining(recipe: Recipe, results: Path) -> str | None:
@@ -71,3 +55,21 @@ def find_init(recipe: Recipe, results: Path) -> str:
         raise UserError(f"{lacking}.", hint=hint)
     notice(f"{lacking}: starting from scratch (`{command}` makes one).")
     return "none"
+
+
+def weights_file(source: str) -> Path:
+    """The file of weights that a run folder or a path names; `~` is the home folder. UserError where there is none."""
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        best = path / "best.safetensors"
+        if not best.is_file():
+            inside = sorted(str(file.parent) for file in path.glob("runs/*/best.safetensors"))
+            more = " ..." if len(inside) > 3 else ""
+            raise UserError(
+                f"{path} is not a run with weights: it has no best.safetensors.",
+                hint=f"Runs in it: {', '.join(inside[:3])}{more}" if inside else "",
+            )
+        path = best
+    if not path.is_file():
+        raise UserError(f"There is no weights file {path}.", hint="Name a run folder, FILE.safetensors or FILE.pth.")
+    return path

@@ -6,21 +6,23 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Union
 
 import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.files import read_text
 from hcnet_cli.plain_yaml import parse_yaml
-from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Model, Optim, Part, Schedule, Train
+from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Line, Model, Optim, Part, Schedule, Train
 from hcnet_cli.sizes import COMPONENTS, SIZES
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.spec import Spec
+from hcnet_cli.values import as_typed, first_mistake, shown
 
 
 class Recipe(Part):
@@ -30,7 +32,7 @@ class Recipe(Part):
     """
 
     task: str
-    protocol: str
+    protocol: Line = Field(json_schema_extra={"example": "mine"})
     model: Model = Model()
     head: SerializeAsAny[Part]
     data: SerializeAsAny[DataPart]
@@ -38,7 +40,21 @@ class Recipe(Part):
     schedule: Schedule
     train: Train
     evaluation: dict[str, SerializeAsAny[EvaluationPart]] = Field(default_factory=dict)
-    init: str = Field(default="none", min_length=1)
+    init: Line = "none"
+
+    @model_validator(mode="after")
+    def _related(self) -> Recipe:
+        lr, low = self.optim.lr, self.schedule.min_lr
+        if low > lr and self.schedule.kind != "multistep":
+            raise ValueError(
+                f'"schedule.min_lr" {low:g} is above "optim.lr" {lr:g}: a learning rate falls, so set it lower'
+            )
+        if self.train.batch_size % self.train.accumulate:
+            raise ValueError(
+                f'"train.accumulate" {self.train.accumulate} does not divide "train.batch_size" '
+                f"{self.train.batch_size}: micro-batches have equal sizes"
+            )
+        return self
 
     @property
     def spec(self) -> Spec:
@@ -85,7 +101,7 @@ def translate(key: str, value: Any, task: object) -> tuple[str, Any]:
     """A dotted key and its value under today's names."""
     new = _renamed(task).get(key, key)
     if isinstance(new, tuple):
-        return new[0], new[1].get(value, value)
+        return new[0], new[1].get(value, value) if isinstance(value, Hashable) else value
     return new, value
 
 
@@ -187,26 +203,29 @@ def parse_override(text: str) -> tuple[str, Any]:
     return key.strip(), parse_yaml(value, f"--set {key.strip()}")
 
 
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The content of a YAML file of keys and values; UserError for any other."""
+    data = parse_yaml(read_text(file, limit=2**20), str(file))
+    if not isinstance(data, dict):
+        raise UserError(f"{file} is not a mapping of keys to values.")
+    return data
+
+
 def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resolved:
     """The recipe in `file` with overrides (dotted key, value, source) laid over it, checked.
 
     Keys of version 0.1 are understood. Raises UserError naming the first unknown key (with a suggestion) or bad value.
     """
-    try:
-        data = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {file} cannot be read: {error}.") from None
-    if not isinstance(data, dict):
-        raise UserError(f"The recipe {file} is not a mapping of keys to values.")
+    data = read_mapping(file)
     task = data.get("task")
-    for old in _renamed(task).keys() & flatten(data).keys():
+    for old in _renamed(task):
         *sections, last = old.split(".")
-        inner = _node(data, sections)
-        assert inner is not None
-        key, value = translate(old, inner.pop(last), task)
-        *sections, last = key.split(".")
-        if (node := _node(data, sections)) is not None:
-            node[last] = value
+        inner = _node(data, sections, add=False)
+        if inner is not None and last in inner:
+            key, value = translate(old, inner.pop(last), task)
+            *sections, last = key.split(".")
+            if (node := _node(data, sections)) is not None:
+                node[last] = value
     base = check(data, str(file))
     known = flatten(base.model_dump())
     unsaid = known.keys() - flatten(data).keys()
@@ -234,10 +253,10 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
     return Resolved(recipe, sources)
 
 
-def _node(data: dict[str, Any], sections: Iterable[str]) -> dict[str, Any] | None:
-    """The mapping that a dotted key lies in, made where it is missing; None where a value stands in its place."""
+def _node(data: dict[str, Any], sections: Iterable[str], add: bool = True) -> dict[str, Any] | None:
+    """The mapping that a dotted key lies in, made (with `add`) where it is missing; None where there is none."""
     for name in sections:
-        inner = data.setdefault(name, {})
+        inner = data.setdefault(name, {}) if add else data.get(name)
         if not isinstance(inner, dict):
             return None
         data = inner
@@ -254,12 +273,21 @@ def check(data: Mapping[str, Any], origin: str, sources: Mapping[str, str] = Map
     try:
         recipe = schema_of(task).model_validate(whole)
     except ValidationError as error:
-        raise UserError(format_validation_error(error, task, origin, sources)) from None
+        raise format_validation_error(error, task, whole, origin, sources) from None
     taken = flatten(recipe.model_dump())
     for key, value in flatten(whole).items():
-        if isinstance(value, bool) and not isinstance(taken[key], bool):  # pydantic takes true for 1
-            raise UserError(f'{sources.get(key, origin)}: "{key}" cannot be {json.dumps(value)}: it is a number.')
+        if _is_one(value, taken.get(key)):
+            raise UserError(
+                f'{sources.get(key, origin)}: "{key}" cannot be {shown(value)}: true and false are no numbers.'
+            )
     return recipe
+
+
+def _is_one(given: Any, taken: Any) -> bool:
+    """Whether pydantic took true for 1, or false for 0, in a value or in a list of values."""
+    if isinstance(given, list) and isinstance(taken, list | tuple):
+        return any(map(_is_one, given, taken))
+    return isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool)
 
 
 def _with_task_defaults(data: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
@@ -275,33 +303,27 @@ def _with_task_defaults(data: Mapping[str, Any], spec: Spec) -> dict[str, Any]:
         }
         when = given[first].get("when") if isinstance(given[first], Mapping) else None
         if when not in (None, "training"):
-            raise UserError(f"evaluation.{first}.when must be training: it decides which weights are best.")
+            raise UserError(f'"evaluation.{first}.when" must be training: it decides which weights are best.')
         for name, entry in given.items():
             if name != first and isinstance(entry, Mapping) and entry.get("when") == "training":
-                raise UserError(f"evaluation.{name}.when cannot be training: only {first} is measured then.")
+                raise UserError(f'"evaluation.{name}.when" cannot be training: only {first} is measured then.')
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", str(name)):
                 raise UserError(f'evaluation: "{name}" cannot be a name: use letters and digits.')
     return {"head": {"kind": next(iter(spec.heads))}, **data, "evaluation": given}
 
 
-def format_validation_error(error: ValidationError, task: str, origin: str, sources: Mapping[str, str]) -> str:
-    """The first thing that is wrong with a recipe, as one sentence."""
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key explains the rest
-    tags = {*TASKS[task].heads, *TASKS[task].formats}
-    loc = [str(part) for part in first["loc"] if str(part) not in tags]
-    key = ".".join(loc)
+def format_validation_error(
+    error: ValidationError, task: str, data: Any, origin: str, sources: Mapping[str, str]
+) -> UserError:
+    """The first thing that is wrong with a recipe, after what it comes from, and an example to type."""
+    key, sentence, example = first_mistake(error, schema_of(task), data, known_keys(task))
     for name, source in sources.items():
-        if key == name or key.startswith(f"{name}.") or (first["type"] == "value_error" and name.startswith(f"{key}.")):
+        if key == name or key.startswith(f"{name}.") or (name.startswith(key) and f'"{name}"' in sentence):
             origin = source
-    if first["type"] == "extra_forbidden":
-        return f'{origin}: unknown key "{key}".{did_you_mean(key, known_keys(task))}'
-    if first["type"] == "missing":
-        return f'{origin}: the key "{key}" is missing.'
-    message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    if first["type"] == "value_error":
-        return f"{origin}: {message if message.endswith('?') else message + '.'}"
-    given = json.dumps(first["input"], default=str, ensure_ascii=False)  # as in the recipe: null, true
-    return f'{origin}: "{key}" cannot be {given}: {message[0].lower()}{message[1:]}.'
+    flag = origin if origin.startswith("--") else "--set"
+    return UserError(
+        f"{origin}: {sentence}", hint="" if example is None else f"For example: {as_typed(key, example, flag)}"
+    )
 
 
 def sections(task: str) -> dict[str, list[type[Part]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,8 @@ def _progress(row: Row) -> str:
 
 def number(value: float, style: Style, as_printed: bool = False) -> str:
     """A number as text. `as_printed`: with no more digits than a source gave."""
+    if abs(value) >= 1e15:
+        return f"{float(value):.3g}"
     if style == "integer":
         return f"{value:,.0f}"
     if style == "percent":
@@ -112,7 +115,8 @@ def number(value: float, style: Style, as_printed: bool = False) -> str:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether the value is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def joined(texts: Sequence[str], separator: str = ", ") -> str:

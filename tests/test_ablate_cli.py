@@ -236,8 +236,8 @@ def test_a_broken_record_is_a_failed_cell_until_fresh(hcnet: Hcnet, fake: Callab
 
 def test_a_run_on_moved_data_is_recognised_by_the_program_itself(hcnet: Hcnet, fake: Callable[..., None]) -> None:
     """The data's path is not their identity: the cell starts, finds itself finished, and is not trained again."""
-    Path("a").mkdir()
-    Path("b").mkdir()
+    Path("a/train").mkdir(parents=True)
+    Path("b/train").mkdir(parents=True)
     arguments = ("ablate", "--disable", "gate", "--recipe", "digits", "--seeds", "0")
     assert hcnet(*arguments, "--data", "a").code == 0
     made = {path: (path / "run.json").read_bytes() for path in Path("results/runs").iterdir()}
@@ -399,3 +399,84 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert words in " ".join(done.err.replace("│", " ").split())
     assert "Traceback" not in done.err
     assert not list(tmp_path.iterdir())
+
+
+# --- the primary analysis and the number of seeds ---------------------------------------------------------------------
+
+
+def test_until_adds_the_seeds_that_the_first_stage_asks_for(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    """Differences 1, 2: s² = 1/2 and t(0.975, 1) = 12.706, so that ±5 takes ceil(t² / 2 / 25) = 4 seeds."""
+    fake(top1={"gate s0": 91.0, "gate s1": 93.0})
+    arguments = ("ablate", "--disable", "gate", "--seeds", "0,1", "--until", "5", "--max-seeds", "8")
+    done = hcnet(*arguments)
+    assert done.code == 0, done.err
+    assert "takes 2 seeds more" in done.err
+    assert record()["seeds"] == [0, 1, 2, 3]
+    assert record()["primary"]["seeds"] == [0, 1]
+    assert len(labels()) == 8
+    assert "those of the two stages" in " ".join(done.out.split())
+    again = hcnet(*arguments)
+    assert (again.code, again.out, len(labels())) == (0, done.out, 8)
+    changed = hcnet("ablate", "--disable", "gate", "--seeds", "0,1", "--until", "0.5", "--max-seeds", "8")
+    assert (changed.code, len(labels())) == (2, 8)
+    assert "until is 5.0 and cannot become 0.5" in changed.err
+
+
+def test_until_ends_at_max_seeds_and_after_a_failure_of_the_first_stage(
+    hcnet: Hcnet, fake: Callable[..., None]
+) -> None:
+    scores = {"gate s0": 91.0, "gate s1": 93.0}
+    fake(top1=scores, fail=["gate s1"])
+    arguments = ("ablate", "--disable", "gate", "--seeds", "0,1", "--until", "0.1", "--max-seeds", "3")
+    assert (hcnet(*arguments).code, record()["seeds"]) == (1, [0, 1])
+    fake(top1=scores)
+    done = hcnet(*arguments)
+    assert (done.code, record()["seeds"]) == (0, [0, 1, 2])
+    assert "--max-seeds" in done.out
+
+
+def test_what_is_primary_is_said_before_and_fixed(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    first = ("ablate", "--disable", "gate", "--seeds", "0,1")
+    done = hcnet(*first, "--test", "sign-flip", "--margin", "0.2")
+    assert "primary: top-1, exact sign-flip test, two-sided, p < 0.05; equivalence within ±0.2" in done.err
+    assert "power: none: 2 seeds cannot have p < 0.05 whatever they show; 6 can" in done.err
+    assert done.err.index("power: none") < done.err.index("full, seed 0: started")
+    assert "Fixed before training." in " ".join(done.out.split())
+    refused = hcnet(*first, "--margin", "0.5")
+    assert (refused.code, "margin is 0.2 and cannot become 0.5" in refused.err) == (2, True)
+    assert hcnet(*first).code == 0  # flags left out: as it was
+    assert record()["primary"]["analysis"]["test"] == "sign-flip"
+    more = hcnet("ablate", "--disable", "gate", "--seeds", "0,1,2")
+    assert "Seeds added when results of the first 2 were known: 2." in " ".join(more.out.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--detect", "-1"), "--detect -1 is no difference"),
+        (("--detect", "nan"), "--detect nan is no difference"),
+        (("--margin", "0"), "--margin"),
+        (("--until", "0.5", "--seeds", "0"), "at least two seeds"),
+        (("--until", "0.5", "--test", "sign-flip"), "must be paired-t"),
+        (("--max-seeds", "5"), "is for a study with"),
+        (("--test", "wilcoxon"), "--test"),
+    ],
+)
+def test_a_mistake_in_the_analysis_is_one_sentence(
+    flags: tuple[str, ...], words: str, hcnet: Hcnet, fake: Callable[..., None]
+) -> None:
+    done = hcnet("ablate", "--disable", "gate", *flags)
+    assert (done.code, calls()) == (2, [])
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_the_plan_says_what_the_seeds_can_show_and_how_many_it_takes(
+    hcnet: Hcnet, folder_of_images: Path, tmp_path: Path
+) -> None:
+    given = ("--data", folder_of_images, "--out", tmp_path / "new")
+    done = hcnet("ablate", "--disable", "gate", *SMALL, *given, "--dry-run", "--seeds", "0,1", "--detect", "0.3")
+    plan = " ".join(done.out.split())
+    assert "spread: 0.50 points, a guess" in plan
+    assert "2 seeds show a difference of 5.77 with 80 % power" in plan
+    assert "0.3 points take 24 seeds: 48 runs" in plan

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
 from synthetic_runs import make_run
+from synthetic_studies import DIGITS, SCORES, base, made, planned, study_of, with_recipe
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
@@ -20,26 +20,15 @@ from hcnet_cli.report import FORMATS, render
 from hcnet_cli.sizes import COMPONENTS, INCLUDES
 from hcnet_cli.study import design
 from hcnet_cli.study import table as study_table
-from hcnet_cli.study.design import Base, Design, Study
+from hcnet_cli.study.design import Base, Study
 from hcnet_cli.study.record import Cell, StudyRecord, find_run
-from hcnet_cli.table import Table
-
-DIGITS = rcp.recipes_dir() / "pretrain" / "digits.yaml"
 
 # --- studies become recipes -------------------------------------------------------------------------------------------
-
-
-def base(*overrides: tuple[str, Any], file: Path = DIGITS, init: str = "none") -> Base:
-    return Base(file, tuple((key, value, f"--set {key}") for key, value in overrides), init)
 
 
 def changed(recipe: rcp.Recipe, other: rcp.Recipe) -> set[str]:
     """Dotted keys of the fields that differ, of all fields."""
     return set(rcp.changed_keys(rcp.flatten(recipe.model_dump()), rcp.flatten(other.model_dump())))
-
-
-def planned(study: Study, *bases: Base) -> Design:
-    return design.expand("mine", study, bases or (base(),))
 
 
 @pytest.mark.parametrize("name", [name for name in design.shipped_studies() if name != "pretraining"])
@@ -147,7 +136,10 @@ def test_fine_tuning_from_the_arms_own_pretraining() -> None:
         ({"a": {}, "b": {"model.kernel_size": "three"}}, "arm b"),
         ({"a": {}, "b": {"schedule.length": 3}}, "arm b: schedule.length is the same for all arms"),
         ({"a": {}, "b": {"train": {"seed": 3}}}, "arm b: train.seed is the same for all arms"),
-        ({"a": {}, "b": {"model.disable": ["conduction", "gate"]}}, "arm b: without conduction there is no gate"),
+        (
+            {"a": {}, "b": {"model.disable": ["conduction", "gate"]}},
+            'arm b: "model.disable" cannot be ["conduction", "gate"]: without conduction there is no gate',
+        ),
         ({"a": {"optim.lr": 1e-3}, "b": {"optim.lr": 0.001}}, "The arms a and b are the same recipe"),
         ({"a": {}, "b": {"data.re_prob": 0.5}}, "--set data.re_prob: the arm b sets data.re_prob too"),
     ],
@@ -166,8 +158,23 @@ def test_an_arm_that_cannot_be_compared_is_one_sentence(arms: dict[str, Any], wo
         ("title: x\narms: {a: {}}", "at least two arms"),
         ("title: x\narms: {a: {}, a b: {}}", '"a b" cannot be the name of an arm'),
         ("title: x\narms: {a: {}, ../b: {}}", '"../b" cannot be the name of an arm'),
-        ("title: x\narms: {a: {}, b: {}}\nseeds: [0, -1]", '"seeds.1" cannot be -1'),
-        ("title: x\narms: {a: {}, b: {}}\nruns: [{recipe: x, int: none}]", 'key "runs.0.int". Did you mean "init"?'),
+        ("title: x\narms: {a: {}, b: {}}\nseeds: [0, -1]", '"seeds" cannot be [0, -1]: it takes a list of one or'),
+        ("title: x\narms: {a: {}, b: {}}\nseeds: [0, 0]", "a repeated seed is no new evidence"),
+        ("title: x\narms: {a: {}, b: {}}\nseeds: []", '"seeds" cannot be []'),
+        ("title: x\narms: {a: {}, b: {}}\nseeds: 3", '"seeds" cannot be 3'),
+        ("title: ''\narms: {a: {}, b: {}}", '"title" cannot be ""'),
+        ("title: x\narms: {}", "at least two arms"),
+        ("title: x\narms: [a, b]", '"arms" cannot be ["a", "b"]: it takes a mapping'),
+        ("title: x\narms: {a: 3, b: {}}", '"arms" cannot be'),
+        ("title: x\narms: {a: {}, '': {}}", '"" cannot be the name of an arm'),
+        (f"title: x\narms: {{a: {{}}, {'b' * 61}: {{}}}}", "cannot be the name of an arm"),
+        ("title: x\narms: {" + ", ".join(f"a{n}: {{}}" for n in range(101)) + "}", "at most 100"),
+        ("title: x\narms: {a: {}, b: {}}\nruns: [3]", '"runs.0" cannot be 3: it is a section with the keys recipe'),
+        ("title: x\narms: {a: {}, b: {}}\nruns: {recipe: x}", '"runs" cannot be'),
+        ("- 1", "is not a mapping"),
+        ("", "is not a mapping"),
+        ("a: &x [*x]", "anchors"),
+        ("title: x\narms: {a: {}, b: {}}\nruns: [{recipe: x, int: none}]", 'Did you mean "runs.0.init"?'),
         ("title: x\narms: {a: {}, a: {}}", 'the key "a" appears twice'),
         ("- 1", "not a mapping"),
     ],
@@ -182,11 +189,6 @@ def test_a_bad_study_file_is_one_sentence(text: str, words: str, tmp_path: Path)
 
 
 # --- the run of a cell ------------------------------------------------------------------------------------------------
-
-
-def with_recipe(folder: Path, recipe: rcp.Recipe) -> Path:
-    (folder / "recipe.yaml").write_text(rcp.dump_yaml(recipe))
-    return folder
 
 
 def test_a_cell_finds_the_run_of_its_recipe_whoever_asked_for_it(tmp_path: Path) -> None:
@@ -215,31 +217,6 @@ def test_a_cell_of_a_named_precision_takes_no_other(tmp_path: Path) -> None:
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-SCORES = {"full": (98.0, 97.0, 98.5), "no-gate": (97.0, 96.2, 97.3), "no-refinement": (98.2, 96.9, 98.4)}
-
-
-def study_of(
-    results: Path, scores: Mapping[str, tuple[float, ...]] = SCORES, data: str = "digits", **cells: Mapping[str, Any]
-) -> StudyRecord:
-    """A study whose cells are made-up runs; `cells` override fields of a run: {"no_gate_1": {...}}."""
-    made = []
-    for arm, values in scores.items():
-        for seed, value in enumerate(values):
-            fields: dict[str, Any] = {"seed": seed, "variant": "" if arm == "full" else arm}
-            fields |= cells.get(f"{arm}_{seed}".replace("-", "_"), {})
-            folder = make_run(results, data, score=value, log=False, name=f"{arm}-{seed}", **fields)
-            made.append(Cell(arm=arm, task="pretrain", seed=seed, state="finished", run=folder.name))
-    arms = {arm: {} if arm == "full" else {"model.disable": [arm[3:]]} for arm in scores}
-    seeds = list(range(max(map(len, scores.values()))))
-    return StudyRecord(
-        name="s", title="parts", arms=arms, tasks=["pretrain"], seeds=seeds, cells=made, argv=["hcnet", "ablate"]
-    )
-
-
-def made(results: Path, record: StudyRecord) -> tuple[Table, dict[str, Mapping[str, Any]], str]:
-    table = study_table.table(record, study_table.runs_by_name(results))
-    return table, {str(row.values["variant"]): row.values for row in table.rows}, "\n".join(table.notes)
-
 
 def test_the_table_holds_means_intervals_differences_and_corrected_p(tmp_path: Path) -> None:
     table, rows, notes = made(tmp_path, study_of(tmp_path))
@@ -255,9 +232,10 @@ def test_the_table_holds_means_intervals_differences_and_corrected_p(tmp_path: P
     assert rows["no-gate"]["params_m"] == pytest.approx(1.66)
     assert [arm[0] for arm in table.forest] == ["no-gate", "no-refinement"]
     assert table.forest[0][1:] == tuple(rows["no-gate"][f"top1_{k}"] for k in ("difference", "low", "high"))
-    assert "no difference from full is shown for" in notes
+    assert [rows[arm]["top1_verdict"] for arm in ("no-gate", "no-refinement")] == ["worse", "unresolved"]
+    assert "top-1: not resolved for no-refinement" in notes
     assert "Holm-corrected over 2 arms" in notes
-    assert "No Wilcoxon test" in notes
+    assert "It is the default: none was fixed before training." in notes
     assert "hcnet ablate" in notes
     assert all(len(row.runs) == 3 for row in table.rows)
 
@@ -270,8 +248,9 @@ def test_what_is_shown_and_what_is_not_is_said_in_words(tmp_path: Path) -> None:
     }
     _, rows, notes = made(tmp_path, study_of(tmp_path, scores))
     assert rows["no-gate"]["top1_p"] < 0.05
-    assert "differs from full (corrected p < 0.05): no-gate." in notes
-    assert "no difference from full is shown for no-refinement" in notes
+    assert [rows[arm]["top1_verdict"] for arm in ("no-gate", "no-refinement")] == ["worse", "unresolved"]
+    assert "worse than full (corrected p < 0.05): no-gate." in notes
+    assert "not resolved for no-refinement" in notes
 
 
 def test_a_killed_and_a_corrupt_cell_are_named_and_not_averaged(tmp_path: Path) -> None:
@@ -394,13 +373,13 @@ def test_speeds_stand_side_by_side_only_if_measured_alike(tmp_path: Path) -> Non
     assert [rows[arm]["images_per_second"] for arm in two] == [None, None]
 
 
-def test_six_seeds_bring_the_signed_rank_test(tmp_path: Path) -> None:
+def test_the_sign_flip_test_stands_beside_t(tmp_path: Path) -> None:
     full = (97.0, 97.5, 98.0, 96.9, 97.2, 97.8)
     arm = tuple(value - 1 - 0.1 * number for number, value in enumerate(full))
     table, rows, notes = made(tmp_path, study_of(tmp_path, {"full": full, "no-gate": arm}))
-    assert rows["no-gate"]["top1_p_wilcoxon"] == pytest.approx(2 / 2**6)
-    assert "p (Wilcoxon)" in [column.title for column in table.columns]
-    assert "No Wilcoxon test" not in notes
+    assert rows["no-gate"]["top1_p_sign_flip"] == 2 / 2**6
+    assert "p (sign-flip)" in [column.title for column in table.columns]
+    assert "without correction" in notes
 
 
 def test_three_tasks_are_one_table(tmp_path: Path) -> None:
@@ -422,7 +401,8 @@ def test_three_tasks_are_one_table(tmp_path: Path) -> None:
     for metric in ("top1", "box_AP", "mIoU"):
         assert rows["no-gate"][f"{metric}_difference"] == pytest.approx(-1.1)
     assert [arm[0] for arm in table.forest] == ["no-gate, top-1", "no-gate, box AP", "no-gate, mIoU"]
-    assert "box AP: differs from full" in notes
+    assert "\nbox AP (secondary): worse than full" in notes
+    assert notes.startswith("top-1: worse than full")
     assert rows["full"]["params_m"] == pytest.approx(1.66)  # the classifier's
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def by_hand(scores: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
     }
 
 
+def batch(target: torch.Tensor, part: slice = slice(None)) -> dict[str, torch.Tensor]:
+    return {"target": target[part], "sample": torch.arange(len(target))[part]}
+
+
 def evaluator(classes: int) -> Accuracy:
     return Accuracy(classes, [f"class {i}" for i in range(classes)])
 
@@ -44,30 +49,30 @@ def test_accuracy_is_what_counting_by_hand_gives(images: int, classes: int, batc
     scores, target = drawn(images, classes, seed)
     accuracy = evaluator(classes)
     for i in range(0, images, batch_size):
-        accuracy.update(scores[i : i + batch_size], {"target": target[i : i + batch_size]})
+        accuracy.update(scores[i : i + batch_size], batch(target, slice(i, i + batch_size)))
     assert accuracy.compute() == by_hand(scores, target)
 
 
 def test_top5_of_fewer_than_five_classes_looks_at_all() -> None:
     scores, target = drawn(20, 3, 0)
     accuracy = evaluator(3)
-    accuracy.update(scores, {"target": target})
+    accuracy.update(scores, batch(target))
     assert accuracy.compute()["top5"] == 100
 
 
 def test_equal_scores_go_to_the_lower_class_number() -> None:
     accuracy = evaluator(10)
-    accuracy.update(torch.zeros(10, 10), {"target": torch.arange(10)})
+    accuracy.update(torch.zeros(10, 10), batch(torch.arange(10)))
     assert accuracy.compute() == {"top1": 10, "top5": 50}
 
 
 def test_two_processes_give_the_numbers_of_one_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, target = drawn(37, 7, 1)  # does not divide by two
     whole = evaluator(7)
-    whole.update(scores, {"target": target})
+    whole.update(scores, batch(target))
     parts = [evaluator(7) for _ in range(2)]
     for rank, part in enumerate(parts):
-        part.update(scores[rank::2], {"target": target[rank::2]})
+        part.update(scores[rank::2], batch(target, slice(rank, None, 2)))
     totals = {name: sum(getattr(part, name) for part in parts) for name in ("confusion", "top5")}
     expected = whole.compute()
 
@@ -80,7 +85,8 @@ def test_two_processes_give_the_numbers_of_one_to_the_last_digit(monkeypatch: py
 
 def test_computing_again_changes_nothing() -> None:
     accuracy = evaluator(4)
-    accuracy.update(*(lambda s, t: (s, {"target": t}))(*drawn(9, 4, 2)))
+    scores, target = drawn(9, 4, 2)
+    accuracy.update(scores, batch(target))
     assert accuracy.compute() == accuracy.compute()
 
 
@@ -88,7 +94,7 @@ def test_what_is_saved_adds_up(tmp_path: Path) -> None:
     scores, target = drawn(50, 6, 3)
     target[target == 2] = 3  # class 2 has no image
     accuracy = evaluator(6)
-    accuracy.update(scores, {"target": target})
+    accuracy.update(scores, batch(target))
     result = accuracy.compute()
     accuracy.save(tmp_path / "final")
     per_class: dict[str, Any] = json.loads((tmp_path / "final" / "per_class.json").read_text())
@@ -107,4 +113,22 @@ def test_scores_that_are_not_finite_are_no_accuracy(broken: float) -> None:
     scores = torch.zeros(2, 3)
     scores[1, 2] = broken
     with pytest.raises(UserError, match="not finite"):
-        evaluator(3).update(scores, {"target": torch.tensor([0, 1])})
+        evaluator(3).update(scores, batch(torch.tensor([0, 1])))
+
+
+def test_the_best_classes_of_each_image_are_kept_in_the_order_of_the_data(tmp_path: Path) -> None:
+    """Batches in any order, names with commas and line breaks; each line against numpy's stable sort."""
+    scores, target = drawn(23, 7, 5)
+    accuracy = Accuracy(7, [f"a, {i}\n" for i in range(7)], lambda sample: f"val/{sample}.png")
+    for part in (slice(16, None), slice(0, 16)):
+        accuracy.update(scores[part], batch(target, part))
+    accuracy.compute()
+    accuracy.save(tmp_path)
+    with (tmp_path / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        order = np.argsort(-scores[i].numpy(), kind="stable")[:5]
+        assert (row["image"], row["label"]) == (f"val/{i}.png", f"a, {int(target[i])}\n")
+        assert [row[f"class_{n}"] for n in range(1, 6)] == [f"a, {c}\n" for c in order]
+        assert [float(row[f"score_{n}"]) for n in range(1, 6)] == scores[i].numpy()[order].tolist()
+    assert len(rows) == 23

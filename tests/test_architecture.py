@@ -29,24 +29,25 @@ LAYERS = [
     ["task parts"],  # tasks/*/: data formats, heads, metrics
     ["engine"],
     ["kernels"],
-    ["models", "data", "optim", "profile", "checkpoint", "weights", "device", "pictures"],
+    ["models", "data", "optim", "profile", "checkpoint", "weights", "device"],
     ["dist", "rng"],
     ["report"],
-    ["study"],
+    ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
-    ["published", "statistics", "grouping"],
+    ["published", "statistics", "grouping", "pictures"],
     ["table", "runs"],
     ["recipe", "record"],
     ["plausible"],
     ["declarations", "header"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
-    ["schema", "plain_yaml", "plain_json"],
+    ["schema", "plain_json"],
+    ["values", "plain_yaml"],
     ["files", "privacy"],
     ["console", "sizes"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
-    *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table"),
-    *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy"),
+    *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
+    *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
     *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from conftest import Done
 from PIL import Image
 from timm.data import create_dataset
 
-from hcnet_cli import profile
+from hcnet_cli import device, profile
 from hcnet_cli.bench import data as bench_data
 from hcnet_cli.bench import models as bench
 from hcnet_cli.bench import tables, turns
@@ -354,6 +357,68 @@ def test_ctrl_c_prints_the_finished_rounds(hcnet: Hcnet, monkeypatch: pytest.Mon
     assert done.code == 130
     assert "Stopped after 2 of 5 rounds." in done.out
     assert "reference" in done.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_signal_prints_the_finished_rounds_and_says_what_is_missing(
+    number: int, rounds: int, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A real signal in the first of two modes: its table has the rounds that ended, the other says there are none."""
+    turns = bench.take_turns
+
+    def interrupted(jobs: Any, _: int, *others: Any) -> Any:
+        yield from turns(jobs, rounds, *others)
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(bench, "take_turns", interrupted)
+    before = signal.getsignal(number)
+    flags = ("--mode", "infer,train", "--rounds", "5", "--device", "cpu", "--output", tmp_path / "a.json")
+    done = hcnet("bench", *TINY, *flags)
+    assert done.code == 128 + number
+    assert done.out.count("Stopped before a round of it ended.") == (1 if rounds else 2)
+    assert ("Stopped after 2 of 5 rounds." in done.out) == bool(rounds)
+    assert json.loads((tmp_path / "a.json").read_text())["stopped"] is True
+    assert signal.getsignal(number) is before
+
+
+def test_nohup_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with turns.stoppable():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_time_left_is_said_from_the_first_contender_on() -> None:
+    """One ready contender took 4 s and takes 2 s a round; the other three count like it: 3 x (4 + 5 x 2) + 5 x 2."""
+    asked = [contender(name, [], mode=mode) for mode in ("infer", "train") for name in "ab"]
+    made = Measurement(Settings(8, 32, 5, CPU), asked)
+    assert bench.time_left(made, "infer", 0) == ""
+    asked[0].prepare_seconds, asked[0].turn_seconds = 4.0, 2.0
+    assert bench.time_left(made, "infer", 0) == " · about 52 s left"
+    asked[1].error = "out of memory"
+    assert bench.time_left(made, "infer", 2) == " · about 34 s left"
+
+
+@pytest.mark.parametrize(("flags", "emulated"), [("fma avx2", True), ("avx512f avx512_bf16", False)])
+def test_bf16_without_hardware_is_said_once(
+    flags: str, emulated: bool, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_text
+    text = f"model name : a processor\nflags\t\t: {flags}\n"
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *a, **k: text if str(path) == "/proc/cpuinfo" else read(path, *a, **k)
+    )
+    device.warn_of_emulation.cache_clear()
+    assert device.emulates_bf16(CPU) is emulated
+    flags_of_train = ("--models", "pico", "--mode", "infer,train", "--precision", "bf16", "--device", "cpu")
+    assert hcnet("bench", *TINY, *flags_of_train).err.count("bf16 is emulated") == emulated
+    device.warn_of_emulation.cache_clear()
+    assert device.pick_precision("bf16", CPU) == "bf16"
+    device.warn_of_emulation.cache_clear()
 
 
 def test_half_precision_training_on_the_cpu_is_refused_as_a_row(hcnet: Hcnet) -> None:

@@ -17,7 +17,8 @@ from hcnet_cli import check
 from hcnet_cli.data import embedded
 from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.tasks import TASKS
-from hcnet_cli.tasks.detection.coco import CocoDataset, load_split
+from hcnet_cli.tasks.detection.coco import CocoDataset
+from hcnet_cli.tasks.detection.folder import load_split
 from hcnet_cli.tasks.spec import Spec
 
 Hcnet = Callable[..., Done]
@@ -99,7 +100,7 @@ def test_of_many_classes_the_rarest_and_the_commonest_are_shown(tmp_path: Path) 
 
 
 def coco(root: Path) -> dict[str, Any]:
-    """Two splits of four images, 40 x 30, each with an object."""
+    """Two splits of four images, 40 x 36, each with an object."""
     random = np.random.RandomState(0)
     (root / "annotations").mkdir(parents=True)
     content: dict[str, Any] = {}
@@ -107,9 +108,9 @@ def coco(root: Path) -> dict[str, Any]:
         (root / f"{split}2017").mkdir()
         images, objects = [], []
         for i in range(4):
-            pixels = random.randint(0, 255, (30, 40, 3)).astype(np.uint8)
+            pixels = random.randint(0, 255, (36, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(root / f"{split}2017/{i}.png")
-            images.append({"id": i, "file_name": f"{i}.png", "width": 40, "height": 30})
+            images.append({"id": i, "file_name": f"{i}.png", "width": 40, "height": 36})
             objects.append({"id": i, "image_id": i, "category_id": 7, "bbox": [5, 5, 10, 10], "area": 100,
                             "iscrowd": 0, "segmentation": [[5, 5, 15, 5, 15, 15]]})  # fmt: skip
         categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
@@ -119,6 +120,9 @@ def coco(root: Path) -> dict[str, Any]:
 
 def test_a_coco_folder(hcnet: Hcnet, tmp_path: Path) -> None:
     content = coco(tmp_path / "c")
+    small = content["train"]["images"][3]
+    small["height"] = 30
+    Image.open(tmp_path / "c/train2017/3.png").crop((0, 0, 40, 30)).save(tmp_path / "c/train2017/3.png")
 
     def write() -> Path:
         for split, one in content.items():
@@ -135,7 +139,7 @@ def test_a_coco_folder(hcnet: Hcnet, tmp_path: Path) -> None:
     train["annotations"][1]["bbox"] = [35, 25, 10, 10]
     train["annotations"][2]["iscrowd"] = 1
     del train["annotations"][3]
-    val["images"][0]["width"], val["images"][1]["height"] = 41, 31
+    val["images"][0]["width"], val["images"][1]["height"] = 41, 37
     (tmp_path / "c/train2017/3.png").write_bytes(b"no image")
     shutil.copy(tmp_path / "c/train2017/0.png", tmp_path / "c/val2017/3.png")
     found = findings(hcnet, write(), code=1)
@@ -149,7 +153,7 @@ def test_a_coco_folder(hcnet: Hcnet, tmp_path: Path) -> None:
         "train images without annotations": (1, False),
     }
     assert expected.items() <= {what: (len(one["files"]), one["wrong"]) for what, one in found.items()}.items()
-    assert "its annotation file says 41 x 30" in found["val images that cannot be used"]["files"][0]
+    assert "its annotation file says 41 x 36" in found["val images that cannot be used"]["files"][0]
     for one in content.values():
         for entry in one["annotations"]:
             del entry["segmentation"]
@@ -223,7 +227,7 @@ def test_check_and_training_agree_on_what_cannot_be_used(hcnet: Hcnet, tmp_path:
     """A 16-bit image, a palette and damaged EXIF data are fine; a truncated file is not. Detection reads as check."""
     content = coco(tmp_path / "c")
     folder = tmp_path / "c/train2017"
-    Image.fromarray(np.full((30, 40), 40_000, dtype=np.uint16)).save(folder / "0.png")
+    Image.fromarray(np.full((36, 40), 40_000, dtype=np.uint16)).save(folder / "0.png")
     Image.open(folder / "1.png").quantize(9).save(folder / "1.png")
     Image.open(folder / "2.png").save(folder / "2.png", exif=b"Exif\x00\x00XX\x00*garbage")
     (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:300])

@@ -21,9 +21,10 @@ from hcnet_cli import rng
 from hcnet_cli.console import UserError
 from hcnet_cli.data.folders import dataset_name
 from hcnet_cli.data.images import rescale
-from hcnet_cli.tasks.detection import coco, geometry
+from hcnet_cli.tasks.detection import geometry
 from hcnet_cli.tasks.detection.annotations import Annotations, read_annotations
-from hcnet_cli.tasks.detection.coco import CocoDataset, load_split
+from hcnet_cli.tasks.detection.coco import CocoDataset, collate
+from hcnet_cli.tasks.detection.folder import check_same_classes, check_sizes, load_split
 from hcnet_cli.tasks.detection.geometry import Scene
 
 CATEGORIES = [{"id": 90, "name": "last"}, {"id": 1, "name": "first"}, {"id": 7, "name": "middle"}]
@@ -213,8 +214,8 @@ def test_splits_must_agree_on_classes(tmp_path: Path) -> None:
     train, _ = load_split(make(tmp_path), "train")
     val, _ = load_split(make(tmp_path, split="val", categories=[*CATEGORIES, {"id": 8, "name": "x"}]), "val")
     with pytest.raises(UserError, match="different categories"):
-        coco.check_same_classes(train, val)
-    coco.check_same_classes(train, train)
+        check_same_classes(train, val)
+    check_same_classes(train, train)
     assert dataset_name(tmp_path / "My Scenes", "coco", False) == "my-scenes"
     assert dataset_name(tmp_path / "coco", "coco", False) == "coco-data"
 
@@ -400,7 +401,7 @@ def test_crop_clips_boxes_as_it_cuts_masks(scene: Scene, data: st.DataObject) ->
 
 def test_collate_keeps_lists(tmp_path: Path) -> None:
     dataset = train_set(make(tmp_path, [an_object(1), an_object(2, image=2)]))
-    batch = coco.collate([dataset[0, 4, 0], dataset[1, 5, 0]])
+    batch = collate([dataset[0, 4, 0], dataset[1, 5, 0]])
     assert [image.ndim for image in batch["image"]] == [3, 3]
     assert batch["sample"].tolist() == [0, 1]
     assert batch["key"].tolist() == [4, 5]
@@ -421,12 +422,12 @@ def test_sizes_of_validation_images_are_checked_from_their_headers(tmp_path: Pat
         return read_annotations(tmp_path / "a.json", masks=False)
 
     for name, size in (("plain.jpg", (60, 40)), ("turned.jpg", (60, 40)), ("turned.jpg", (40, 60))):
-        coco.check_sizes(annotations(name, *size), tmp_path)
+        check_sizes(annotations(name, *size), tmp_path)
     for name, size, message in (
         ("plain.jpg", (40, 60), "plain.jpg cannot be used: it is 60 x 40 pixels, its annotation file says 40 x 60."),
         ("turned.jpg", (61, 40), "turned.jpg cannot be used: it is 60 x 40 pixels, its annotation file says 61 x 40."),
         ("text.jpg", (60, 40), "text.jpg cannot be used: it is not an image"),
     ):
         with pytest.raises(UserError, match=message) as raised:
-            coco.check_sizes(annotations(name, *size), tmp_path)
+            check_sizes(annotations(name, *size), tmp_path)
         assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)  # as from a worker process

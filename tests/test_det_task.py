@@ -19,6 +19,7 @@ from hcnet_cli.data import embedded
 from hcnet_cli.data.loader import EvalLoader, TrainLoader
 from hcnet_cli.tasks.detection import coco
 from hcnet_cli.tasks.detection.annotations import read_annotations
+from hcnet_cli.tasks.detection.folder import load_split
 from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
 from hcnet_cli.tasks.detection.task import DetectionTask, paste_masks
 
@@ -46,7 +47,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task_on(root: Path, drop_path_rate: float = 0.0, split: str = "val", **changes: Any) -> tuple[DetectionTask, Any]:
-    annotations, images = coco.load_split(root, split)
+    annotations, images = load_split(root, split)
     torch.manual_seed(0)
     backbone = timm.create_model(
         "hcnet_pico", dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), drop_path_rate=drop_path_rate
@@ -216,7 +217,7 @@ def test_losses_follow_the_keys_and_torch_s_generator_is_not_touched(scenes: Pat
 
 def test_one_batch_is_learnt(scenes: Path, tmp_path: Path) -> None:
     """Targets, losses, decoding, pasting and scoring fit together: memorised scenes reach a high AP."""
-    annotations, images = coco.load_split(scenes, "val")
+    annotations, images = load_split(scenes, "val")
     train = coco.CocoDataset(annotations, images, train=True, img_scale=(128, 128), hflip=0)
     task, dataset = task_on(scenes, fpn_channels=32, mask_head_channels=32, box_head_channels=64)
     batch = coco.collate([train[i, 0, 0] for i in range(2)])

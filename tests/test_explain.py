@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import io
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
 from hcnet_cli.data.splits import DataSplits
-from hcnet_cli.explain import explain, load
+from hcnet_cli.explain import explain, load, pictures
 from hcnet_cli.explain.heat import (
     HeatStep,
     area,
@@ -38,6 +39,7 @@ from hcnet_cli.explain.heat import (
 )
 from hcnet_cli.explain.pictures import draw
 from hcnet_cli.models import HcNet
+from hcnet_cli.pictures import one_line
 from hcnet_cli.runs import DataInfo, RunFolder, RunInfo
 
 DEPTHS, DIMS = (1, 2, 1, 1), (8, 8, 16, 16)
@@ -476,3 +478,11 @@ def test_a_place_that_cannot_be_written(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         explain(drawn, out=tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["$x_1^$ $", "a\nb", "\x1b[31m", "\u202e中文\ud800", "x" * 100_000])
+def test_a_label_is_drawn_whatever_it_holds(name: str) -> None:
+    """Matplotlib reads $...$ as mathematics and fails where it is none."""
+    sheet = pictures._Sheet(0.5, "title", "subtitle")
+    sheet.text(0, 0, one_line(name))
+    sheet.figure.savefig(io.BytesIO(), format="png", dpi=20)

@@ -67,8 +67,8 @@ def test_any_key_may_be_set_below_a_dictionary_and_nowhere_else() -> None:
     assert whole == recipe
     for key, value, message in (
         ("optim.argz.momentum", 0.8, 'unknown recipe key "optim.argz.momentum"'),
-        ("optim.args.eps", True, '"optim.args.eps" must be a number'),
-        ("optim.args.betas", 0.9, '"optim.args.betas" must be 2 numbers'),
+        ("optim.args.eps", True, '"optim.args.eps" cannot be true: it takes a number'),
+        ("optim.args.betas", 0.9, '"optim.args.betas" cannot be 0.9: it takes a list of 2 numbers'),
         ("optim.args.eps.small", 1, '"optim.args.eps.small" cannot be set: eps is not a section'),
         ("optim.args", 3, '"optim.args" cannot be 3'),
     ):

@@ -33,6 +33,7 @@ from hcnet_cli.data.images import (
 from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD
 from hcnet_cli.tasks.classification import image_folder
 from hcnet_cli.tasks.detection import coco
+from hcnet_cli.tasks.detection.folder import load_split
 from hcnet_cli.tasks.segmentation import scene_parsing
 
 WIDTH, HEIGHT = 50, 40
@@ -138,7 +139,7 @@ def test_all_tasks_and_check_see_the_same_pixels(name: str, tmp_path: Path) -> N
         dataset = image_folder.ImageFolder(index, split, lambda image: {"image": np.asarray(image)})
         seen.append(dataset[0, 1, 0]["image"])
     for split in ("train", "val"):
-        annotations, images = coco.load_split(folders["coco"], split, masks=False)
+        annotations, images = load_split(folders["coco"], split, masks=False)
         dataset = coco.CocoDataset(annotations, images, train=split == "train", hflip=0, bits=bits, **whole)
         seen.append(denormalised(dataset[0, 1, 0]["image"]))
         seen.append(np.asarray(dataset.load_image(1)))

@@ -276,7 +276,7 @@ def test_unreadable_files_are_listed_warned_of_once_and_not_part_of_the_batch(
     batches = list(train.iterate(0))
     assert sorted(train.unreadable) == ["image 2", "image 5"]
     assert all("unreadable" not in batch for batch in batches)
-    assert capsys.readouterr().err.count("cannot read image 2") == 1
+    assert capsys.readouterr().err.count("image 2 cannot be read") == 1
 
 
 def test_too_many_unreadable_files_stop_the_run_and_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -280,11 +281,12 @@ def test_floating_point_images_are_refused(tmp_path: Path, hcnet: Hcnet) -> None
 
 def test_a_picture_file_of_a_run_is_read_with_its_bits(tmp_path: Path) -> None:
     """The reader of the evaluator's pictures is the one of training."""
+    from hcnet_cli.data.images import read_image
     from hcnet_cli.tasks.segmentation.task import SegmentationTask
 
     content = io.BytesIO()
     Image.fromarray(deep(4095)(0)).save(content, "PNG")
     (tmp_path / "a.png").write_bytes(content.getvalue())
-    evaluator = SegmentationTask(nn.Identity(), ["a", "b"], bits=12).evaluator()
+    evaluator = SegmentationTask(nn.Identity(), ["a", "b"], read=functools.partial(read_image, bits=12)).evaluator()
     seen = np.asarray(evaluator.read(str(tmp_path / "a.png")))[..., 0]
     np.testing.assert_array_equal(seen, deep(4095)(0) >> 4)

@@ -79,9 +79,11 @@ def test_every_command_runs(line: str, hcnet: Hcnet, tmp_path: Path, monkeypatch
         init = ("--init", "none") if arguments[0] != "pretrain" else ()
         shrunk = SHRUNK[:1] if "model.name" in line else SHRUNK  # another model has no HcNet to shrink
         arguments = [*(word for word in arguments if word != "--dry-run"), *shrunk, *size, *init]
-    if arguments[0] in ("explain", "evaluate"):
+    if arguments[0] in ("explain", "evaluate") or "--compare" in arguments:
         assert hcnet("pretrain", *SMALL_MODEL, "--epochs", "1", "--batch-size", "64", "--name", "RUN").code == 0
         Image.new("RGB", (40, 30), "orange").save("photo.jpg")
+    if "--compare" in arguments:
+        shutil.copytree("results/runs/RUN", "results/runs/OTHER")
     if arguments[0] == "ablate":
         arguments = [*arguments, "--dry-run"]
     if arguments[:2] == ["bench", "data"]:

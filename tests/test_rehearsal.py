@@ -268,7 +268,11 @@ def test_predictions_lost_between_checkpoint_and_saving_are_made_again(
     assert [p.name for p in (folder / "final").iterdir()] == [engine.loop.MISSING]
     done = hcnet(*arguments)
     assert done.code == 0, done.err
-    assert sorted(p.name for p in (folder / "final").iterdir()) == ["confusion.json", "per_class.json"]
+    assert sorted(p.name for p in (folder / "final").iterdir()) == [
+        "confusion.json",
+        "per_class.json",
+        "predictions.csv",
+    ]
 
 
 # --- what fits the data -----------------------------------------------------------------------------------------------

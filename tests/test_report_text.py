@@ -161,7 +161,7 @@ def test_names_that_mean_something_to_a_format_are_escaped(tmp_path):
     make_run(tmp_path, changes={"a|b_c": "<i>&%$#"}, machine="x|y", name="na_me & co")
     text = report([tmp_path], fmt="markdown", table="imagenet")
     assert {len(row) for row in parsed(text)[1]} == {len(parsed(text)[1][0])}
-    assert r"a|b\_c=\textless{}i\textgreater{}\&\%\$\#" in report([tmp_path], fmt="latex", table="imagenet")
+    assert r"a\textbar{}b\_c=\textless{}i\textgreater{}\&\%\$\#" in report([tmp_path], fmt="latex", table="imagenet")
 
 
 def test_latex_is_balanced(folder):

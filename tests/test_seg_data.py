@@ -112,7 +112,7 @@ def test_labels_are_looked_at_once(root, tmp_path, monkeypatch):
     open_folder(root, scan_cache=cache)
     opened = []
     real = Image.open
-    monkeypatch.setattr(Image, "open", lambda path, *more: opened.append(str(path)) or real(path, *more))
+    monkeypatch.setattr(Image, "open", lambda path, **more: opened.append(str(path)) or real(path, **more))
     assert open_folder(root, scan_cache=cache).num_classes == 3
     assert not opened
     write_scene(root, "validation", "validation_1", values=(0, 1, 2, 3, 4))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -25,11 +24,12 @@ from torch import Tensor
 from hcnet_cli import build, rng
 from hcnet_cli import recipe as rcp
 from hcnet_cli.bench import tables
-from hcnet_cli.bench.turns import cores_of_others, other_load_notes, ratio, take_turns
-from hcnet_cli.console import UserError, notice, status_line
+from hcnet_cli.bench.turns import Stopped, cores_of_others, other_load_notes, ratio, stoppable, take_turns
+from hcnet_cli.console import UserError, about, notice, status_line
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.images import read_image
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.report.escape import to_json
 from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.classification import augment
 from hcnet_cli.tasks.classification.spec import SPEC, ImageFolder
@@ -66,7 +66,7 @@ class Measurement:
     workers: int
     rounds: int
     others: float | None = None
-    stopped: bool = False
+    stopped: int = 0  # the number of the signal that ended it
 
 
 def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
@@ -191,16 +191,20 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
         numbers = itertools.count()
         jobs = {pipeline: _turn(pipeline, made, numbers) for pipeline in pipelines}
         used: list[tuple[float, float]] = []
+        finished, begun = pipelines[0].figures["loader"], time.monotonic()
+
+        def tell_round(text: str) -> None:
+            left = (time.monotonic() - begun) / max(1, len(finished)) * (rounds - len(finished))
+            tell(f"{text} · about {about(left)} left" if finished else text)
+
         try:
-            with status_line() as tell:
-                for found in take_turns(jobs, rounds, tell, used):
+            with status_line() as tell, stoppable():
+                for found in take_turns(jobs, rounds, tell_round, used):
                     for pipeline, rates in found.items():
                         for kind, rate in rates.items():
                             pipeline.figures[kind].append(rate)
-        except KeyboardInterrupt:
-            if not pipelines[0].figures["loader"]:
-                raise
-            made.rounds, made.stopped = len(pipelines[0].figures["loader"]), True
+        except Stopped as signal:
+            made.rounds, made.stopped = len(finished), signal.number
         if not workers:  # workers are other processes too
             made.others = cores_of_others(used)
         return made
@@ -243,7 +247,9 @@ def _turn(pipeline: Pipeline, made: Measurement, numbers: Iterator[int]) -> Call
 
 
 def summary(made: Measurement) -> list[dict[str, Any]]:
-    """A row for each pipeline; ratios are to timm's default."""
+    """A row for each pipeline; ratios are to timm's default. None before a round has ended."""
+    if not made.rounds:
+        return []
     unit = next(p for p in made.pipelines if p.name == "timm")
     return [
         {
@@ -291,7 +297,8 @@ def page(made: Measurement, known: Mapping[str, str]) -> str:
 
 def json_text(made: Measurement, known: Mapping[str, str]) -> str:
     """Everything, with the figures of each round."""
-    pairs = zip(summary(made), made.pipelines, strict=True)
+    pairs = zip(summary(made), made.pipelines if made.rounds else (), strict=True)
     fields = {name: value for name, value in vars(made).items() if name != "pipelines"}
+    fields["stopped"] = bool(made.stopped)
     fields["pipelines"] = [{**values, "rounds": pipeline.figures} for values, pipeline in pairs]
-    return json.dumps({**known, **fields}, indent=1, ensure_ascii=False) + "\n"
+    return to_json({**known, **fields}) + "\n"

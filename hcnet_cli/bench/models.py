@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +22,9 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from hcnet_cli import files, kernels, optim, profile, rng
-from hcnet_cli.bench.turns import cores_of_others, take_turns
-from hcnet_cli.console import UserError, did_you_mean, status_line, warn
-from hcnet_cli.device import pick_device, pick_precision
+from hcnet_cli.bench.turns import Stopped, cores_of_others, stoppable, take_turns
+from hcnet_cli.console import UserError, about, did_you_mean, status_line, warn
+from hcnet_cli.device import pick_device, pick_precision, warn_of_emulation
 from hcnet_cli.models import HcNet, remap_official_state_dict
 from hcnet_cli.models.literal import ReferenceHcNet
 from hcnet_cli.sizes import SIZES
@@ -69,6 +70,8 @@ class Contender:
     rates: list[float] = field(default_factory=list)  # images/s
     latencies: list[float] = field(default_factory=list)  # ms at batch 1
     kernels: list[str] = field(default_factory=list)  # what kernels.accelerate did
+    prepare_seconds: float = 0.0  # to build, compile and warm up
+    turn_seconds: float = 0.0  # of a round, about
     error: str = ""
 
     @property
@@ -84,7 +87,7 @@ class Measurement:
     contenders: list[Contender]
     matmul: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     others: float | None = None  # cores that other processes took while the clock ran
-    stopped: bool = False
+    stopped: int = 0  # the number of the signal that ended it
 
     @property
     def modes(self) -> list[str]:
@@ -222,7 +225,9 @@ def prepare(
         for run, _ in itertools.product(runs_of.values(), range(WARM_UP)):
             run()
         contender.peak_bytes = profile.peak_allocation(whole, device)
-    repeats = {kind: max(1, round(SECONDS[kind] / profile.timed(run, 1, device))) for kind, run in runs_of.items()}
+    seconds = {kind: profile.timed(run, 1, device) for kind, run in runs_of.items()}
+    repeats = {kind: max(1, round(SECONDS[kind] / took)) for kind, took in seconds.items()}
+    contender.turn_seconds = sum(repeats[kind] * took for kind, took in seconds.items())
     return turn_of(contender, settings, whole, single, repeats)
 
 
@@ -300,24 +305,25 @@ def matrix_product(precision: str, device: torch.device) -> tuple[Callable[[], o
 def measure(asked: list[Contender], settings: Settings) -> Measurement:
     """Times the contenders, one mode after another. What fails says why in `error` and is left out.
 
-    Ctrl-C ends it with the finished rounds, if there are any.
+    A signal, such as Ctrl-C, ends it with the finished rounds.
     """
     made = Measurement(settings, asked)
     names = (contender.model.removesuffix(PLAIN) for contender in asked)
     literal_of = next((name for name in names if name in NAMES), SIZES["t"].timm_name)
     used: list[tuple[float, float]] = []  # by others, in how many seconds
+    if any(contender.precision == "bf16" for contender in asked):
+        warn_of_emulation(settings.device)
     with status_line() as tell:
         try:
-            for mode in made.modes:
-                _measure_mode(made, mode, literal_of, tell, used)
-                gc.collect()
-                torch._dynamo.reset()
-                if settings.device.type == "cuda":
-                    torch.cuda.empty_cache()
-        except KeyboardInterrupt:
-            if not any(c.rates for c in asked):
-                raise
-            made.stopped = True
+            with stoppable():
+                for mode in made.modes:
+                    _measure_mode(made, mode, literal_of, tell, used)
+                    gc.collect()
+                    torch._dynamo.reset()
+                    if settings.device.type == "cuda":
+                        torch.cuda.empty_cache()
+        except Stopped as signal:
+            made.stopped = signal.number
     made.others = cores_of_others(used)
     return made
 
@@ -330,22 +336,40 @@ def _measure_mode(
     jobs: dict[Contender | str, Turn] = {}
     for number, contender in enumerate(asked, 1):
         what = "compiling" if contender.compiled else "preparing"
-        tell(f"{mode}: {what} {number} of {len(asked)}: {contender.model}, {contender.form}")
+        name = f"{contender.model}, {contender.form}"
+        tell(f"{mode}: {what} {number} of {len(asked)}: {name}{time_left(made, mode, 0)}")
+        begun = time.perf_counter()
         try:
             jobs[contender] = prepare(contender, settings, literal_of, layouts)
+            contender.prepare_seconds = time.perf_counter() - begun
         except Exception as error:  # a model or a compiler can raise anything; the others are still worth timing
             contender.error = reason(error)
-            warn(f"{contender.model}, {contender.form}, {mode}: {contender.error}")
+            warn(f"{name}, {mode}: {contender.error}")
     if not jobs:
         return
     precisions = dict.fromkeys(c.precision for c in asked if c in jobs)
     jobs |= {precision: _matmul_turn(precision, settings.device) for precision in precisions}
     matmul = made.matmul[mode] = {precision: [] for precision in precisions}
-    for found in take_turns(jobs, settings.rounds, lambda text: tell(f"{mode}: {text}"), used):
+
+    def tell_round(text: str) -> None:
+        tell(f"{mode}: {text}{time_left(made, mode, len(next(iter(matmul.values()))))}")
+
+    for found in take_turns(jobs, settings.rounds, tell_round, used):
         for who, (rate, latency) in ((who, figures) for who, figures in found.items() if figures):
             (matmul[who] if isinstance(who, str) else who.rates).append(rate)
             if latency is not None and not isinstance(who, str):
                 who.latencies.append(latency)
+
+
+def time_left(made: Measurement, mode: str, rounds: int) -> str:
+    """What is left after some rounds of a mode: contenders that wait are taken to be like those that are ready."""
+    ready = [c for c in made.contenders if c.prepare_seconds]
+    if not ready:
+        return ""
+    waiting = sum(not c.prepare_seconds and not c.error for c in made.contenders)
+    each = sum(c.prepare_seconds + made.settings.rounds * c.turn_seconds for c in ready) / len(ready)
+    of_round = sum(c.turn_seconds for c in ready if c.mode == mode)
+    return f" · about {about(waiting * each + (made.settings.rounds - rounds) * of_round)} left"
 
 
 def _matmul_turn(precision: str, device: torch.device) -> Turn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ import hcnet_cli
 from hcnet_cli import report, runs
 from hcnet_cli.bench.models import REFERENCE, Contender, Measurement
 from hcnet_cli.bench.turns import other_load_notes, ratio
+from hcnet_cli.report.escape import in_markdown, markdown_code, to_json
 from hcnet_cli.table import Column, Row, Table
 
 SPEED_ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
@@ -91,7 +91,8 @@ def _table(made: Measurement, mode: str) -> Table:
         rows.append(Row("measured", values, mark=mark))
     columns = [c for c in COLUMNS if c.key != "latency_ms" or mode == "infer"]
     if unit is None:
-        return Table("bench", TITLES[mode], columns, rows, [*notes, "Nothing ran to the end of a round."])
+        nothing = "Stopped before a round of it ended." if made.stopped else "Nothing ran to the end of a round."
+        return Table("bench", TITLES[mode], columns, rows, [*notes, nothing], whole="--output FILE.md")
     rounds = len(unit.rates)
     peaks = [f"{max(rates):,.0f} GFLOP/s in {precision}" for precision, rates in made.matmul[mode].items()]
     notes += [
@@ -103,7 +104,7 @@ def _table(made: Measurement, mode: str) -> Table:
         "of peak: achieved GFLOP/s (two for a MAC" + (", three times those of the forward pass" * (mode == "train"))
         + f") as a share of a large matrix product's, measured in the same rounds: {', '.join(peaks)}.",
     ]  # fmt: skip
-    if made.stopped:
+    if made.stopped and rounds < settings.rounds:
         notes.append(f"Stopped after {rounds} of {settings.rounds} rounds.")
     notes += other_load_notes(made.others)
     title = f"{TITLES[mode]}: batch {settings.batch_size}, {settings.img_size} x {settings.img_size}"
@@ -138,7 +139,10 @@ def facts(device: torch.device, argv: Sequence[str], threads: int) -> dict[str, 
 
 def markdown(title: str, known: Mapping[str, str], made: Sequence[Table]) -> str:
     """A page that says how it was made, then the tables."""
-    facts = [f"- {what}: " + (f"`{text}`" if what in ("command", "commit") else text) for what, text in known.items()]
+    facts = [
+        f"- {what}: {(markdown_code if what in ('command', 'commit') else in_markdown)(text)}"
+        for what, text in known.items()
+    ]
     return "\n".join([f"# {title}", "", *facts, "", report.render(made, "markdown")])
 
 
@@ -181,5 +185,5 @@ def json_text(made: Measurement, known: Mapping[str, str]) -> str:
             }
         )
     settings = {**dataclasses.asdict(made.settings), "device": str(made.settings.device)}
-    whole = {**known, **settings, "stopped": made.stopped, "cores_of_others": made.others, "modes": modes}
-    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    whole = {**known, **settings, "stopped": bool(made.stopped), "cores_of_others": made.others, "modes": modes}
+    return to_json(whole) + "\n"

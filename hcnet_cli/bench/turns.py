@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 OTHER_LOAD = 0.2  # cores that other processes may take before a note says so
@@ -34,6 +37,32 @@ def take_turns(
         if before is not None and after is not None:
             used.append((after - before, wall))
         yield found
+
+
+class Stopped(BaseException):
+    """A signal ended the measurement."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Turns Ctrl-C, a scheduler's SIGTERM and a terminal that is gone into `Stopped`. What nohup ignores stays so."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def cores_of_others(used: Sequence[tuple[float, float]]) -> float | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import hcnet_cli
 from hcnet_cli.cli import ablate, bench, evaluate, inspect, recipes, report, training
-from hcnet_cli.console import DISK_FULL, UserError, err, is_main_process, out
+from hcnet_cli.cli.base import require_text
+from hcnet_cli.console import DISK_FULL, UserError, open_output, out, print_error
+
+USAGE_ERROR: Any = typer.BadParameter.__base__  # of every mistake in flags; Typer has no public name for it
 
 app = typer.Typer(
     help="Train, fine-tune, ablate and report HcNet, the vision backbone that conducts heat.",
@@ -49,32 +51,36 @@ def main() -> None:
         # Read when torch is loaded, so set before any command runs; what the user has set stays.
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # waiting threads spin briefly: two runs can share the cores
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages: far fewer page faults
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no reason to end
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    open_output()
     try:
         try:
-            app(prog_name="hcnet")
+            for word in sys.argv[1:]:
+                require_text(word, "An argument")
+            code = app(prog_name="hcnet", standalone_mode=False)
         finally:
             sys.stdout.flush()
+    except USAGE_ERROR as error:  # a flag, or the value of one
+        if message := error.format_message():  # empty: the help was printed instead
+            command = error.ctx.command_path if error.ctx else "hcnet"
+            print_error(message, hint=f"See {command} --help.")
+        code = UserError.exit_code
     except UserError as error:
         if os.environ.get("HCNET_TRACEBACK"):
             raise
-        if is_main_process():
-            err.print("[bold red]error:[/] ", end="")
-            err.print(str(error), markup=False)
-            if error.hint:
-                err.print(error.hint, markup=False)
-        sys.exit(error.exit_code)
+        print_error(str(error), error.hint)
+        code = error.exit_code
+    except typer.Abort:  # Ctrl-C
+        code = 130
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         _close_output()
-        sys.exit(0)
+        code = 0
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         _close_output()
-        err.print("[bold red]error:[/] The disk is full: what is printed here could not be written.")
-        sys.exit(2)
+        print_error("The disk is full: what is printed here could not be written.")
+        code = 2
+    sys.exit(code)
 
 
 def _close_output() -> None:

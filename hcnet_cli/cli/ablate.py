@@ -39,6 +39,19 @@ def ablate(
     recipe: options.RecipeName = None,
     epochs: options.Epochs = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of every arm (default: the study's, or 0,1,2).")] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Primary test: paired-t (default) or sign-flip. Fixed before training.")
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(help="Points; a difference shown to be smaller counts as equivalence.")
+    ] = None,
+    detect: Annotated[
+        float | None, typer.Option(help="Points; the plan says how many seeds show such a difference.")
+    ] = None,
+    until: Annotated[
+        float | None, typer.Option(help="Points; add seeds until each arm's interval is at most ± this wide.")
+    ] = None,
+    max_seeds: Annotated[int | None, typer.Option(help="Seeds at most, with --until (default 20).")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; cores or GPUs are divided between them.")] = 1,
     out_dir: options.Out = Path("results"),
     device: options.Device = "auto",
@@ -55,8 +68,9 @@ def ablate(
     so that two arms and three seeds end within minutes. Fine-tuning starts from the same arm's own pretraining when
     pretrain is among the tasks, else from random weights.
     """
+    from hcnet_cli.inputs import check_data
     from hcnet_cli.report import render
-    from hcnet_cli.study import design, preview, runner
+    from hcnet_cli.study import analysis, design, preview, runner
     from hcnet_cli.study.table import runs_by_name, table
 
     if bool(disable) == bool(study_name):
@@ -67,6 +81,10 @@ def ablate(
             hint=f"For example: hcnet ablate --disable refinement. Studies: {', '.join(design.shipped_studies())}.",
         )
     short, asked = design.read_study(study_name) if study_name else design.disable_study(disable or [])
+    flags = {"test": test, "margin": margin, "until": until, "max_seeds": max_seeds}
+    asked = asked.model_copy(update={"primary": analysis.with_flags(asked.primary, flags)})
+    if detect is not None and not 0 < detect < float("inf"):
+        raise UserError(f"--detect {detect:g} is no difference in points.", hint="For example: --detect 0.3")
     wanted = design.study_runs(asked, task or [], recipe or "")
     for flag in ("data", "epochs"):
         if len(wanted) > 1 and ctx.params[flag] is not None:
@@ -76,7 +94,11 @@ def ablate(
             )
     bases = [_study_base(kind, one, ctx.params) for kind, one in wanted]
     expanded = design.expand(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
-    settings = runner.Settings(results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=command_line())
+    for one in {(one.task, one.data.path): one for one in expanded.recipes.values()}.values():
+        check_data(one)
+    settings = runner.Settings(
+        results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=command_line(), detect=detect
+    )
     if dry_run:
         preview.preview(expanded, settings, lambda one: _cost(one, device))
         return

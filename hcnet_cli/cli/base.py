@@ -37,7 +37,7 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
         data, source = rcp.resolve(file).recipe.data.path, f"recipe {name}"
     if data is None:
         data, source = spec.embedded, "embedded"
-        notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")
+    require_text(data, source)
     if file is None:
         file = rcp.recipe_file(spec.embedded if data == spec.embedded else spec.default_recipe, task)
     data = os.path.expanduser(data)  # a shell expands ~ in an argument, not in a variable or a recipe
@@ -52,7 +52,20 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
                 f"This recipe counts {found.schedule.unit}, not {parameter}.",
                 hint=f"Use --set schedule.length=N, in {found.schedule.unit}.",
             )
+    if source == "embedded":
+        notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")
     return file, overrides
+
+
+def require_text(path: str, source: str) -> None:
+    """UserError for a path whose bytes are not UTF-8: recipes and records, which are, could not name it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{source} is not UTF-8 text: {os.fsencode(path)!r}.",
+            hint="Rename what it names, or make a link with another name: ln -s FOLDER NAME.",
+        ) from None
 
 
 def resolve(task: str, given: Mapping[str, Any]) -> Resolved:

@@ -59,7 +59,7 @@ def bench(
     if output is not None:
         write_output(output, (tables.json_text if output.suffix == ".json" else tables.page)(made, known))
     if made.stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + made.stopped)
     if all(contender.error for contender in made.contenders):
         raise typer.Exit(1)
 
@@ -83,7 +83,7 @@ def bench_data(
     from hcnet_cli.report import render
 
     bench.check_output(output)
-    bench_data.read_recipe(recipe, data or "", img_size)  # before pictures are made for it
+    bench_data.read_recipe(recipe, data or SPEC.embedded, img_size)  # before pictures are made for it
     known = tables.facts(pick_device("cpu"), command_line(), threads=1)
     with bench_data.folder(data) as (root, name):
         made = bench_data.measure(
@@ -98,4 +98,4 @@ def bench_data(
     if output is not None:
         write_output(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
     if made.stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + made.stopped)

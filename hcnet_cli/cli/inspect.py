@@ -11,6 +11,7 @@ import typer
 from hcnet_cli.cli import options
 from hcnet_cli.cli.base import resolve
 from hcnet_cli.console import UserError, out
+from hcnet_cli.tasks import TASKS
 
 
 def check(
@@ -21,22 +22,28 @@ def check(
 ) -> None:
     """Look at every image and annotation of a data set as training reads them, and say what is wrong, before training.
 
-    The layout tells the task. Exits with 1 if something spoils training or its figures: files that cannot be read,
-    sizes that are not those annotated, the same picture in training and validation or in two classes.
+    The layout tells the task. Exits with 2 if training would refuse the data, and with 1 if something else spoils
+    training or its figures: files that cannot be read, sizes that are not those annotated, the same picture in training
+    and validation or in two classes.
     """
-    from hcnet_cli import check as checking
     from hcnet_cli.files import check_output, write_output
-    from hcnet_cli.report import render
+    from hcnet_cli.inputs import check_folder
 
+    check_folder(data, "Layouts: " + "; ".join(form.layout for one in TASKS.values() for form in one.formats.values()))
     if output is not None:
         if output.suffix != ".json":
             raise UserError(f"{output} does not end in .json.")
         check_output(output)
+    from hcnet_cli import check as checking
+    from hcnet_cli.report import render
+
     resolved = resolve(checking.task_of(data), {"data": data, "recipe": recipe, "overrides": overrides})
     made = checking.check(resolved.recipe)
     sys.stdout.write(render(checking.tables(made), "rich", checking.lines(made)))
     if output is not None:
         write_output(output, checking.json_text(made))
+    if made.problems:
+        raise made.problems[0]
     raise typer.Exit(made.wrong)
 
 
@@ -54,4 +61,4 @@ def explain(
     from hcnet_cli.explain import explain as draw
 
     for path in draw(run, image, out_dir):
-        out.print(str(path), markup=False)
+        out.print(str(path))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from hcnet_cli.console import UserError, notice, out
 
@@ -21,13 +22,13 @@ def ls() -> None:
 
     for name in [*(f"ablate/{study}" for study in shipped_studies()), *rcp.shipped()]:
         first = _file(name).read_text(encoding="utf-8").splitlines()[0]
-        out.print(f"{name:<34}{first.lstrip('# ')}", markup=False)
+        out.print(f"{name:<34}{first.lstrip('# ')}")
 
 
 @app.command("show")
 def show(name: Name) -> None:
     """Print a shipped recipe."""
-    out.print(_file(name).read_text(encoding="utf-8"), markup=False, end="")
+    out.print(Text(_file(name).read_text(encoding="utf-8")), end="")
 
 
 @app.command("cp")
@@ -54,7 +55,7 @@ def explain(
     from hcnet_cli.recipe_reference import explain_field
 
     for line in explain_field(key or ""):
-        out.print(line, markup=False)
+        out.print(line)
 
 
 def _file(name: str) -> Path:

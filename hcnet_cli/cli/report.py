@@ -28,6 +28,10 @@ def report(
         bool,
         typer.Option("--public", help="Leave out folders, the names of computer and user, and secrets in commands."),
     ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two classifiers image by image; --output names the picture of images on which they differ."),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
@@ -40,6 +44,9 @@ def report(
         if not folder.is_dir():
             raise UserError(f"There is no results folder {folder}.")
     where, more = results or [Path("results")], published or []
+    if compare is not None:
+        _compare(*compare, output or where[0] / "compare.png")
+        return
     studies, unreadable = tables(where)
     for line in unreadable:
         warn(line)
@@ -49,7 +56,7 @@ def report(
                 f"--check compares every table in {check}; --{'output' if output else 'format'} has no place."
             )
         for line in (differing := report_check(where, check, published=more, extra=studies)):
-            out.print(line, markup=False)
+            out.print(line)
         if not differing:
             notice(f"All tables in {check} agree with the runs.")
         raise typer.Exit(1 if differing else 0)
@@ -75,3 +82,18 @@ def report(
             return
         time.sleep(10)
         studies, _ = tables(where)
+
+
+def _compare(first: Path, second: Path, output: Path) -> None:
+    from hcnet_cli.files import check_output, replacing, writing
+    from hcnet_cli.report.compare import compare_runs
+
+    if output.suffix.lower() != ".png":
+        raise UserError(f"{output} cannot be the picture of a comparison.", hint="Its name must end in .png.")
+    text, picture = compare_runs(first, second)
+    out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    if picture is not None:
+        check_output(output)
+        with writing(output), replacing(output) as temporary:
+            picture.save(temporary, format="png")
+        notice(f"Wrote {output}.")

@@ -70,6 +70,8 @@ def _parameters(spec: Spec) -> Parameters:
 
 def train_task(task: str, given: dict[str, Any]) -> None:
     """Runs a training command with the parameters that were given."""
+    from hcnet_cli.inputs import check_inputs
+
     name = given["name"]
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
@@ -77,6 +79,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         other = "fresh" if given["fresh"] else "dry-run"
         raise UserError(f"--eval-only trains nothing: it cannot be combined with --{other}.")
     resolved = resolve(task, given)
+    check_inputs(resolved.recipe, given["out_dir"])  # before PyTorch is loaded, which takes seconds
     from hcnet_cli.run import Options, train
 
     chosen = Options(

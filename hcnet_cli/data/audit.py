@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hcnet_cli.console import UserError
 from hcnet_cli.data.folders import LeftOut
 from hcnet_cli.data.identity import Identity
 from hcnet_cli.data.images import Size
+from hcnet_cli.schema import MAX_PIXELS
 
 FILES_SHOWN = 3  # in the line of a finding
 
@@ -57,7 +59,8 @@ class Audit:
     """A data set under inspection.
 
     `classes`: how many `unit` each class has in each split. `count_pixels`, for formats with a label file per image,
-    reads an item's label and counts its pixels by class, the ignored ones last: [number of classes + 1].
+    reads an item's label and counts its pixels by class, the ignored ones last: [number of classes + 1]. `problems`:
+    why training refuses the data.
     """
 
     data: str
@@ -67,7 +70,9 @@ class Audit:
     items: list[Item]
     classes: dict[str, dict[str, float]]
     count_pixels: Callable[[Item], NDArray[np.int64]] | None = None
-    bits: int | None = None  # of grey images of more than 8 bits
+    bits: int | None = None  # of images of more than 8 bits
+    max_pixels: int = MAX_PIXELS
+    problems: list[UserError] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # on the classes
     sizes: dict[str, list[Size]] = field(default_factory=lambda: defaultdict(list))  # of the images, by split
@@ -79,7 +84,7 @@ class Audit:
 
     @property
     def wrong(self) -> bool:
-        return any(finding.wrong for finding in self.findings)
+        return bool(self.problems) or any(finding.wrong for finding in self.findings)
 
     def note(self, what: str, files: Sequence[str | list[str]], wrong: bool = False) -> None:
         """Adds a finding, if any file shows it."""
@@ -93,7 +98,7 @@ class Audit:
         for reason, names in left_out.items():
             self.note(f"left out: {reason}", [self.relative(name) for name in sorted(names)])
         if identity.bits:
-            self.remarks.append(f"16-bit grey images are read as {identity.bits}-bit (data.bits).")
+            self.remarks.append(f"16-bit images are read as {identity.bits}-bit (data.bits).")
         self.remarks.extend(notes)
 
     def note_pixels(self, counts: Mapping[str, NDArray[np.int64]]) -> None:

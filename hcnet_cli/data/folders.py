@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,15 @@ def dataset_name(root: Path, benchmark: str, is_benchmark: bool) -> str:
 LeftOut = dict[str, list[str]]  # why files or objects of a data folder are not used -> their names
 
 
+@contextlib.contextmanager
+def reading_folder(root: Path) -> Iterator[None]:
+    """Turns an OSError raised inside, while a data folder is listed, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{os.fsdecode(error.filename or root)} cannot be read: {error.strerror}.") from None
+
+
 def walk(folder: bytes, wanted: Callable[[bytes], bool], other: str, left_out: LeftOut) -> list[bytes]:
     """The files in a folder and below whose name is `wanted`, relative to it, sorted. Links are followed.
 
@@ -77,11 +86,16 @@ def walk(folder: bytes, wanted: Callable[[bytes], bool], other: str, left_out: L
                         leave_out("links to a folder above", name)
                     else:
                         pending.append((name + b"/", inside))
-                elif wanted(entry.name) and (entry.is_file() or entry.is_symlink()):
+                elif wanted(entry.name) and (entry.is_file() or _is_broken_link(entry)):
                     names.append(name)
                 else:
                     leave_out(other, name)
     return sorted(names)
+
+
+def _is_broken_link(entry: os.DirEntry[bytes]) -> bool:
+    """Whether a link leads nowhere: its target was meant to be used, and whoever reads it says so."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def is_image(name: bytes) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat as modes
 import struct
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,15 +22,15 @@ from typing import Any, Literal, NamedTuple
 from hcnet_cli import dist
 from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data.folders import cache_dir
-from hcnet_cli.data.images import largest_deep_value, may_be_deep
+from hcnet_cli.data.images import deep_peak, may_be_deep
 from hcnet_cli.files import replacing
 
 Trust = Literal["content", "names"]
 PREFIXES: dict[Trust, str] = {"content": "v2-", "names": "v2n-"}  # 2: raise it when the digest covers something else
 NAMES_NOTE = "The data were told apart by names and sizes alone (--data-trust names): changes in place are not seen."
-CACHE_MAGIC = b"hcnet identity 1\n"
+CACHE_MAGIC = b"hcnet identity 2\n"
 DIGEST = 16  # bytes
-RECORD = struct.Struct(f"<{DIGEST}s{DIGEST}sq")  # key, content, largest deep value
+RECORD = struct.Struct(f"<{DIGEST}s{DIGEST}sq")  # key, content, peak
 STAT = struct.Struct("<qqqQ")  # size, times of modification and of change, inode
 HEAD = 64  # bytes of a file that tell its format
 THREADS = min(32, 4 * (os.cpu_count() or 1))  # reading waits for the disk more than for the processor
@@ -39,7 +40,7 @@ STATUS_AFTER, STATUS_EVERY = 2.0, 5.0  # seconds
 
 
 class Record(NamedTuple):
-    """What is known of a file. `peak`: the largest value of a grey image of more than 8 bits, else 0."""
+    """What is known of a file. `peak`: see `images.deep_peak`."""
 
     content: bytes
     peak: int
@@ -47,7 +48,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Identity:
-    """`digest` names the data. `bits`: how many bits its 16-bit grey images use; None where there are none.
+    """`digest` names the data. `bits`: how many bits its 16-bit images use; None where there are none.
 
     `num_distinct`: how many different contents the files have; with trust "names", their number. `changed`: files
     whose content is not what the cache said although size, times and inode are; only looked for with `verify`.
@@ -149,6 +150,8 @@ class _Reader:
         path = self.base + name
         try:
             stat = os.stat(path)
+            if not modes.S_ISREG(stat.st_mode):  # a pipe would be waited for
+                raise OSError
             numbers = STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
             key = hashlib.blake2b(numbers + name, digest_size=DIGEST).digest()
             known = self.known.get(key)
@@ -176,7 +179,7 @@ class _Reader:
             with open(path, "rb") as file:
                 whole = file.read()
             content, head = hashlib.blake2b(whole, digest_size=DIGEST).digest(), whole[:HEAD]
-        return Record(content, largest_deep_value(os.fsdecode(path), head) if image else 0)
+        return Record(content, deep_peak(os.fsdecode(path), head) if image else 0)
 
     def save(self) -> None:
         """Keeps what was read, if anything is new. What goes wrong with the cache is not the user's concern."""
@@ -196,8 +199,10 @@ def _load(cache: Path) -> dict[bytes, Record]:
         return {}
     start = len(CACHE_MAGIC) + DIGEST
     body = content[start:]
-    whole = content.startswith(CACHE_MAGIC) and len(body) % RECORD.size == 0
-    if not whole or content[len(CACHE_MAGIC) : start] != hashlib.blake2b(body, digest_size=DIGEST).digest():
+    if not content.startswith(CACHE_MAGIC):  # of another version
+        return {}
+    own = content[len(CACHE_MAGIC) : start]
+    if len(body) % RECORD.size or own != hashlib.blake2b(body, digest_size=DIGEST).digest():
         notice(f"The cache {cache} is damaged: the data's files are read again.")
         return {}
     return {key: Record(content, peak) for key, content, peak in RECORD.iter_unpack(body)}

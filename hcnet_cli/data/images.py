@@ -6,6 +6,7 @@ Sizes are (height, width) everywhere.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,26 +16,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError
+from hcnet_cli.schema import MAX_PIXELS
 
 Size = tuple[int, int]  # height, width
 T = TypeVar("T")
 EXTENSIONS = frozenset(  # of the files that are taken as images
     [
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"),
-        *(".gif", ".ppm", ".pgm", ".pnm", ".jp2"),
+        *(".gif", ".ppm", ".pgm", ".pnm"),
     ]
 )
-DEEP_ENDINGS = (b".png", b".tif", b".tiff", b".pgm", b".pnm", b".jp2")
-DEEP_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"P5", b"P2", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+# What a file may be, whatever its name says. Pillow knows more, of which some start other programs (EPS: Ghostscript).
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+if "avif" in features.get_supported():  # from Pillow 11.3 on
+    FORMATS += ("AVIF",)
+MAX_SIDE = 65_535  # pixels, as in JPEG: what an image or an annotation file may declare
+DEEP_ENDINGS = (b".png", b".tif", b".tiff", b".pgm", b".pnm")
+DEEP_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"P5", b"P2")
+HOT_PIXELS = 1000  # one of so many pixels, but at least one of each image, may exceed the measured bits
 MAX_ATTEMPTS = 10  # images in a row that cannot be used before training stops
 
-# A few of ImageNet's own files have damaged EXIF data; their pixels are fine.
-warnings.filterwarnings("ignore", message=".*(EXIF|Truncated File Read)", category=UserWarning, module="PIL")
+Image.MAX_IMAGE_PIXELS = None  # `opened` has its own limit, a field of the recipe
+# Of damaged metadata, as in a few of ImageNet's own files: the pixels are fine, or the image is named.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -55,85 +64,152 @@ class UnusableImageError(UserError):
 
 
 @contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """An open image file. What goes wrong with it inside the block becomes an UnusableImageError."""
+def opened(path: str | Path, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+    """An open image file; only its header is read so far. What goes wrong with it becomes an UnusableImageError.
+
+    So are a file in no format of `formats`, one that declares more than `max_pixels`, and one whose numbers have no
+    known range.
+    """
     try:
-        with Image.open(path) as file:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise UnusableImageError(str(path), "it is not a regular file")
+        with Image.open(path, formats=formats) as file:
+            if reason := _refusal(file, max_pixels):
+                raise UnusableImageError(str(path), reason)
             yield file
     except (MemoryError, UserError):
         raise
     except UnidentifiedImageError:
-        raise UnusableImageError(str(path), "it is not an image that Pillow can read") from None
+        reason = f"it is not an image in {'the format' if len(formats) == 1 else 'one of the formats'} "
+        raise UnusableImageError(str(path), reason + ", ".join(formats)) from None
     except Exception as error:  # decoders raise almost anything on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnusableImageError(str(path), reason.rstrip(".")) from None
 
 
-def read_image(path: str | Path, size: Size | None = None, bits: int | None = None) -> Image.Image:
+def _refusal(file: Image.Image, max_pixels: int) -> str:
+    """Why an image is not decoded, by its header; "" if it is."""
+    if file.width * file.height > max_pixels or max(file.size) > MAX_SIDE:
+        return (
+            f"it is {file.width} x {file.height} pixels, and at most {max_pixels:,} (data.max_pixels) with sides up to "
+            f"{MAX_SIDE:,} are read"
+        )
+    if file.mode == "F":
+        return "its pixels are floating-point numbers, whose range is not known"
+    if file.format == "TIFF" and not file.mode.startswith("I") and max(file.tag_v2.get(258, (1,))) > 8:  # type: ignore[attr-defined]
+        return "it is a colour TIFF of more than 8 bits, which would lose its dark values; save it as a 16-bit PNG"
+    return ""
+
+
+def read_image(
+    path: str | Path, size: Size | None = None, bits: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """An image as a viewer shows it, in RGB: turned as its EXIF data says, on white where it is transparent.
 
-    Grey of more than 8 bits keeps the upper 8 of its `bits` (None: 16). Every format and `hcnet check` give the bits
-    that the whole data set uses (`data.bits`): Pillow's own conversion would clip at 255, and 16 would turn 12-bit
-    images black. `size` is what an annotation file says: an image that has it as stored, but not as shown, is not
-    turned, and any other size is an UnusableImageError.
+    An image of more than 8 bits keeps the upper 8 of its `bits` (None: 16). Every format and `hcnet check` give the
+    bits that the whole data set uses (`data.bits`): Pillow's own conversion would clip grey images at 255, and the
+    upper 8 of 16 bits would turn 12-bit images black. `size` is what an annotation file says: an image that has it as
+    stored, but not as shown, is not turned, and any other size is an UnusableImageError.
     """
-    with opened(path) as file:
+    with opened(path, max_pixels) as file:
+        values = _deep_values(path, file)
         file.load()
         stored = file.height, file.width
         image: Image.Image = file
+        if values is not None:
+            image = _in_8_bits(values, bits or 16)
+            image.info["exif"] = file.info.get("exif")
         if size is None or size == _shown_size(file) or size != stored:
             with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, OSError):  # damaged EXIF data
-                ImageOps.exif_transpose(file, in_place=True)
+                ImageOps.exif_transpose(image, in_place=True)
         if size is not None and size != (image.height, image.width):
             raise _other_size(path, stored, size)
-        if image.mode == "F":
-            raise UnusableImageError(str(path), "its pixels are floating-point numbers, whose range is not known")
-        if image.mode.startswith("I"):
-            image = Image.fromarray(np.clip(np.asarray(image) >> ((bits or 16) - 8), 0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")  # converting RGB to RGB would copy it
 
 
+def _deep_values(path: str | Path, file: Image.Image) -> NDArray[np.integer] | None:
+    """The numbers of an image of more than 8 bits, [H, W] or [H, W, C]; None for any other.
+
+    Pillow drops the lower bytes of a 16-bit PNG in colour, and with them all of a 12-bit image's dark half. Its decoder
+    gives them where it is told another order of the bytes.
+    """
+    if file.mode.startswith("I"):
+        return np.asarray(file)
+    layout = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""  # type: ignore[attr-defined]
+    if layout in ("RGB;16B", "RGBA;16B"):
+        high, low = _decoded_as(path, layout), _decoded_as(path, layout.replace("16B", "16L"))
+    elif layout == "LA;16B":
+        both = _decoded_as(path, "RGBA")  # grey and opacity, two bytes each
+        high, low = both[..., 0::2], both[..., 1::2]
+    else:
+        return None
+    return high.astype(np.uint16) << 8 | low
+
+
+def _decoded_as(path: str | Path, layout: str) -> NDArray[np.uint8]:
+    """The pixels of a PNG file whose bytes are taken in another layout."""
+    with Image.open(path, formats=("PNG",)) as file:
+        file.tile = [(*tile[:3], layout) for tile in file.tile]  # type: ignore[misc, attr-defined, unused-ignore]
+        return np.asarray(file)
+
+
+def _in_8_bits(values: NDArray[np.integer], bits: int) -> Image.Image:
+    """The upper 8 of `bits`; opacity, which is always 16 bits, keeps its own."""
+    grey = np.clip(values >> (bits - 8), 0, 255).astype(np.uint8)
+    if values.ndim == 3 and values.shape[2] in (2, 4):
+        grey[..., -1] = values[..., -1] >> 8
+    return Image.fromarray(grey)
+
+
 def may_be_deep(name: bytes) -> bool:
-    """Whether a file of this name may be a grey image of more than 8 bits."""
+    """Whether a file of this name may be an image of more than 8 bits."""
     return name.lower().endswith(DEEP_ENDINGS)
 
 
-def largest_deep_value(path: str | Path, head: bytes) -> int:
-    """The largest value of a grey image of more than 8 bits; 0 for any other file. `head`: its first 64 bytes.
+def deep_peak(path: str | Path, head: bytes) -> int:
+    """The value that all but a few hot pixels of an image of more than 8 bits do not exceed, from 1 up.
 
-    Only PNG files that say so and formats whose header does not tell it in one place are opened.
+    0 for any other file. `head`: its first 64 bytes. Only PNG files that say so and formats whose header does not tell
+    it in one place are opened.
     """
     if head.startswith(b"\x89PNG"):
-        if head[24:26] != b"\x10\x00":  # bits per sample, colour type: 16, grey
+        if head[24:25] != b"\x10":  # bits per sample
             return 0
     elif not head.startswith(DEEP_STARTS):
         return 0
     try:
         with opened(path) as file:
-            return max(0, int(np.asarray(file).max())) if file.mode.startswith("I") else 0
+            values = _deep_values(path, file)
     except UnusableImageError:
         return 0
+    if values is None:
+        return 0
+    if values.ndim == 3:
+        values = values[..., : values.shape[2] - (values.shape[2] in (2, 4))].max(axis=2)  # without opacity
+    flat = values.ravel()
+    place = max(0, flat.size - 1 - max(1, flat.size // HOT_PIXELS))
+    return max(1, int(np.partition(flat, place)[place]))
 
 
-def check_size(path: str | Path, size: Size) -> None:
-    """Raises UnusableImageError where `read_image` would because of the size; reads the file's header alone."""
-    with opened(path) as file:
+def check_size(path: str | Path, size: Size, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises UnusableImageError where `read_image` would because of the header, which is all that is read."""
+    with opened(path, max_pixels) as file:
         if size not in (_shown_size(file), (file.height, file.width)):
             raise _other_size(path, (file.height, file.width), size)
 
 
-def shown_size(path: str | Path) -> Size:
+def shown_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
     """The size of an image as `read_image` gives it, from the file's header; UnusableImageError if there is none."""
-    with opened(path) as file:
+    with opened(path, max_pixels) as file:
         return _shown_size(file)
 
 
-def is_turned(path: str | Path) -> bool:
+def is_turned(path: str | Path, max_pixels: int = MAX_PIXELS) -> bool:
     """Whether EXIF data turns or mirrors the image."""
-    with opened(path) as file:
+    with opened(path, max_pixels) as file:
         return _orientation(file) > 1
 
 

@@ -299,7 +299,7 @@ class TrainLoader:
                 f"{some}{', ...' if len(self.unreadable) > 5 else ''}.",
                 hint="Is the disk mounted, and the data set unpacked completely? `hcnet check` names all such files.",
             )
-        warn(f"cannot read {path}; another image takes its place.")
+        warn(f"{path} cannot be read; another image takes its place.")
 
 
 def sample_batch(dataset: RequestDataset, indices: Sequence[int], seed: int, collate: Collate | None) -> dict[str, Any]:

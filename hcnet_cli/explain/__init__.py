@@ -6,7 +6,6 @@ the heat steps, and how far receptive fields and heat spread. Equal runs give eq
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from hcnet_cli.explain.pictures import draw
 from hcnet_cli.files import replacing, writing
 from hcnet_cli.models import HcNet
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.report.escape import in_markdown, to_json
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.tasks.classification import augment
@@ -57,8 +57,8 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     made = {f"{name}.png": content for name, content in draw(found, label).items()}
     for stage in found["stages"]:
         del stage["receptive_field"]["field"]  # one number per pixel: the picture shows it better
-    made["captions.md"] = f"# Inside the heat layers\n\n{label}\n{''.join(sections)}".encode()
-    made["explain.json"] = json.dumps(_rounded({**about, "captions": texts, **found}), ensure_ascii=False).encode()
+    made["captions.md"] = f"# Inside the heat layers\n\n{in_markdown(label)}\n{''.join(sections)}".encode()
+    made["explain.json"] = to_json(_rounded({**about, "captions": texts, **found}), indent=None).encode()
     for name, content in made.items():  # each file whole: the report's page may read it at any time
         with writing(folder / name), replacing(folder / name) as temporary:
             temporary.write_bytes(content)
@@ -127,7 +127,7 @@ def _one_image(recipe: Recipe, file: Path, bits: int | None) -> tuple[list[Tenso
     """The image in `file` as the run's evaluation would see it: [3, H, W]."""
     config: Any = recipe.data
     try:
-        image = read_image(file, bits=bits)
+        image = read_image(file, bits=bits, max_pixels=config.max_pixels)
     except UnusableImageError as error:
         raise UserError(str(error)) from None
     if isinstance(config, ImageFolder):

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from hcnet_cli.explain.captions import ROUNDING, percent
+from hcnet_cli.pictures import one_line
 
 INK, MUTED, LINE = "#1f1b18", "#6a625a", "#d9d2c8"
 COLOURS = {
@@ -60,7 +61,7 @@ def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
     with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         for name, picture in sheets.items():
             sheet = picture(found)
-            sheet.text(WIDTH, sheet.height + 0.05, label, ha="right", va="top", **NOTE)
+            sheet.text(WIDTH, sheet.height + 0.05, one_line(label), ha="right", va="top", **NOTE)
             file = io.BytesIO()
             sheet.figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
             made[name] = file.getvalue()
@@ -78,7 +79,8 @@ class _Sheet:
         self.text(0, -0.14, subtitle, va="bottom", color=MUTED, linespacing=1.35)
 
     def text(self, left: float, top: float, s: str, **style: Any) -> None:
-        self.figure.text((left + MARGIN) / self.size[0], 1 - (self.head + top) / self.size[1], s, **style)
+        x, y = (left + MARGIN) / self.size[0], 1 - (self.head + top) / self.size[1]
+        self.figure.text(x, y, s, parse_math=False, **style)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Any:
         x, y = self.size

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
+
+from hcnet_cli.report.escape import in_html
 
 FONT = 12
 LETTER = 0.64 * FONT  # mean width of a letter, rounded up: no browser measures the labels
@@ -62,7 +63,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, hei
                 (_, high), (_, low) = at(point.x, point.y + point.half), at(point.x, point.y - point.half)
                 parts.append(_path(f"whisker {kind}", (x, high), "V", low))
             circle = f'<circle class="dot {style}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}">'
-            marks.append(f"{circle}<title>{escape(point.title)}</title></circle>")
+            marks.append(f"{circle}<title>{in_html(point.title)}</title></circle>")
     dots = [spot for spots in spots_of.values() for spot in spots]
     order = sorted(series, key=lambda key: (key[0] != "measured", key[1] != "HcNet-T", len(series[key])))
     labels: list[Box] = []
@@ -76,7 +77,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, hei
                 _leader(box, anchor, kind),
                 _text(box[0], box[3] - 3, name, f"label {_style(kind, name)}", "start"),
             ]
-    what = escape(f"{y_title} against {x_title}: {len(points)} models")
+    what = in_html(f"{y_title} against {x_title}: {len(points)} models")
     return _svg(width, height, what, [*parts, *marks])
 
 
@@ -165,7 +166,7 @@ def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str, width:
         x = at(difference) - 4.5
         parts.append(f'<rect class="dot {kind}" x="{_n(x)}" y="{_n(y - 4.5)}" width="9" height="9"/>')
         parts.append(_text(width, y + 4, shown.replace("-", "−"), "number", "end"))
-    return _svg(width, bottom + 40, escape(f"{x_title} of {len(arms)} arms with 95 % intervals"), parts)
+    return _svg(width, bottom + 40, in_html(f"{x_title} of {len(arms)} arms with 95 % intervals"), parts)
 
 
 # --- axes -----------------------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def _path(style: str, start: tuple[float, float], way: str, end: float) -> str:
 
 def _text(x: float, y: float, text: str, style: str, anchor: str) -> str:
     place = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text class="{style}" x="{_n(x)}" y="{_n(y)}"{place}>{escape(text)}</text>'
+    return f'<text class="{style}" x="{_n(x)}" y="{_n(y)}"{place}>{in_html(text)}</text>'
 
 
 def _svg(width: int, height: float, what: str, parts: Sequence[str]) -> str:

@@ -100,7 +100,7 @@ if ($("#charts")) {
     const width = Math.max(280, charts.clientWidth - 34), height = key === "lr" ? 170 : 250;
     const left = 52, right = width - 12, top = 8, bottom = height - 26;
     const all = shown.flatMap((run) => run[key]), values = all.map((p) => p[1]).sort((a, b) => a - b);
-    const last = Math.max(...all.map((p) => p[0]));
+    const last = Math.max(1, ...all.map((p) => p[0]));
     // a metric's first, far values would flatten all the rest: the axis begins at the 5 % point of what was measured
     let low = key === "lr" ? 0 : key === "metric" ? values[Math.floor(values.length * 0.05)] : values[0], high = values.at(-1);
     const room = (high - low || Math.abs(high) || 1) * 0.06;

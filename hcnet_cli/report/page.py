@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
 
-from hcnet_cli import runs
-from hcnet_cli.console import UserError, warn
+from hcnet_cli import files, runs
+from hcnet_cli.console import UserError, visible, warn
 from hcnet_cli.grouping import Run, changes_text
 from hcnet_cli.privacy import public_text
 from hcnet_cli.report import figures
+from hcnet_cli.report.escape import to_json
 from hcnet_cli.results import Results, command, model_name
 from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
 from hcnet_cli.tasks import TASKS
 
+FOLDER = Path(__file__).parent
 CURVE_POINTS = 120  # of each curve; more is finer than a screen shows
 PICTURES_PER_ROW = 4
 PICTURE_WIDTH = 900
 PICTURE_BYTES = 200_000  # a larger file is shrunk
+LARGEST_PICTURE = 64 * 2**20, 50_000_000  # bytes of a file, pixels; a larger one is left out
 ALL_PICTURES_BYTES = 8_000_000  # of the page; further pictures are counted, not shown
+RECIPE_BYTES = 2**20
 PICTURE_FOLDERS = {"final/pictures": "predictions", "explain": "inside the heat layers"}
 HIDDEN_ON_PHONES = ("img_size", "images_per_second", "difference")  # columns, with the secondary ones
+DRAWN = 1e9  # figures leave out what is larger: no model has such values, and axes need room
 FOREST_TITLE = "difference to the full model"
 COLUMNS_LEFT_OUT = ("seeds", "recipe")  # links to the runs show the seeds, and each run's section its recipe
 
@@ -42,10 +47,13 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
     ordered = sorted(made, key=lambda table: not table.measured)
     sections = [_section(table, f"table-{i}", anchors) for i, table in enumerate(ordered)]
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(FOLDER), autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
     pictures, left_out = _pictures(ordered)
-    curves = json.dumps(_curves(found.runs, anchors), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    curves = to_json(_curves(found.runs, anchors), indent=None, separators=(",", ":"))
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    if refresh:
+        script = f"setTimeout(() => location.reload(), {int(refresh * 1000)});\n{script}"
     text = environment.get_template("page.html").render(
         measured=[s for s in sections if s["table"].measured],
         published=[s for s in sections if not s["table"].measured],
@@ -57,9 +65,15 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
         pictures=pictures,
         left_out=left_out,
         notes=notes,
-        refresh=refresh,
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script runs
     )
     return f"{text}\n"
+
+
+def _shown(value: Any) -> Any:
+    """What a template prints; line breaks stay."""
+    return visible(value, keep="\n") if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 # --- tables and figures ---------------------------------------------------------------------------------------------
@@ -67,7 +81,8 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
 
 def _section(table: Table, anchor: str, anchors: Mapping[Path, str]) -> dict[str, Any]:
     columns = [c for c in table.columns if c.key not in COLUMNS_LEFT_OUT]
-    forest = [figures.forest(table.forest, FOREST_TITLE, width) for width in (760, 350)] if table.forest else []
+    arms = [arm for arm in table.forest if _drawn(arm[1]) and all(map(_drawn, filter(math.isfinite, arm[2:])))]
+    forest = [figures.forest(arms, FOREST_TITLE, width) for width in (760, 350)] if arms else []
     return {
         "id": anchor,
         "table": table,
@@ -141,12 +156,12 @@ def _scatter_plots(table: Table) -> list[dict[str, Any]]:
 
 def _point(table: Table, row: Row, x: str, y: Column) -> figures.Point | None:
     x_value, y_value, half = row.values.get(x), row.values.get(y.key), row.values.get(f"{y.key}_ci")
-    if row.kind == "unfinished" or not is_number(x_value) or not is_number(y_value) or x_value <= 0:
+    if row.kind == "unfinished" or not _drawn(x_value) or not _drawn(y_value) or x_value < 1 / DRAWN:
         return None
     model = table.label(row)
     title = f"{model}: {y.title} {table.show(row, y)}, {x_value:.4g} {'G MACs' if x == 'macs_g' else 'M parameters'}"
     series = _series(table, row) if row.kind == "published" else model
-    return figures.Point(x_value, y_value, row.kind, series, f"{title} ({row.kind})", half if is_number(half) else None)
+    return figures.Point(x_value, y_value, row.kind, series, f"{title} ({row.kind})", half if _drawn(half) else None)
 
 
 def _series(table: Table, row: Row) -> str:
@@ -187,9 +202,13 @@ def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[s
     return curves
 
 
+def _drawn(value: object) -> TypeGuard[float]:
+    return is_number(value) and abs(value) < DRAWN
+
+
 def _thin(log: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
     """[step, value] of every entry, or of CURVE_POINTS evenly spaced ones with the last among them."""
-    entries = [e for e in log if is_number(e.get("step")) and is_number(e.get(key))]
+    entries = [e for e in log if _drawn(e.get("step")) and e["step"] >= 0 and _drawn(e.get(key))]
     points = [[int(e["step"]), float(f"{e[key]:.5g}")] for e in entries]
     if len(points) <= CURVE_POINTS:
         return points
@@ -233,8 +252,7 @@ def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
         "fingerprint": i.fingerprint,
         "error": i.error,
     }
-    recipe = run.folder / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
+    text = _recipe_text(run.folder / "recipe.yaml")
     return {
         "id": anchor,
         "run": run,
@@ -243,6 +261,13 @@ def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
         "facts": {what: text for what, text in facts.items() if text},
         "recipe": public_text(text) if public else text,
     }
+
+
+def _recipe_text(file: Path) -> str:
+    try:
+        return files.read_text(file, RECIPE_BYTES) if file.exists() else ""
+    except UserError as error:
+        return str(error)
 
 
 def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
@@ -264,11 +289,15 @@ def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
 
 
 def _image(file: Path) -> dict[str, Any] | None:
-    """A picture as data URI, shrunk if it is large, and its size; None for a file that is not a picture."""
-    content, kind = file.read_bytes(), "png"
+    """A picture as data URI, shrunk if it is large, and its size; None for a file that is no PNG, or far too large."""
+    max_bytes, max_pixels = LARGEST_PICTURE
+    kind = "png"
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        content = files.read_bytes(file, max_bytes)
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             size = image.size
+            if math.prod(size) > max_pixels:
+                return None
             if len(content) > PICTURE_BYTES:
                 image.thumbnail((PICTURE_WIDTH, 10 * PICTURE_WIDTH))
                 size, kind = image.size, "jpeg"
@@ -277,7 +306,7 @@ def _image(file: Path) -> dict[str, Any] | None:
                 content = small.getvalue()
             else:
                 image.verify()
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # UserError is a ValueError
         return None
     uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     return {"uri": uri, "size": size, "name": file.stem}

@@ -5,18 +5,26 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from rich import box
-from rich.console import Console
+from rich.cells import cell_len
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from hcnet_cli.console import Terminal, visible
+from hcnet_cli.report.escape import (
+    in_csv,
+    in_latex,
+    in_markdown,
+    latex_line,
+    markdown_code,
+    markdown_link,
+    to_json,
+)
 from hcnet_cli.table import MISSING, Column, Row, Table, Value, is_number
 
 LISTED_RUNS = 12  # under a table on the terminal
@@ -57,9 +65,7 @@ def provenance(values: Mapping[str, Value]) -> list[tuple[str, str]]:
 def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: bool) -> str:
     """For a terminal of `width` columns; secondary columns that do not fit are left out and named."""
     file = io.StringIO()
-    console = Console(
-        file=file, width=width, force_terminal=color, color_system="auto" if color else None, highlight=False
-    )
+    console = Terminal(file=file, width=width, force_terminal=color, color_system="auto" if color else None)
     for table in tables:
         columns = fitting(table, width)
         grid = RichTable(
@@ -67,7 +73,8 @@ def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: 
         )
         for column in columns:
             side: Literal["left", "right"] = "left" if column.style == "text" else "right"
-            grid.add_column(column.title.replace(" ", "\n"), justify=side, no_wrap=not table.is_label(column))
+            title = Text(visible(column.title).replace(" ", "\n"))
+            grid.add_column(title, justify=side, no_wrap=not table.is_label(column))
         for _, rows in itertools.groupby(table.rows, key=lambda row: row.kind):
             for row in rows:
                 cells = (_rich_cell(table, row, column) for column in columns)
@@ -82,10 +89,10 @@ def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: 
         if len(sources) > LISTED_RUNS:
             lines.append(f"and the runs of {len(sources) - LISTED_RUNS} more rows")
         for line in lines:
-            console.print(Text(line, style="dim"))
+            console.print(line, style="dim")
         console.print()
     for note in notes:
-        console.print(Text(note))
+        console.print(note)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip("\n") + "\n"
 
 
@@ -100,8 +107,8 @@ def _rich_cell(table: Table, row: Row, column: Column) -> Text:
 
 def _cell(table: Table, row: Row, column: Column) -> str:
     if column.key == "source":
-        return row.runs[0].name + _more(row) if row.runs else str(row.values.get("source") or MISSING)
-    return table.show(row, column)
+        return visible(row.runs[0].name + _more(row) if row.runs else str(row.values.get("source") or MISSING))
+    return visible(table.show(row, column))
 
 
 def fitting(table: Table, width: int) -> list[Column]:
@@ -112,7 +119,7 @@ def fitting(table: Table, width: int) -> list[Column]:
         texts = [_cell(table, row, column) for row in table.rows]
         if table.is_label(column):
             texts = [word for text in texts for word in text.split()]
-        need[column.key] = max(map(len, [*column.title.split(), *texts])) + 2  # padding and rule
+        need[column.key] = max(map(cell_len, [*column.title.split(), *texts])) + 2  # padding and rule
     for column in reversed(table.columns):
         if sum(need[c.key] for c in columns) + 1 > width and column.secondary:
             columns.remove(column)
@@ -126,7 +133,7 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], base: Path | None) -
     """GitHub's Markdown. Links to runs are relative to the folder `base` (None: the current one)."""
     parts = []
     for table in tables:
-        lines = [[_md(c.title) for c in table.columns]]
+        lines = [[in_markdown(c.title) for c in table.columns]]
         lines.append(["---" if c.style == "text" else "---:" for c in table.columns])
         kinds = list(dict.fromkeys(row.kind for row in table.rows))
         for kind in kinds:
@@ -135,21 +142,21 @@ def markdown(tables: Sequence[Table], notes: Sequence[str], base: Path | None) -
             lines += [[_md_cell(table, row, c, base) for c in table.columns] for row in table.rows if row.kind == kind]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         widths[-1] = 0  # the last column holds long sources
-        text = [f"## {_md(table.title)}", ""]
+        text = [f"## {in_markdown(table.title)}", ""]
         sides = ["<" if c.style == "text" else ">" for c in table.columns]
         for line in lines:
             cells = (f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True))
             text.append(f"| {' | '.join(cells)} |")
-        text += ["", *(f"- {_md(note)}" for note in table.notes)]
+        text += ["", *(f"- {in_markdown(note)}" for note in table.notes)]
         if listed := run_lines(table):
             text += ["", "<details><summary>Where the measured numbers come from</summary>", ""]
             for label, row in listed:
-                facts = (f"{what} `{fact.replace('`', chr(39))}`" for what, fact in provenance(row.values))
-                text.append(f"- {_md(label)}: {'; '.join(facts)}")
+                facts = (f"{what} {markdown_code(fact)}" for what, fact in provenance(row.values))
+                text.append(f"- {in_markdown(label)}: {'; '.join(facts)}")
             text += ["", "</details>"]
         parts.append("\n".join(text))
     if notes:
-        parts.append("\n".join(f"- {_md(note)}" for note in notes) if len(notes) > 1 else _md(notes[0]))
+        parts.append("\n".join(f"- {in_markdown(note)}" for note in notes) if len(notes) > 1 else in_markdown(notes[0]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -159,15 +166,11 @@ def _md_cell(table: Table, row: Row, column: Column, base: Path | None) -> str:
         if len(names) != len(row.runs):
             names = [run.name for run in row.runs]
         pairs = zip(names, row.runs, strict=True)
-        return " ".join(f"[{_md(name)}]({relative(run, base).replace(' ', '%20')})" for name, run in pairs)
-    text = _md(table.show(row, column))
+        return " ".join(markdown_link(name, relative(run, base)) for name, run in pairs)
+    text = in_markdown(table.show(row, column))
     if column.key in row.best:
         return f"<u>{text}</u>" if row.kind == "published" else f"**{text}**"
     return text
-
-
-def _md(text: str) -> str:
-    return re.sub(r"([|*<`\\])", r"\\\1", text.replace("\n", " "))
 
 
 def relative(path: Path, base: Path | None) -> str:
@@ -176,33 +179,21 @@ def relative(path: Path, base: Path | None) -> str:
 
 # --- LaTeX ------------------------------------------------------------------------------------------------------------
 
-TEX = {
-    **{char: f"\\{char}" for char in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "±": r"$\pm$",
-    "–": "--",
-    "−": "$-$",
-}
-
 
 def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
     r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are numbered under each table."""
     parts = ["% Made by hcnet report. Needs \\usepackage{booktabs}."]
-    parts += [f"% {line}" for note in notes for line in note.splitlines()]
+    parts += [f"% {visible(note)}" for note in notes]
     for number, table in enumerate(tables, 1):
         columns = [c for c in table.columns if c.key not in NOT_IN_LATEX]
         sources: dict[str, int] = {}
         lines = [
             r"\begin{table}[tp]",
             r"\centering\small\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{_tex(table.title)}}}\label{{tab:{table.name}-{number}}}",
+            rf"\caption{{{in_latex(table.title)}}}\label{{tab:{table.name}-{number}}}",
             rf"\begin{{tabular}}{{{''.join('l' if c.style == 'text' else 'r' for c in columns)}}}",
             r"\toprule",
-            " & ".join(_tex(c.title) for c in columns) + r" \\",
+            " & ".join(in_latex(c.title) for c in columns) + r" \\",
         ]
         for kind, rows in itertools.groupby(table.rows, key=lambda row: row.kind):
             lines.append(r"\midrule")
@@ -211,39 +202,34 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
                 names = ", ".join(run.name for run in row.runs)
                 if source := str(row.values.get("source") or "") if kind == "published" else names:
                     cells[0] += rf"\textsuperscript{{{sources.setdefault(source, len(sources) + 1)}}}"
-                lines.append(" & ".join(cells) + r" \\")
+                lines.append(latex_line(" & ".join(cells)) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\par\medskip\begingroup\scriptsize\raggedright"]
-        lines += [rf"{_tex(note)}\par" for note in table.notes]
-        lines += [rf"\textsuperscript{{{n}}} {_tex(source)}.\quad" for source, n in sources.items()]
+        lines += [rf"{latex_line(in_latex(note))}\par" for note in table.notes]
+        lines += [rf"\textsuperscript{{{n}}} {in_latex(source)}.\quad" for source, n in sources.items()]
         lines += [r"\par\endgroup", r"\end{table}"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
 def _tex_cell(table: Table, row: Row, column: Column) -> str:
-    text, plus, half = map(_tex, table.show(row, column).partition(" ± "))
+    text, plus, half = map(in_latex, table.show(row, column).partition(" ± "))
     if column.key in row.best:
         text = rf"\underline{{{text}}}" if row.kind == "published" else rf"\textbf{{{text}}}"
     return rf"{text}\,{{\scriptsize$\pm${half}}}" if plus else text
-
-
-def _tex(text: str) -> str:
-    """Escaped for LaTeX; characters that pdfLaTeX's fonts may lack become a question mark."""
-    return "".join(TEX.get(char, char if char.isprintable() and ord(char) < 0x180 else "?") for char in text)
 
 
 # --- CSV and JSON -----------------------------------------------------------------------------------------------------
 
 
 def csv_text(tables: Sequence[Table]) -> str:
-    """Every row with all its values, also those without a column; `title` names the table."""
+    """Every row with all its values, also those without a column; `title` names the table. See `escape.in_csv`."""
     keys = list(dict.fromkeys(key for table in tables for row in table.rows for key in row.values))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["title", *keys])
+    writer.writerow(map(in_csv, ["title", *keys]))
     for table in tables:
         for row in table.rows:
-            writer.writerow([table.title, *(_plain(row.values.get(key)) for key in keys)])
+            writer.writerow(map(in_csv, [table.title, *(_plain(row.values.get(key)) for key in keys)]))
     return out.getvalue()
 
 
@@ -259,10 +245,10 @@ def json_text(tables: Sequence[Table], notes: Iterable[str]) -> str:
         }
         for table in tables
     ]
-    return json.dumps({"tables": content, "notes": list(notes)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return to_json({"tables": content, "notes": list(notes)}) + "\n"
 
 
 def _plain(value: Value) -> Value:
-    if isinstance(value, float):
-        return round(value, 6) if is_number(value) else None
-    return value
+    if isinstance(value, int | float) and not is_number(value):
+        return None
+    return round(value, 6) if isinstance(value, float) else value

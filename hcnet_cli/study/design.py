@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from hcnet_cli import pretrained
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, did_you_mean
-from hcnet_cli.plain_yaml import parse_yaml
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.schema import Part
+from hcnet_cli.schema import Line, Part, Seed
 from hcnet_cli.sizes import COMPONENTS, ordered_components
+from hcnet_cli.study.analysis import Analysis
 from hcnet_cli.study.record import run_key
 from hcnet_cli.tasks import FIRST_TASK, TASKS
+from hcnet_cli.values import as_written, first_mistake
 
 SHARED = frozenset(  # fields that no arm may change: budget, data and seeds
     {
@@ -29,8 +30,32 @@ SHARED = frozenset(  # fields that no arm may change: budget, data and seeds
     }
 )
 Override = tuple[str, Any, str]  # dotted key, value, where it comes from
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$", max_length=60)]
-Seed = Annotated[int, Field(ge=0)]
+MOST_ARMS = MOST_SEEDS = 100
+MOST_CELLS = 1000  # each is a training
+
+
+def _file_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,59}", name):
+        raise ValueError(
+            f'"{name[:80]}" cannot be the name of an arm: use at most 60 letters, digits and signs of "._+=-"'
+        )
+    return name
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("a repeated seed is no new evidence")
+    return seeds
+
+
+def _several(arms: dict[str, Any]) -> dict[str, Any]:
+    if not 2 <= len(arms) <= MOST_ARMS:
+        raise ValueError(f"a study needs at least two arms, the first is the baseline, and at most {MOST_ARMS}")
+    return arms
+
+
+Name = Annotated[str, AfterValidator(_file_name)]
+Changes = dict[str, Any]
 
 
 # --- the study file ---------------------------------------------------------------------------------------------------
@@ -45,9 +70,9 @@ class StudyRun(Part):
         changes: Recipe fields of all arms, such as the budget.
     """
 
-    recipe: str
-    init: str = "none"
-    changes: dict[str, Any] = Field(default_factory=dict)
+    recipe: str = Field(json_schema_extra={"example": "pretrain/digits"})
+    init: Line = "none"
+    changes: Changes = Field(default_factory=dict, json_schema_extra={"example": {"optim.lr": 0.001}})
 
     @property
     def data(self) -> str | None:
@@ -63,10 +88,15 @@ class Study(Part):
     Without `runs` every arm is trained once, by the recipe that the command line names.
     """
 
-    title: str
-    arms: dict[Name, dict[str, Any]] = Field(min_length=2)
+    title: Line = Field(max_length=200, json_schema_extra={"example": "refinement"})
+    arms: Annotated[dict[Name, Changes], AfterValidator(_several)] = Field(
+        json_schema_extra={"example": {"full": {}, "no-gate": {"model.disable": ["gate"]}}}
+    )
     runs: tuple[StudyRun, ...] = ()
-    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(_distinct)] = Field(
+        default=(0, 1, 2), min_length=1, max_length=MOST_SEEDS
+    )
+    primary: Analysis = Analysis()
 
 
 def shipped_studies() -> list[str]:
@@ -92,31 +122,20 @@ def study_file(name: str) -> Path:
 def read_study(name: str) -> tuple[str, Study]:
     """(short name, study) of a shipped study or a YAML file. UserError for the first mistake."""
     file = study_file(name)
-    try:
-        data = parse_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The study {file} cannot be read: {error}.") from None
-    if not isinstance(data, dict):
-        raise UserError(f"The study {file} is not a mapping of keys to values.")
+    data = rcp.read_mapping(file)
     try:
         return file.stem, Study.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{file}: {_format_validation_error(error)}") from None
+        wrong = first_mistake(error, Study, data, STUDY_KEYS)
+        hint = "" if wrong.example is None else f"For example: {as_written(wrong.key, wrong.example)}"
+        raise UserError(f"{file}: {wrong.sentence}", hint=hint) from None
 
 
-def _format_validation_error(error: ValidationError) -> str:
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key causes others
-    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    if first["type"] == "extra_forbidden":
-        known = StudyRun.model_fields if len(first["loc"]) > 1 else Study.model_fields
-        return f'unknown key "{key}".{did_you_mean(str(first["loc"][-1]), known)}'
-    if first["type"] == "missing":
-        return f'the key "{key}" is missing.'
-    if first["type"] == "string_pattern_mismatch":
-        return f'"{first["input"]}" cannot be the name of an arm: use letters, digits and . _ + = -'
-    if first["type"] == "too_short" and key == "arms":
-        return "a study needs at least two arms; the first is the baseline."
-    return f'"{key}" cannot be {first["input"]!r}: {first["msg"][0].lower()}{first["msg"][1:]}.'
+STUDY_KEYS = [
+    *Study.model_fields,
+    *(f"runs.0.{name}" for name in StudyRun.model_fields),
+    *(f"primary.{name}" for name in Analysis.model_fields),
+]
 
 
 def disable_study(given: Sequence[str]) -> tuple[str, Study]:
@@ -174,8 +193,11 @@ def study_runs(study: Study, tasks: Sequence[str], recipe: str) -> list[tuple[st
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`0,1,2` -> (0, 1, 2)."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d{1,9}", part) for part in parts):
-        raise UserError(f'--seeds "{text}" is not a list of whole numbers.', hint="For example: --seeds 0,1,2")
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts) or len(parts) > MOST_SEEDS:
+        raise UserError(
+            f'--seeds "{text[:80]}" is not a list of whole numbers below a billion, at most {MOST_SEEDS}.',
+            hint="For example: --seeds 0,1,2",
+        )
     seeds = tuple(int(part) for part in parts)
     if len(set(seeds)) < len(seeds):
         raise UserError(f'--seeds "{text}" names a seed twice; a repeated seed is no new evidence.')
@@ -203,6 +225,7 @@ class Design:
         arms: The dotted keys that each sets; the first is the baseline.
         recipes: By (arm, task), complete except for the seed and for weights of the study's own runs.
         sources: For each task that starts from the study's own runs, the task of those runs.
+        analysis: The primary analysis that is asked for.
     """
 
     name: str
@@ -212,6 +235,7 @@ class Design:
     seeds: tuple[int, ...]
     recipes: Mapping[tuple[str, str], Recipe]
     sources: Mapping[str, str]
+    analysis: Analysis
 
     @property
     def baseline(self) -> str:
@@ -232,6 +256,9 @@ def expand(
     UserError for an arm with an unknown field, a field that all arms share or a combination without a meaning, and for
     two equal arms.
     """
+    seeds = tuple(seeds) or study.seeds
+    if (cells := len(bases) * len(study.arms) * len(seeds)) > MOST_CELLS:
+        raise UserError(f"The study has {cells:,} cells (arms x seeds x tasks), more than {MOST_CELLS:,}.")
     recipes: dict[tuple[str, str], Recipe] = {}
     inits: dict[str, str] = {}
     for base in bases:
@@ -254,6 +281,7 @@ def expand(
                 f"{task} starts from the {source} run of this study, but there is none in it.",
                 hint=f"Put a {source} recipe before it, or name weights or none as its init.",
             )
+    seeds = tuple(seeds) or study.seeds
     first = recipes[next(iter(study.arms)), tasks[0]]
     keys = {f"{arm} {task}": run_key(recipe) for (arm, task), recipe in recipes.items()}
     digest = hashlib.sha256(json.dumps([keys, sorted(sources)], sort_keys=True).encode()).hexdigest()[:8]
@@ -263,9 +291,10 @@ def expand(
         title=study.title,
         arms={arm: rcp.flatten(changes) for arm, changes in study.arms.items()},
         tasks=tasks,
-        seeds=tuple(seeds) or study.seeds,
+        seeds=seeds,
         recipes=recipes,
         sources=sources,
+        analysis=study.primary.check(tasks, seeds),
     )
 
 

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import rich.box
 import rich.table
+from rich.text import Text
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import duration, out
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.design import Design
+from hcnet_cli.study.planning import detect_seeds, find_spread, power_lines
 from hcnet_cli.study.runner import Settings, StudyProcess
+from hcnet_cli.study.table import runs_by_name
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,16 @@ class Cost:
 
 def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) -> None:
     """Prints the grid of cells with their state, the cost of each arm and the time of what is left to do."""
-    cells = StudyProcess(design, settings).record.cells
+    record = StudyProcess(design, settings).record
+    cells = record.cells
     several = len(design.tasks) > 1
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("arm", "task") if several else ("arm",):
         grid.add_column(title, no_wrap=True)
     grid.add_column("sets", overflow="fold")
     for title in ("finished", "#params\n(M)", "MACs\n(G)", "a run"):
-        grid.add_column(title, justify="right")
-    seconds_left, tried = 0.0, False
+        grid.add_column(Text(title), justify="right")
+    seconds_left, seconds_per_seed, tried = 0.0, 0.0, False
     for task in design.tasks:
         for arm, changes in design.arms.items():
             recipe = design.recipes[arm, task]
@@ -47,6 +51,7 @@ def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) 
             seconds = one.images * (1 / speed if speed else one.seconds)
             tried |= not speed
             seconds_left += seconds * done.count(False)
+            seconds_per_seed += seconds
             sets = ", ".join(f"{key}={_short(value)}" for key, value in changes.items()) or "–"
             labels = (arm, task) if several else (arm,)
             size = (f"{one.params / 1e6:.2f}", f"{one.macs / 1e9:.3g}")
@@ -64,8 +69,19 @@ def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) 
         f"({source})",
         "study": f"{settings.results / 'studies' / design.name}.json",
     }
+    found = runs_by_name(settings.results)
+    spread = find_spread(design, record, found)
+    lines |= power_lines(design, record, found, spread)
+    if detect := settings.detect:
+        seeds = detect_seeds(detect, design, record, spread)
+        lines["detect"] = (
+            f"{detect:g} points take {seeds} seeds: {seeds * len(design.recipes)} runs, about "
+            f"{duration(seeds * seconds_per_seed)} of training in all"
+            if seeds
+            else f"{detect:g} points take more than ten thousand seeds"
+        )
     for name, text in lines.items():
-        out.print(f"{name + ':':<8}{text}", markup=False)
+        out.print(f"{name + ':':<9}{text}")
 
 
 def _speed(recipe: Recipe, results: Path) -> float | None:

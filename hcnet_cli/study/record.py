@@ -16,6 +16,7 @@ from hcnet_cli.grouping import Run
 from hcnet_cli.plain_json import read_json
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunInfo
+from hcnet_cli.study.analysis import Analysis, Fixed
 from hcnet_cli.tasks import TASKS
 
 SCHEMA = 1
@@ -47,6 +48,8 @@ class StudyRecord(BaseModel):
     tasks: list[str]
     seeds: list[int]
     cells: list[Cell]
+    primary: Fixed | None = None  # None: a record of version 0.1
+    detect: float | None = None  # points, the difference that matters to the user
 
     @model_validator(mode="after")
     def _check(self) -> StudyRecord:
@@ -61,6 +64,15 @@ class StudyRecord(BaseModel):
     @property
     def baseline(self) -> str:
         return next(iter(self.arms))
+
+    @property
+    def analysis(self) -> Analysis:
+        return self.primary.analysis if self.primary else Analysis().check(self.tasks, self.seeds)
+
+    @property
+    def first_stage(self) -> tuple[int, ...] | None:
+        """The seeds of the first stage of `until`; None for a study with a fixed number of seeds."""
+        return self.primary.seeds if self.primary and self.primary.analysis.until else None
 
 
 def read_study(file: Path) -> StudyRecord:

@@ -25,9 +25,12 @@ from hcnet_cli.console import UserError, duration, err, launch, notice, warn
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.grouping import Run
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.study.analysis import fix
 from hcnet_cli.study.design import Design
 from hcnet_cli.study.machine import environment
+from hcnet_cli.study.planning import later_seeds, power_lines
 from hcnet_cli.study.record import Cell, Found, StudyRecord, find_run, read_study, same_recipe
+from hcnet_cli.study.table import runs_by_name
 from hcnet_cli.table import is_number
 from hcnet_cli.tasks import TASKS
 
@@ -45,6 +48,7 @@ class Settings:
     jobs: int = 1
     fresh: bool = False  # start over finished runs of another code version, and broken ones
     argv: Sequence[str] = ()
+    detect: float | None = None  # points, the difference that matters
 
 
 def run(design: Design, settings: Settings) -> tuple[StudyRecord, int]:
@@ -56,7 +60,14 @@ def run(design: Design, settings: Settings) -> tuple[StudyRecord, int]:
     if launch().world_size > 1:
         raise UserError("An ablation starts its own processes.", hint="Run it without torchrun; see --jobs.")
     with exclusive(settings.results / "studies" / design.name):
-        return StudyProcess(design, settings).run()
+        record, code = StudyProcess(design, settings).run()
+        later = later_seeds(record, runs_by_name(settings.results)) if code == 0 else []
+        if later:
+            notice(
+                f"The first stage is complete; by its spread ±{record.analysis.until:g} takes {len(later)} seeds more."
+            )
+            record, code = StudyProcess(design, settings, later).run()
+        return record, code
 
 
 @dataclass
@@ -70,8 +81,11 @@ class _Job:
 class StudyProcess:
     """The cells of a study with their states. Only `run` writes files and starts processes."""
 
-    def __init__(self, design: Design, settings: Settings) -> None:
+    def __init__(self, design: Design, settings: Settings, later: Sequence[int] = ()) -> None:
+        """`later`: the seeds of the second stage of `until`."""
         self.design = design
+        self.later = later
+        seeds = [*design.seeds, *later]
         self.settings = settings
         self.folder = settings.results / "studies" / design.name
         self.several_tasks = len(design.tasks) > 1
@@ -81,16 +95,25 @@ class StudyProcess:
             argv=list(settings.argv),
             arms={arm: dict(changes) for arm, changes in design.arms.items()},
             tasks=list(design.tasks),
-            seeds=list(design.seeds),
+            seeds=seeds,
             # seed by seed, so that a study that is stopped has whole pairs
-            cells=[Cell(arm=a, task=t, seed=s) for s in design.seeds for t in design.tasks for a in design.arms],
+            detect=settings.detect,
+            cells=[Cell(arm=a, task=t, seed=s) for s in seeds for t in design.tasks for a in design.arms],
         )
         self.start_over: set[str] = set()  # names of runs
         self.jobs: dict[int, _Job] = {}
         self.durations: list[float] = []  # seconds, of the cells that finished
         self.stop = 0  # the number of a signal
         self.refused: UserError | None = None
-        self._adopt()
+        before = None
+        if self.file.exists():
+            try:
+                before = read_study(self.file)
+            except UserError as error:
+                warn(f"{error} The study's record is made again from its runs.")
+        self._adopt(before.cells if before else ())
+        finished = sum(cell.state == "finished" for cell in self.record.cells)
+        self.record.primary = fix(design.analysis, design.seeds, before.primary if before else None, finished)
 
     # -- cells and their runs --
 
@@ -116,11 +139,9 @@ class StudyProcess:
         """The name of its files in the study's folder, without seed and ending."""
         return f"{cell.arm}-{cell.task}" if self.several_tasks else cell.arm
 
-    def _adopt(self) -> None:
-        """Enters the runs that exist already. The earlier record names runs whose data has another path since."""
-        earlier = {}
-        with contextlib.suppress(UserError):
-            earlier = {(c.arm, c.task, c.seed): c for c in read_study(self.file).cells}
+    def _adopt(self, before: Sequence[Cell]) -> None:
+        """Enters the runs that exist already. The cells of before name runs whose data has another path since."""
+        earlier = {(c.arm, c.task, c.seed): c for c in before}
         found = runs.find_runs(self.settings.results)
         names = {path.name: Run(path, info) for path, info in found[0]}
         code, others = runs.git_state(), 0
@@ -128,14 +149,14 @@ class StudyProcess:
             if not self.ready(cell):
                 continue
             folder = find_run(self.recipe(cell), found)
-            before = earlier.get((cell.arm, cell.task, cell.seed))
-            if folder is None and before and (moved := names.get(before.run)) and self._is_of(moved, cell, before):
+            old = earlier.get((cell.arm, cell.task, cell.seed))
+            if folder is None and old and (moved := names.get(old.run)) and self._is_of(moved, cell, old):
                 folder = moved.folder
             if folder is None:
                 continue
             cell.run = folder.name
-            if before and before.run == cell.run:
-                cell.jobs = before.jobs
+            if old and old.run == cell.run:
+                cell.jobs = old.jobs
             run = names.get(cell.run)
             cell.fingerprint = run.info.fingerprint if run else ""
             foreign = run is None or any((s.git_commit, s.git_dirty) != code for s in run.info.all_sessions())
@@ -172,9 +193,13 @@ class StudyProcess:
         self.write()
         finished = sum(cell.state == "finished" for cell in cells)
         tasks = f" x {len(self.design.tasks)} tasks" if self.several_tasks else ""
-        grid = f"{len(self.design.arms)} arms{tasks} x {len(self.design.seeds)} seeds = {len(cells)} runs"
+        grid = f"{len(self.design.arms)} arms{tasks} x {len(self.record.seeds)} seeds = {len(cells)} runs"
         notice(f"{grid}{f', {finished} of them finished' if finished else ''} · {self.file}")
         if finished < len(cells):
+            if not self.later:
+                plan = power_lines(self.design, self.record, runs_by_name(self.settings.results))
+                for name, text in plan.items():
+                    notice(f"{name}: {text}")
             with self._signals(), self._show() as show:
                 try:
                     self._work(show)

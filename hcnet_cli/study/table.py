@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
-from hcnet_cli.console import duration
-from hcnet_cli.grouping import Run, plain
-from hcnet_cli.results import command, epochs, in_units, metric_notes, model_name, timed_alike
+from hcnet_cli.grouping import Run
+from hcnet_cli.results import command, in_units, metric_notes, model_name, timed_alike
 from hcnet_cli.runs import RunInfo
-from hcnet_cli.statistics import SIGNIFICANT, WILCOXON_FROM, Comparison, compare, holm, mean_interval
+from hcnet_cli.statistics import Comparison, compare, holm, mean_interval
+from hcnet_cli.study import words
+from hcnet_cli.study.analysis import Analysis
 from hcnet_cli.study.record import StudyRecord, read_studies
 from hcnet_cli.table import Column, Row, Style, Table, Value, is_number, joined
 from hcnet_cli.tasks import TASKS
@@ -163,7 +162,7 @@ def table(record: StudyRecord, found: Found) -> Table:
         left_out += lines
         if task == record.tasks[0]:
             _fill_costs(counted, values)
-        comparisons = _fill_metric(metric.key, counted, values)
+        comparisons = _fill_metric(metric.key, counted, values, record)
         for arm, by_seed in counted.items():
             members[arm] += by_seed.values()
             infos += [run.info for run in by_seed.values()]
@@ -171,8 +170,8 @@ def table(record: StudyRecord, found: Found) -> Table:
             if c.low is not None and c.high is not None:
                 label = f"{arm}, {metric.title}" if len(record.tasks) > 1 else arm
                 forest.append((label, c.difference, c.low, c.high))
-        significant = {arm for arm in comparisons if is_number(p := values[arm][f"{metric.key}_p"]) and p < SIGNIFICANT}
-        verdicts += _verdicts(record.baseline, metric.title, comparisons, significant)
+        found_out = {arm: str(values[arm][f"{metric.key}_verdict"]) for arm in comparisons}
+        verdicts += words.verdicts(record, metric, comparisons, found_out)
     for arm, row in values.items():
         row |= _provenance(record, members[arm])
     rows = [
@@ -180,14 +179,17 @@ def table(record: StudyRecord, found: Found) -> Table:
         for arm in record.arms
     ]
     rows.sort(key=lambda row: row.kind == "unfinished")
-    notes = [*verdicts, *left_out, *_method_notes(record, values), *_run_notes(record, infos, values)]
-    return Table("ablation", _title(record, infos), _columns(record.tasks, values), rows, notes, forest)
+    notes = [*verdicts, *left_out, *words.method_notes(record, values), *words.run_notes(record, infos, values)]
+    return Table("ablation", _title(record, infos), _columns(record, values), rows, notes, forest)
 
 
-def _columns(tasks: Sequence[str], values: Mapping[str, Mapping[str, Value]]) -> list[Column]:
-    """One task: cost, metric, difference. Several: the metrics side by side first, and then their details."""
-    metrics = [TASKS[task].primary for task in tasks]
-    several = len(tasks) > 1
+def _columns(record: StudyRecord, values: Mapping[str, Mapping[str, Value]]) -> list[Column]:
+    """One task: cost, metric, difference. Several: the metrics side by side first, and then their details.
+
+    At the end stand secondary figures, as far as there are any.
+    """
+    metrics = [TASKS[task].primary for task in record.tasks]
+    several, analysis = len(metrics) > 1, record.analysis
 
     def each(suffix: str, title: str, style: Style, secondary: bool = several) -> list[Column]:
         def heading(metric: Metric) -> str:
@@ -197,14 +199,23 @@ def _columns(tasks: Sequence[str], values: Mapping[str, Mapping[str, Value]]) ->
 
     label, source = Column("variant", "variant"), Column("source", "source", secondary=True)
     scores = [Column(m.key, m.title, "percent") for m in metrics]
-    number, interval = each("_n", "n", "integer"), each("_interval", "95% interval", "text")
-    difference, p = each("_difference", "diff." if several else "difference", "difference"), each("_p", "p (Holm)", "p")
-    effect = each("_effect", "effect size", "number", secondary=True)
-    ranks = each("_p_wilcoxon", "p (Wilcoxon)", "p", secondary=True)
-    ranks = [column for column in ranks if any(is_number(row.get(column.key)) for row in values.values())]
+    number = each("_n", "n", "integer", secondary=True)
+    interval = each("_interval", f"{100 * (1 - analysis.alpha):g}% interval", "text")
+    difference, p = each("_difference", "diff.", "difference"), each("_p", "p (Holm)", "p")
+    verdict = each("_verdict", "verdict", "text")
+    other = ("_p_sign_flip", "p (sign-flip)") if analysis.test == "paired-t" else ("_p_t", "p (t)")
+    further = [
+        *each("_p_equivalence", "p (equivalence)", "p", secondary=True),
+        *each("_effect", "effect size", "number", secondary=True),
+        *each(*other, "p", secondary=True),
+        *each("_bootstrap", "BCa interval", "text", secondary=True),
+        *each("_median", "median diff.", "difference", secondary=True),
+        *each("_iqm", "IQM diff.", "difference", secondary=True),
+    ]
+    further = [column for column in further if any(row.get(column.key) not in (None, "") for row in values.values())]
     if several:
-        return [label, *scores, *difference, *p, *COST_COLUMNS, *number, *interval, *effect, *ranks, source]
-    return [label, *COST_COLUMNS, *scores, *number, *difference, *interval, *p, *effect, *ranks, source]
+        return [label, *scores, *difference, *p, *verdict, *COST_COLUMNS, *number, *interval, *further, source]
+    return [label, *number, *COST_COLUMNS, *scores, *difference, *interval, *p, *verdict, *further, source]
 
 
 def _title(record: StudyRecord, infos: Sequence[RunInfo]) -> str:
@@ -231,12 +242,25 @@ def _fill_costs(counted: Counted, values: Mapping[str, dict[str, Value]]) -> Non
             }
 
 
-def _fill_metric(metric: str, counted: Counted, values: Mapping[str, dict[str, Value]]) -> dict[str, Comparison]:
+def _fill_metric(
+    metric: str, counted: Counted, values: Mapping[str, dict[str, Value]], record: StudyRecord
+) -> dict[str, Comparison]:
     """Enters the figures of one metric. Returns the comparison of each arm with the baseline, where there is one."""
+    analysis = record.analysis
+    # the number of seeds follows from the primary metric alone: only its estimate needs the first stage
+    first_stage = record.first_stage if metric == analysis.metric else None
     scores = {arm: {s: run.info.metrics[metric] for s, run in by_seed.items()} for arm, by_seed in counted.items()}
     baseline, *others = counted
-    compared = {arm: c for arm in others if (c := compare(scores[arm], scores[baseline])) is not None}
-    corrected = dict(zip(compared, holm([c.p for c in compared.values()]), strict=True))
+    compared: dict[str, Comparison] = {}
+    for arm in others:
+        c = compare(
+            scores[arm], scores[baseline], alpha=analysis.alpha, margin=analysis.margin, first_stage=first_stage
+        )
+        if c is not None:
+            compared[arm] = c
+    p = {arm: c.p if analysis.test == "paired-t" else c.p_sign_flip for arm, c in compared.items()}
+    corrected = dict(zip(compared, holm(list(p.values())), strict=True))
+    equivalent = dict(zip(compared, holm([c.p_equivalence for c in compared.values()]), strict=True))
     for arm, by_seed in scores.items():
         row = values[arm]
         if by_seed:
@@ -248,13 +272,32 @@ def _fill_metric(metric: str, counted: Counted, values: Mapping[str, dict[str, V
                 f"{metric}_difference": c.difference,
                 f"{metric}_low": c.low,
                 f"{metric}_high": c.high,
-                f"{metric}_interval": "" if c.low is None else f"[{c.low:+.2f}, {c.high:+.2f}]".replace("-", "−"),
+                f"{metric}_interval": _interval(c.low, c.high),
                 f"{metric}_p": corrected[arm],
-                f"{metric}_p_uncorrected": c.p,
-                f"{metric}_p_wilcoxon": c.p_wilcoxon,
+                f"{metric}_p_uncorrected": p[arm],
+                f"{metric}_verdict": _verdict(c, corrected[arm], equivalent[arm], analysis),
+                f"{metric}_p_equivalence": equivalent[arm],
+                f"{metric}_p_t": c.p,
+                f"{metric}_p_sign_flip": c.p_sign_flip,
+                f"{metric}_bootstrap": _interval(*(c.bootstrap or (None, None))),
+                f"{metric}_median": c.median,
+                f"{metric}_iqm": c.iqm,
                 f"{metric}_effect": c.effect,
             }
     return compared
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"[{low:+.2f}, {high:+.2f}]".replace("-", "−")
+
+
+def _verdict(c: Comparison, p: float | None, p_equivalence: float | None, analysis: Analysis) -> str:
+    """A word for what is shown; "" where there is no test."""
+    if p is not None and p < analysis.alpha:
+        return words.BETTER if c.difference > 0 else words.WORSE
+    if p_equivalence is not None and p_equivalence < analysis.alpha:
+        return words.EQUIVALENT
+    return words.UNRESOLVED if p is not None else ""
 
 
 def _provenance(record: StudyRecord, members: Sequence[Run]) -> dict[str, Value]:
@@ -274,91 +317,3 @@ def _provenance(record: StudyRecord, members: Sequence[Run]) -> dict[str, Value]
         "precision": joined([i.precision for i in infos]),
         "finished": max((i.finished for i in infos), default=""),
     }
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _verdicts(
-    baseline: str, title: str, comparisons: Mapping[str, Comparison], significant: Iterable[str]
-) -> list[str]:
-    """What the numbers show and what they do not."""
-    single = [arm for arm, c in comparisons.items() if c.n == 1]
-    constant = [arm for arm, c in comparisons.items() if c.n > 1 and c.p is None]
-    different = [arm for arm in comparisons if arm in significant]
-    unclear = [arm for arm, c in comparisons.items() if c.p is not None and arm not in significant]
-    lines = []
-    if different:
-        lines.append(f"{title}: differs from {baseline} (corrected p < {SIGNIFICANT}): {', '.join(different)}.")
-    if unclear:
-        lines.append(
-            f"{title}: no difference from {baseline} is shown for {', '.join(unclear)}; differences inside the "
-            "intervals remain possible."
-        )
-    if constant:
-        lines.append(
-            f"{title}: every seed gives the same difference for {', '.join(constant)}: there is no spread to judge it "
-            "by, so no interval and no p."
-        )
-    if single:
-        lines.append(
-            f"{title}: one seed for {', '.join(single)}: these are numbers, not findings. Nothing can be said about "
-            "a difference without repeated runs (--seeds 0,1,2)."
-        )
-    return lines
-
-
-def _method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
-    """The statistics, where there is more than one seed."""
-
-    def numbers(ending: str) -> list[float]:
-        return [v for row in values.values() for key, v in row.items() if key.endswith(ending) and is_number(v)]
-
-    if not numbers("_ci"):
-        return []
-    others = len(record.arms) - 1
-    corrected = f"Holm-corrected over {others} arms" if others > 1 else "of one arm: nothing to correct"
-    notes = [
-        f"Differences are arm minus {record.baseline}, paired by seed. ±: half of the 95 % t-interval over n seeds. p: "
-        f"paired t-test, two-sided, {corrected}. Effect size: Hedges' "
-        "g_z (mean difference over the standard deviation of the differences, corrected for small n)."
-    ]
-    if max(numbers("_n"), default=0) < WILCOXON_FROM:
-        notes.append(f"No Wilcoxon test: with fewer than {WILCOXON_FROM} seeds no outcome of it has p < {SIGNIFICANT}.")
-    elif numbers("_wilcoxon"):
-        notes.append("p (Wilcoxon): signed ranks, two-sided, without correction; seeds without a difference left out.")
-    return notes
-
-
-def _run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str, Mapping[str, Value]]) -> list[str]:
-    """Budget, arms, conventions, machine and command."""
-    if not infos:
-        return []
-    budgets = dict.fromkeys(
-        f"{i.task} {i.steps_total} steps of {i.batch_size} images"
-        + (f" ({passes:g} epochs)" if (passes := epochs(i)) else "")
-        for i in infos
-    )
-    notes = [f"Every run: {'; '.join(budgets)}; the best of its evaluations on the validation data."]
-    notes.append(f"{'; '.join(f'{arm}: {_changes(changed)}' for arm, changed in record.arms.items() if changed)}.")
-    inputs = joined([i.macs_input for i in infos if i.task == record.tasks[0]])
-    notes.append(
-        "MACs: multiply-adds of convolutions, linear layers and matrix products"
-        f"{f', at {inputs}' if inputs else ''}; norms, pooling and element-wise work are not counted."
-    )
-    if speeds := joined([str(row.get("speed_notes") or "") for row in values.values()], "; "):
-        jobs = max(cell.jobs for cell in record.cells)
-        shared = f", while up to {jobs} runs shared the machine" if jobs > 1 else ""
-        notes.append(f"images/s: median of the runs; {speeds}{shared}.")
-    if any(session.git_dirty for i in infos for session in i.all_sessions()):
-        notes.append("The code had uncommitted changes; it is taken to have been the same for runs of one commit.")
-    machines = joined([i.machine for i in infos])
-    notes.append(
-        f"{len(infos)} runs, {duration(sum(i.train_seconds for i in infos))} of training in all"
-        f"{f' on {machines}' if machines else ''}: {command(record.argv) or record.name}"
-    )
-    return notes
-
-
-def _changes(changed: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={plain(value)}" for key, value in rcp.flatten(changed).items())

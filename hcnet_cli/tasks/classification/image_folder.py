@@ -23,13 +23,14 @@ from torch.utils.data import Dataset
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean, warn
 from hcnet_cli.data.audit import Audit, Item
-from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, is_image, walk
+from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, is_image, reading_folder, walk
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import EXTENSIONS, first_usable, read_image
 from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.data.problems import Report, refuse, reported
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.runs import DataInfo
-from hcnet_cli.schema import Part
+from hcnet_cli.schema import MAX_PIXELS, Part
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification import spec
 from hcnet_cli.tasks.classification.augment import collate, eval_transform, train_transform
@@ -89,23 +90,29 @@ class Index:
         return len(self.val)
 
 
-def scan(root: str | Path, *, trust: Trust = "content", bits: int | None = None, verify: bool = False) -> Index:
+def scan(
+    root: str | Path,
+    *,
+    trust: Trust = "content",
+    bits: int | None = None,
+    verify: bool = False,
+    report: Report = refuse,
+) -> Index:
     """Lists the files and reads each once, for the digest (see data/identity.py).
 
-    Raises UserError for a folder that does not have this layout.
+    UserError for a folder that does not have this layout; classes that contradict each other are reported.
     """
     root = Path(root)
-    _check_layout(root)
     left_out: LeftOut = {}
-    try:
+    with reading_folder(root):
+        _check_layout(root)
         classes = tuple(_subfolders(root / "train"))
         for split in SPLITS:
-            _check_classes(root / split, classes)
-        files = {split: _files(root / split, classes, left_out) for split in SPLITS}
+            with reported(report):
+                _check_classes(root / split, classes)
+        files = {split: _files(root / split, classes, left_out, report) for split in SPLITS}
         _leave_out_the_rest(root, left_out)
         names = [name for split in SPLITS for name in _names(split, classes, files[split])]
-    except OSError as error:
-        raise UserError(f"{error.filename or root} cannot be read: {error.strerror}.") from None
     facts = {"layout": "image-folder", "classes": classes, "images": [len(files[split]) for split in SPLITS]}
     identity = identify(root, names, facts, trust=trust, bits=bits, verify=verify)
     train, val = files["train"], files["val"]
@@ -189,7 +196,7 @@ def _count_and_names(names: list[str]) -> str:
     return f"{'a class' if len(names) == 1 else f'{len(names)} classes'} ({quoted}{more})"
 
 
-def _files(folder: Path, classes: tuple[str, ...], left_out: LeftOut) -> Files:
+def _files(folder: Path, classes: tuple[str, ...], left_out: LeftOut, report: Report) -> Files:
     present = set(_subfolders(folder))
     names: list[bytes] = []
     counts, empty = [], []
@@ -201,9 +208,11 @@ def _files(folder: Path, classes: tuple[str, ...], left_out: LeftOut) -> Files:
         names += images
         counts.append(len(images))
     if empty:
-        raise UserError(
-            f"{folder} has {_count_and_names(empty)} without images.",
-            hint=f"Image files end in {' '.join(sorted(EXTENSIONS))}.",
+        report(
+            UserError(
+                f"{folder} has {_count_and_names(empty)} without images.",
+                hint=f"Image files end in {' '.join(sorted(EXTENSIONS))}.",
+            )
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     return Files(Packed(names), labels)
@@ -244,12 +253,18 @@ class ImageFolder(Dataset[dict[str, Any]]):
     that the key chooses; the item then names the file under `unreadable`. In evaluation that is a UserError.
     """
 
-    def __init__(self, index: Index, split: str, transform: Callable[[Image.Image], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        index: Index,
+        split: str,
+        transform: Callable[[Image.Image], dict[str, Any]],
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.files: Files = {"train": index.train, "val": index.val}[split]
         self.train = split == "train"
         self.folder = str(index.root / split)
         self.classes = index.classes
-        self.bits = index.identity.bits
+        self.bits, self.max_pixels = index.identity.bits, max_pixels
         self.transform = transform
 
     def __len__(self) -> int:
@@ -266,7 +281,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         return os.path.join(self.folder, self.classes[self.files.labels[index]], self.files.name(index))
 
     def _read(self, index: int) -> Image.Image:
-        return read_image(self.sample_path(index), bits=self.bits)
+        return read_image(self.sample_path(index), bits=self.bits, max_pixels=self.max_pixels)
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
         index, key, _ = request
@@ -323,8 +338,8 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
             left_out=counted(index.left_out),
             notes=list(index.notes),
         ),
-        train=images(index, "train", train),
-        val=images(index, "val", eval_transform(**shared, crop_pct=config.crop_pct)),
+        train=images(index, "train", train, config.max_pixels),
+        val=images(index, "val", eval_transform(**shared, crop_pct=config.crop_pct), config.max_pixels),
         class_names=list(index.classes),
         img_size=(config.img_size, config.img_size),
         collate=collate,
@@ -337,7 +352,12 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
 
 def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
     """The images of the folder, and classes that validation lacks."""
-    index = scan(root, trust=config.trust, bits=config.bits, verify=True)
+    problems: list[UserError] = []
+    index = None
+    with reported(problems.append):
+        index = scan(root, trust=config.trust, bits=config.bits, verify=True, report=problems.append)
+    if index is None:
+        return Audit(dataset_name(root, BENCHMARK, False), root, "image folder", "images", [], {}, problems=problems)
     items: list[Item] = []
     classes: dict[str, dict[str, float]] = {name: {} for name in index.classes}
     for split, files in (("train", index.train), ("val", index.val)):
@@ -345,7 +365,12 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
         items += [Item(images.sample_path(i), split, index.classes[files.labels[i]]) for i in range(len(images))]
         for name, count in zip(index.classes, np.bincount(files.labels, minlength=len(classes)), strict=True):
             classes[name][split] = int(count)
-    made = Audit(index.name, root, "image folder", "images", items, classes, bits=index.identity.bits)
+    made = Audit(
+        *(index.name, root, "image folder", "images", items, classes),
+        bits=index.identity.bits,
+        max_pixels=config.max_pixels,
+        problems=problems,
+    )
     made.note_identity(index.identity, index.left_out, index.notes)
     made.note("scores that mean nothing", [problem] if (problem := degenerate(index)) else [], wrong=True)
     made.note("classes without validation images", [name for name, counts in classes.items() if not counts["val"]])

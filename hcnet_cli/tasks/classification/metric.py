@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,24 @@ from hcnet_cli.files import optional, write_text
 class Accuracy:
     """Counts right answers of a classifier. Of equal scores, that of the lower class number counts as higher.
 
-    With fewer than five classes `top5` looks at all of them, and is 100.
+    With fewer than five classes `top5` looks at all of them, and is 100. The five best classes of each image are kept
+    for `save`, which names an image by `sample_name` of its number.
     """
 
-    def __init__(self, num_classes: int, class_names: Sequence[str]) -> None:
+    def __init__(self, num_classes: int, class_names: Sequence[str], sample_name: Callable[[int], str] = str) -> None:
         assert num_classes == len(class_names)
         self.partial = False
+        self.sample_name = sample_name
+        self.kept: list[tuple[Tensor, Tensor]] = []  # [B, 2 + 5] sample, label, best classes; [B, 5] their scores
         self.class_names = distinct(class_names)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [truth, prediction]
         self.top5 = torch.zeros(num_classes, dtype=torch.int64)  # by truth
 
     def update(self, predictions: Tensor, batch: dict[str, Any]) -> None:
-        """Takes scores [B, num_classes] and `batch["target"]` [B]; UserError for a score that is not finite."""
+        """Takes scores [B, num_classes] and the batch's `target` and `sample` [B].
+
+        UserError for a score that is not finite.
+        """
         target = batch["target"]
         num_classes = len(self.class_names)
         if not torch.isfinite(predictions).all():
@@ -38,19 +46,17 @@ class Accuracy:
                 "The model's scores are not finite: the weights are broken, or the precision is too low for them.",
                 hint="Evaluate with --precision fp32; if that fails too, start from an earlier checkpoint.",
             )
-        classes = torch.arange(num_classes, device=predictions.device)  # [C]
-        best = predictions.amax(dim=1, keepdim=True)
-        predicted = torch.where(predictions == best, classes, num_classes).amin(dim=1)  # [B, C] -> [B], the first best
-        score = predictions.gather(1, target[:, None])  # [B, 1]
-        ahead = (predictions > score) | ((predictions == score) & (classes < target[:, None]))  # [B, C]
-        among_five = ahead.sum(dim=1) < 5  # [B]
-        cells = (target * num_classes + predicted).cpu()
+        scores, order = (x[:, :5] for x in predictions.sort(dim=1, descending=True, stable=True))  # [B, 5]
+        among_five = (order == target[:, None]).any(dim=1)  # [B]
+        self.kept.append((torch.cat([batch["sample"][:, None], target[:, None], order], dim=1).cpu(), scores.cpu()))
+        cells = (target * num_classes + order[:, 0]).cpu()
         self.confusion += torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
         self.top5 += torch.bincount(target[among_five].cpu(), minlength=num_classes)
 
     def compute(self) -> dict[str, float]:
         """`top1` and `top5` in per cent, over all processes; every process calls it."""
         self._confusion, self._top5 = dist.all_reduce_sum(self.confusion), dist.all_reduce_sum(self.top5)
+        self._kept = [rows for part in dist.gather(self.kept) for rows in part]
         images = int(self._confusion.sum())
         assert images, "nothing was evaluated"
         return {
@@ -59,7 +65,8 @@ class Accuracy:
         }
 
     def save(self, folder: Path) -> None:
-        """After `compute`: `per_class.json`, and `confusion.json` with the cells that are not zero.
+        """After `compute`: `per_class.json`, `confusion.json` with the cells that are not zero, and `predictions.csv`
+        with the best classes of each image and their scores.
 
         `top1`, `top5` of a class are its recall in per cent, null if it has no image.
         """
@@ -79,3 +86,18 @@ class Accuracy:
             write_text(folder / "per_class.json", json.dumps(per_class, indent=1, ensure_ascii=False) + "\n")
         with optional(folder / "confusion.json"):
             write_text(folder / "confusion.json", json.dumps(confusion, ensure_ascii=False) + "\n")
+        with optional(folder / "predictions.csv"):
+            write_text(folder / "predictions.csv", self._predictions())
+
+    def _predictions(self) -> str:
+        """A line for each image, in the order of the data set: name, label, best classes, their scores."""
+        ids, scores = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        order = ids[:, 0].argsort()
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        number = range(1, scores.shape[1] + 1)
+        writer.writerow(["image", "label", *(f"class_{i}" for i in number), *(f"score_{i}" for i in number)])
+        for (sample, *classes), values in zip(ids[order].tolist(), scores[order].tolist(), strict=True):
+            names = [self.class_names[i] for i in classes]
+            writer.writerow([self.sample_name(sample), *names, *(f"{value:.6g}" for value in values)])
+        return text.getvalue()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from hcnet_cli.schema import DataPart, EvaluationPart, Fraction, Part, PositiveFloat, PositiveInt, field
+from hcnet_cli.schema import DataPart, EvaluationPart, Fraction, FromTo, Part, Side, field, in_order
 from hcnet_cli.tasks.spec import Column, Format, Metric, Spec
 
 FOLDER = "hcnet_cli.tasks.classification"
@@ -19,37 +20,67 @@ class Classes(Part):
     kind: Literal["linear"] = "linear"
 
 
+# timm's names of augmentation policies: auto_augment_transform, rand_augment_transform, augment_and_mix_transform. timm
+# itself ignores a part without a number, which is a slip: "rand-m9-mstd-inc1" has no deviation.
+_NUMBER, _SHARE = r"[0-9]{1,3}(?:\.[0-9]{1,6})?", r"(?:0\.[0-9]{1,6}|1(?:\.0)?)"
+POLICY = re.compile(
+    rf"(?:v0|v0r|original|originalr|3a)(?:-mstd{_NUMBER})?"
+    rf"|rand(?:-m[0-9]{{1,2}}|-n[1-9]|-p{_SHARE}|-mstd{_NUMBER}|-mmax[1-9][0-9]?|-inc[01]|-t(?:weights|3a|3aw))*"
+    rf"|augmix(?:-m[0-9]{{1,2}}|-w[1-9]|-d[1-9]|-a(?!0(?:\.0+)?(?:-|$)){_NUMBER}|-b[01]|-mstd{_NUMBER})*"
+)
+
+
+def _policy(name: str) -> str:
+    if not POLICY.fullmatch(name):
+        none = "; for none, write null" if name.lower() in ("", "none", "no", "off", "false") else ""
+        raise ValueError(f"it takes a policy of timm: rand-..., augmix-..., v0, v0r, original, originalr or 3a{none}")
+    return name
+
+
+CropShare = Annotated[float, Field(ge=0.1, le=1)]
+AreaShare = Annotated[float, Field(ge=0.001, le=1)]
+Alpha = Annotated[float, Field(ge=0, le=100)]
+
+
 class ImageFolder(DataPart):
     """Folders of images by class, with timm's augmentation (names as in timm.data.create_transform and Mixup)."""
 
     format: Literal["image-folder"]
-    img_size: PositiveInt = field(224, "Height and width of the images.", unit="pixels")
-    scale: tuple[float, float] = field((0.08, 1.0), "Random resized crop: part of the area, from and to.")
-    ratio: tuple[float, float] = field((3 / 4, 4 / 3), "Random resized crop: width over height, from and to.")
+    img_size: Side = field(224, "Height and width of the images.", unit="pixels")
+    scale: Annotated[tuple[AreaShare, AreaShare], AfterValidator(in_order)] = field(
+        (0.08, 1.0), "Random resized crop: part of the area, from and to."
+    )
+    ratio: FromTo = field((3 / 4, 4 / 3), "Random resized crop: width over height, from and to.", example=(0.75, 1.33))
     hflip: Fraction = field(0.5, "Probability of a horizontal flip.")
     vflip: Fraction = field(0.0, "Probability of a vertical flip.")
-    color_jitter: float | None = field(0.4, "Colour jitter; timm leaves it out beside `auto_augment`.")
-    auto_augment: str | None = field("rand-m9-mstd0.5-inc1", "timm's name of an automatic augmentation; null: none.")
+    color_jitter: Fraction | None = field(0.4, "Colour jitter; timm leaves it out beside `auto_augment`.")
+    auto_augment: Annotated[str, AfterValidator(_policy)] | None = field(
+        "rand-m9-mstd0.5-inc1", "timm's name of an automatic augmentation; null: none."
+    )
     interpolation: Literal["bicubic", "bilinear"] = field("bicubic", "How images are resized.")
     re_prob: Fraction = field(0.25, "Probability of random erasing.")
     re_mode: Literal["pixel", "const", "rand"] = field("pixel", "What random erasing fills in.")
-    re_count: PositiveInt = field(1, "Regions that random erasing erases.")
-    mixup: float = field(0.8, "Mixup's alpha; 0: none.")
-    cutmix: float = field(1.0, "CutMix's alpha; 0: none.")
+    re_count: int = field(1, "Regions that random erasing erases.", ge=1, le=100)
+    mixup: Alpha = field(0.8, "Mixup's alpha; 0: none.")
+    cutmix: Alpha = field(1.0, "CutMix's alpha; 0: none.")
     mixup_prob: Fraction = field(1.0, "Probability that a batch is mixed.")
     mixup_switch_prob: Fraction = field(0.5, "Probability of CutMix where both are on.")
-    smoothing: Fraction = field(0.1, "Label smoothing.")
-    crop_pct: Annotated[float, Field(gt=0)] = field(0.875, "Evaluation: side of the centre crop over the resized side.")
+    smoothing: float = field(0.1, "Label smoothing.", ge=0, lt=1)
+    crop_pct: CropShare = field(0.875, "Evaluation: side of the centre crop over the resized side.")
 
 
 class ClassificationEvaluation(EvaluationPart):
     """Top-1 and top-5 of whole images, resized and cropped."""
 
-    img_size: PositiveInt | None = field(
-        None, "Height and width of the images; null: as in training.", unit="pixels", fingerprint="changed"
+    img_size: Side | None = field(
+        None,
+        "Height and width of the images; null: as in training.",
+        unit="pixels",
+        example=224,
+        fingerprint="changed",
     )
-    crop_pct: PositiveFloat | None = field(
-        None, "Side of the centre crop over the resized side; null: the data's.", fingerprint="changed"
+    crop_pct: CropShare | None = field(
+        None, "Side of the centre crop over the resized side; null: the data's.", example=0.9, fingerprint="changed"
     )
 
 

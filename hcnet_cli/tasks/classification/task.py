@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,19 +29,27 @@ class ClassificationTask(Task):
     """`model` maps images [B, 3, H, W], which `normalise` makes of a batch, to logits [B, num_classes].
 
     With `mixup` (timm's, which also smooths) the target is soft; without it plain cross-entropy with `smoothing`.
+    `sample_name` names a validation image by its number.
     """
 
     primary = "top1"
     protocol = ""
 
     def __init__(
-        self, model: nn.Module, class_names: Sequence[str], normalise: Normalise, mixup: Mixup | None, smoothing: float
+        self,
+        model: nn.Module,
+        class_names: Sequence[str],
+        normalise: Normalise,
+        mixup: Mixup | None,
+        smoothing: float,
+        sample_name: Callable[[int], str] = str,
     ) -> None:
         super().__init__()
         self.model: Any = model
         self.takes_noise = takes_noise(model.forward)
         self.normalise = normalise
         self.class_names = list(class_names)
+        self.sample_name = sample_name
         self.mixup = mixup
         self.criterion = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
 
@@ -55,7 +65,7 @@ class ClassificationTask(Task):
         return self.model(self.normalise(batch)).float()
 
     def evaluator(self) -> Accuracy:
-        return Accuracy(len(self.class_names), self.class_names)
+        return Accuracy(len(self.class_names), self.class_names, self.sample_name)
 
 
 def build_task(
@@ -77,7 +87,14 @@ def build_task(
         smoothing=config.smoothing,
     )
     model = backbone(data.info.num_classes)
-    return ClassificationTask(model, data.class_names, Normalise(config.mean, config.std), mixup, config.smoothing)
+    images = data.val
+    assert isinstance(images, image_folder.ImageFolder)
+
+    def sample_name(sample: int) -> str:
+        return Path(os.path.relpath(images.sample_path(sample), data.info.path)).as_posix()
+
+    normalise = Normalise(config.mean, config.std)
+    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, sample_name)
 
 
 def build_evaluation(
@@ -91,7 +108,7 @@ def build_evaluation(
     assert isinstance(data.val, image_folder.ImageFolder)
     size, crop = entry.img_size or config.img_size, entry.crop_pct or config.crop_pct
     transform = augment.eval_transform(img_size=size, interpolation=config.interpolation, crop_pct=crop)
-    view = ClassificationTask(task.model, task.class_names, task.normalise, None, 0.0)
+    view = ClassificationTask(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name)
     view.protocol = f"{size} x {size}, crop {crop:g}"
     return view, data.val.with_transform(transform), data.val_collate
 

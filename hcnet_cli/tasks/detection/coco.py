@@ -1,4 +1,4 @@
-"""COCO-format folders: where the files are, and images with targets for the detector.
+"""COCO-format folders: images with targets for the detector.
 
 Both resize policies are those of Swin's detection code (docs/detection.md).
 """
@@ -6,9 +6,8 @@ Both resize policies are those of Swin's detection code (docs/detection.md).
 from __future__ import annotations
 
 import copy
-import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,197 +22,18 @@ from torch.utils.data import Dataset
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.audit import Audit, Item, distinct
-from hcnet_cli.data.folders import LeftOut, counted, dataset_name, is_image
-from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
-from hcnet_cli.data.images import Size, check_size, first_usable, normalise, read_image, rescale, to_tensor
+from hcnet_cli.data.folders import counted, dataset_name
+from hcnet_cli.data.images import Size, first_usable, normalise, read_image, rescale, to_tensor
 from hcnet_cli.data.images import resize as resize_image
 from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.data.problems import reported
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.runs import DataInfo
-from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD
+from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS
 from hcnet_cli.tasks.detection import spec
-from hcnet_cli.tasks.detection.annotations import NO_MASKS_HINT, Annotations, read_annotations
-from hcnet_cli.tasks.detection.categories import COCO_CATEGORIES
+from hcnet_cli.tasks.detection.annotations import NO_MASKS_HINT, Annotations
+from hcnet_cli.tasks.detection.folder import check_sizes, open_folder
 from hcnet_cli.tasks.detection.geometry import Scene, crop, flip, random_window, resize
-
-NUM_IMAGES = (118_287, 5_000)  # of COCO 2017, for training and for validation
-NUM_OBJECTS = (860_001, 36_781)  # annotations of COCO 2017, crowds included
-MIN_DISTINCT = 0.99  # of its images have different contents
-
-# --- the folder -------------------------------------------------------------------------------------------------------
-
-
-def find_split(root: Path, split: str) -> tuple[Path, list[Path]]:
-    """The annotation file of a split ("train" or "val") and the folders its images may be in, most likely first.
-
-    Known layouts: COCO's (annotations/instances_train2017.json, train2017/), the same with another suffix or images/
-    in between, and exports with _annotations.coco.json next to the images.
-    """
-    if not root.is_dir():
-        raise UserError(f"There is no folder {root}.")
-    found = sorted(root.glob(f"annotations/instances_{split}*.json")) or sorted(root.glob(f"annotations/{split}*.json"))
-    if len(found) > 1:
-        found = [f for f in found if f.stem == f"instances_{split}2017"] or found
-    if len(found) > 1:
-        raise UserError(f"{root}/annotations has several files for {split}: {', '.join(f.name for f in found)}.")
-    if found:
-        folder = found[0].stem.removeprefix("instances_")
-        return found[0], [root / name for name in (folder, f"images/{folder}", split, f"images/{split}", "images", "")]
-    for name in (split, "valid" if split == "val" else split):
-        if (root / name / "_annotations.coco.json").is_file():
-            return root / name / "_annotations.coco.json", [root / name]
-    raise UserError(
-        f"There is no annotation file {root / 'annotations' / f'instances_{split}2017.json'}.",
-        hint="A COCO folder has train2017/, val2017/ and annotations/instances_{train,val}2017.json.",
-    )
-
-
-def find_images(annotations: Annotations, folders: Sequence[Path]) -> Path:
-    """The first of the folders that holds the first image; UserError naming an image if any listed one is missing."""
-    names = [annotations.name(i) for i in range(len(annotations))]
-    folder = next((f for f in folders if (f / names[0]).is_file()), None)
-    if folder is None:
-        raise UserError(
-            f"{folders[0] / names[0]} is missing: no folder holds the images that {annotations.file} lists."
-        )
-    parents = {Path(name).parent for name in names}
-    present = {str(p / f.name) for p in parents if (folder / p).is_dir() for f in (folder / p).iterdir()}
-    missing = [name for name in names if str(Path(name)) not in present]
-    if missing:
-        count = f"{len(missing)} of {len(names)} images" if len(missing) > 1 else "an image"
-        raise UserError(f"{folder / missing[0]} is missing: {annotations.file} lists {count} that {folder} lacks.")
-    return folder
-
-
-def load_split(root: Path, split: str, *, masks: bool = True) -> tuple[Annotations, Path]:
-    """(annotations, image folder) of "train" or "val" in a COCO folder; UserError for what is missing or broken."""
-    file, folders = find_split(root, split)
-    annotations = read_annotations(file, masks=masks, scoring=split == "val")
-    return annotations, find_images(annotations, folders)
-
-
-def check_same_classes(train: Annotations, val: Annotations) -> None:
-    """Raises UserError unless both files have the same categories."""
-    if train.category_ids != val.category_ids or train.class_names != val.class_names:
-        raise UserError(
-            f"{train.file.name} and {val.file.name} have different categories: {_brief(train)} and {_brief(val)}."
-        )
-
-
-def check_objects(train: Annotations, val: Annotations) -> None:
-    """Raises UserError where there is nothing to train on, or nothing to score."""
-    for found, purpose in ((train, "to train on"), (val, "to score")):
-        if not len(found.boxes):
-            reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in found.dropped.items())
-            raise UserError(
-                f"{found.file} has no object {purpose}: of its {found.num_annotations} annotations "
-                f"{'none is left' if found.num_annotations else 'there is none'}{f' ({reasons})' if reasons else ''}."
-            )
-
-
-def _brief(annotations: Annotations) -> str:
-    pairs = [f"{i} {n}" for i, n in zip(annotations.category_ids, annotations.class_names, strict=True)]
-    return ", ".join(pairs[:4] + ["..."] * (len(pairs) > 4))
-
-
-def check_sizes(annotations: Annotations, images: Path) -> None:
-    """Raises UnusableImageError for the first image that is not one or has another size than its annotations.
-
-    Reads headers alone. Evaluation needs every image, so this runs before training rather than hours into it.
-    """
-    for i, (height, width) in enumerate(annotations.sizes.tolist()):
-        check_size(images / annotations.name(i), (height, width))
-
-
-def is_coco(train: Annotations, val: Annotations, num_distinct: int) -> bool:
-    """Whether this is COCO 2017: its 80 categories, and its images and objects, hardly an image twice."""
-    return (
-        (len(train), len(val)) == NUM_IMAGES
-        and (train.num_annotations, val.num_annotations) == NUM_OBJECTS
-        and num_distinct >= MIN_DISTINCT * sum(NUM_IMAGES)
-        and dict(zip(val.category_ids, val.class_names, strict=True)) == COCO_CATEGORIES
-    )
-
-
-@dataclass(frozen=True)
-class CocoFolder:
-    """A checked data folder. `left_out`: files and objects that training does not use, by reason."""
-
-    root: Path
-    name: str
-    identity: Identity
-    trust: Trust
-    left_out: LeftOut
-    train: Annotations
-    train_images: Path
-    val: Annotations
-    val_images: Path
-
-    @property
-    def notes(self) -> list[str]:
-        return [NAMES_NOTE] if self.trust == "names" else []
-
-
-def identify_folder(
-    root: Path,
-    train: tuple[Annotations, Path],
-    val: tuple[Annotations, Path],
-    config: spec.Coco,
-    verify: bool = False,
-) -> CocoFolder:
-    """Reads the images once, for the digest, and lists what is left out."""
-    places: dict[bytes, None] = {}  # in the order of the files, each once
-    for found, folder in (train, val):
-        for i in range(len(found)):
-            places[os.fsencode(os.path.relpath(folder / found.name(i), root))] = None
-    identity = identify(
-        root,
-        list(places),
-        {
-            "layout": "coco",
-            "classes": list(zip(val[0].category_ids, val[0].class_names, strict=True)),
-            "annotations": [train[0].digest, val[0].digest],
-        },
-        trust=config.trust,
-        bits=config.bits,
-        verify=verify,
-    )
-    left_out = _left_out(root, [train, val], config.min_side, places)
-    name = dataset_name(root, spec.SPEC.benchmark, is_coco(train[0], val[0], identity.num_distinct))
-    return CocoFolder(root, name, identity, config.trust, left_out, *train, *val)
-
-
-def _left_out(
-    root: Path, splits: Sequence[tuple[Annotations, Path]], min_side: int, used: Mapping[bytes, None]
-) -> LeftOut:
-    """Training objects and images that training does not use, and image files that no annotation file names."""
-    train = splits[0][0]
-    left_out: LeftOut = {
-        f"training objects ({reason})": [f"annotation id {i}" for i in ids] for reason, ids in train.dropped.items()
-    }
-    bare, small = ~train.annotated, train.annotated & (train.sizes.min(axis=1) < min_side)
-    for reason, rows in (("without annotations", bare), (f"smaller than {min_side} pixels", small)):
-        if rows.any():
-            left_out[f"training images {reason}"] = [train.name(int(i)) for i in np.flatnonzero(rows)]
-    parents = {folder / Path(found.name(i)).parent for found, folder in splits for i in range(len(found))}
-    for parent in sorted(parents):
-        files = [path for path in parent.iterdir() if is_image(os.fsencode(path.name))]
-        unnamed = [str(path) for path in files if os.fsencode(os.path.relpath(path, root)) not in used]
-        if unnamed:
-            left_out.setdefault("images that no annotation file names", []).extend(sorted(unnamed))
-    return left_out
-
-
-def check_scorable(val: Annotations) -> None:
-    """UserError unless there is an object to measure AP on."""
-    assert val.truth is not None
-    if not (~val.truth.crowds).any():
-        objects = f"only crowds ({len(val.truth)})" if len(val.truth) else "no objects"
-        raise UserError(
-            f"{val.file} has {objects}: there is nothing to measure AP on.",
-            hint="The validation images need annotated objects, as those for training do.",
-        )
-
 
 # --- images and their objects -----------------------------------------------------------------------------------------
 
@@ -249,6 +69,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
         hflip: float = 0.5,
         min_side: int = 32,
         bits: int | None = None,
+        max_pixels: int = MAX_PIXELS,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
@@ -256,13 +77,17 @@ class CocoDataset(Dataset[dict[str, Any]]):
         self.long, self.short = max(img_scale), min(img_scale)
         self.multiscale, self.crop_scales, self.crop_range = tuple(multiscale), tuple(crop_scales), crop_range
         self.hflip = hflip
-        self.bits = bits
+        self.bits, self.max_pixels = bits, max_pixels
         self.mean, self.std = mean, std
         rows = np.arange(len(annotations))
         if train:
             rows = rows[annotations.annotated & (annotations.sizes.min(axis=1) >= min_side)]
             if not len(rows):
-                raise UserError(f"{annotations.file} has no image to train on: none has objects.")
+                raise UserError(
+                    f"{annotations.file} has no image to train on: none has objects and sides of at least {min_side} "
+                    "pixels.",
+                    hint="data.min_side is the smallest side of a training image.",
+                )
         self.rows = rows  # dataset index -> image of the annotation file
         height, width = annotations.sizes[rows].T
         self.groups = (width >= height).astype(np.int64)  # [len], 1 landscape, 0 portrait
@@ -287,7 +112,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
 
     def _read(self, i: int) -> Image.Image:
         height, width = self.annotations.sizes[i].tolist()
-        return read_image(self.images / self.annotations.name(i), (height, width), self.bits)
+        return read_image(self.images / self.annotations.name(i), (height, width), self.bits, self.max_pixels)
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
         index, key, _ = request
@@ -368,18 +193,18 @@ class CocoSplits(DataSplits):
 
 def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
     """Reads both annotation files and makes the data sets; UserError for what is wrong with them."""
-    splits = {split: load_split(root, split, masks=head.with_masks) for split in ("train", "val")}
-    (train, train_images), (val, val_images) = splits["train"], splits["val"]
-    check_same_classes(train, val)
-    check_scorable(val)
-    check_sizes(val, val_images)  # what evaluation cannot do without must not be found after hours of training
-    check_objects(train, val)
-    folder = identify_folder(root, splits["train"], splits["val"], config)
+    folder = open_folder(root, config, masks=head.with_masks)
+    assert folder is not None, "problems are raised"
+    train, val = folder.train, folder.val
+    # what evaluation cannot do without must not be found after hours of training
+    check_sizes(val, folder.val_images, config.max_pixels)
     for found in (train, val):
         if found.num_as_text:
             notice(f"{found.file}: {found.num_as_text:,} annotations have iscrowd or ignore as text; read as 0 or 1.")
+    if folder.linked:
+        notice(f"{root}: {len(folder.linked):,} images are links out of the folder, the first is {folder.linked[0]}.")
     given = config.model_dump(exclude={"format", "path", "trust"}) | {"bits": folder.identity.bits}
-    train_set = CocoDataset(train, train_images, train=True, **given)
+    train_set = CocoDataset(train, folder.train_images, train=True, **given)
     return CocoSplits(
         info=DataInfo(
             name=folder.name,
@@ -394,7 +219,7 @@ def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
             notes=folder.notes,
         ),
         train=train_set,
-        val=CocoDataset(val, val_images, train=False, **given),
+        val=CocoDataset(val, folder.val_images, train=False, **given),
         class_names=val.class_names,
         img_size=(800, 1280),
         collate=collate,
@@ -409,34 +234,39 @@ def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
 
 def audit(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> Audit:
     """The images and objects of the folder, and what training leaves out, clips or never sees."""
-    splits: dict[str, tuple[Annotations, Path]] = {}
-    maskless = []
-    for split in ("train", "val"):
-        try:
-            splits[split] = load_split(root, split, masks=head.with_masks)
-        except UserError as error:
-            if error.hint != NO_MASKS_HINT:
-                raise
-            maskless.append(str(error))
-            splits[split] = load_split(root, split, masks=False)
-    train, val = splits["train"][0], splits["val"][0]
-    check_same_classes(train, val)
-    names = distinct(val.class_names)
-    folder = identify_folder(root, splits["train"], splits["val"], config, verify=True)
-    made = Audit(folder.name, root, "COCO", "objects", [], {name: {} for name in names}, bits=folder.identity.bits)
-    reported = ("training objects", "training images without")  # below, for both splits
-    unused = {reason: files for reason, files in folder.left_out.items() if not reason.startswith(reported)}
+    problems: list[UserError] = []
+    folder = open_folder(root, config, masks=head.with_masks, report=problems.append, verify=True)
+    maskless = [str(problem) for problem in problems if problem.hint == NO_MASKS_HINT]
+    if maskless:
+        problems.clear()
+        folder = open_folder(root, config, masks=False, report=problems.append)
+    if folder is None:
+        return Audit(dataset_name(root, spec.SPEC.benchmark, False), root, "COCO", "objects", [], {}, problems=problems)
+    with reported(problems.append):
+        CocoDataset(folder.train, folder.train_images, train=True, min_side=config.min_side)
+    names = distinct(folder.val.class_names)
+    made = Audit(
+        folder.name,
+        root,
+        "COCO",
+        "objects",
+        [],
+        {name: {} for name in names},
+        bits=folder.identity.bits,
+        max_pixels=config.max_pixels,
+        problems=problems,
+    )
+    reported_below = ("training objects", "training images without")  # for both splits
+    unused = {reason: files for reason, files in folder.left_out.items() if not reason.startswith(reported_below)}
     made.note_identity(folder.identity, unused, folder.notes)
-    try:
-        check_objects(train, val)
-    except UserError as error:
-        made.note("scores that mean nothing", [str(error)], wrong=True)
+    made.note("images that are links out of the data folder", [made.relative(file) for file in folder.linked])
     made.note("annotation files for boxes alone (train with --no-masks)", maskless)
-    for split, (found, images) in splits.items():
+    for split, found, images in (("train", folder.train, folder.train_images), ("val", folder.val, folder.val_images)):
         files = [str(images / found.name(i)) for i in range(len(found))]
         sizes: list[list[int]] = found.sizes.tolist()
         made.items += [Item(file, split, size=(h, w)) for file, (h, w) in zip(files, sizes, strict=True)]
-        for name, count in zip(names, np.bincount(found.labels, minlength=len(names) + 1)[1:], strict=True):
+        counts = np.bincount(found.labels, minlength=len(names) + 1)[1:]
+        for name, count in zip(names, counts, strict=False):  # splits with other classes are a problem
             made.classes[name][split] = int(count)
         for reason, ids in found.dropped.items():
             what = f"{split} annotations left out" if reason != "crowd" else f"{split} annotations not learned from"
@@ -444,5 +274,5 @@ def audit(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> Audit:
         made.note(f"{split} boxes clipped to their image", [f"annotation id {i}" for i in found.clipped])
         bare = [made.relative(file) for file, has in zip(files, found.annotated, strict=True) if not has]
         made.note(f"{split} images without annotations", bare)
-        made.note(f"classes without {split} objects", [n for n in names if not made.classes[n][split]])
+        made.note(f"classes without {split} objects", [n for n in names if not made.classes[n].get(split)])
     return made

@@ -17,7 +17,8 @@ from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
 from hcnet_cli.files import optional, write_text
-from hcnet_cli.tasks.detection.annotations import Annotations, decode_mask
+from hcnet_cli.tasks.detection import masks as mask_bytes
+from hcnet_cli.tasks.detection.annotations import Annotations
 
 Backend = Literal["faster-coco-eval", "pycocotools"]
 # COCO's twelve numbers in the order of COCOeval.stats
@@ -187,7 +188,7 @@ class CocoAP:
             text, colour = f"{text} (crowd)", pictures.GREY
         if "score" in item:
             text += f"  {100 * item['score']:.0f}%"
-        mask = decode_mask(item["segmentation"], image.height, image.width) if "segmentation" in item else None
+        mask = mask_bytes.decode(item["segmentation"], image.height, image.width) if "segmentation" in item else None
         return pictures.DrawnObject(text, colour, item["bbox"], mask)
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from hcnet_cli.schema import (
+    Channels,
+    Count,
     DataPart,
     EvaluationPart,
     Fraction,
-    NaturalInt,
-    Pair,
     Part,
-    PositiveFloat,
-    PositiveInt,
+    Side,
+    Sides,
+    SidesFromTo,
     field,
 )
 from hcnet_cli.tasks.spec import Column, Format, Metric, Option, Spec
@@ -26,38 +27,42 @@ class MaskRCNN(Part):
 
     kind: Literal["mask-rcnn"] = "mask-rcnn"
     with_masks: bool = field(True, "Predict masks; false: Faster R-CNN.")
-    fpn_channels: PositiveInt = field(256, "Channels of the feature pyramid.")
-    box_head_channels: PositiveInt = field(1024, "Channels of the box head.")
-    mask_head_channels: PositiveInt = field(256, "Channels of the mask head.")
-    num_mask_convs: NaturalInt = field(4, "Convolutions of the mask head.")
-    anchor_scale: PositiveFloat = field(8.0, "Side of an anchor in strides of its level.")
-    rpn_pre_train: PositiveInt = field(2000, "Proposals per level before NMS, in training.")
-    rpn_post_train: PositiveInt = field(1000, "Proposals per image after NMS, in training.")
-    rpn_pre_test: PositiveInt = field(1000, "Proposals per level before NMS, in evaluation.")
-    rpn_post_test: PositiveInt = field(1000, "Proposals per image after NMS, in evaluation.")
-    rpn_batch: PositiveInt = field(256, "Anchors per image that the proposal losses sample.")
-    box_batch: PositiveInt = field(512, "Proposals per image that the box losses sample.")
-    score_thresh: Fraction = field(0.05, "Detections below this score are dropped.")
-    nms_thresh: Fraction = field(0.5, "Overlap (IoU) above which the weaker of two detections is dropped.")
-    max_detections: PositiveInt = field(100, "Detections per image.")
+    fpn_channels: Channels = field(256, "Channels of the feature pyramid.")
+    box_head_channels: Channels = field(1024, "Channels of the box head.")
+    mask_head_channels: Channels = field(256, "Channels of the mask head.")
+    num_mask_convs: int = field(4, "Convolutions of the mask head.", ge=0, le=64)
+    anchor_scale: float = field(8.0, "Side of an anchor in strides of its level.", ge=0.1, le=100)
+    rpn_pre_train: Count = field(2000, "Proposals per level before NMS, in training.")
+    rpn_post_train: Count = field(1000, "Proposals per image after NMS, in training.")
+    rpn_pre_test: Count = field(1000, "Proposals per level before NMS, in evaluation.")
+    rpn_post_test: Count = field(1000, "Proposals per image after NMS, in evaluation.")
+    rpn_batch: Count = field(256, "Anchors per image that the proposal losses sample.")
+    box_batch: Count = field(512, "Proposals per image that the box losses sample.")
+    score_thresh: float = field(0.05, "Detections below this score are dropped.", ge=0, lt=1)
+    nms_thresh: float = field(0.5, "Overlap (IoU) above which the weaker of two detections is dropped.", gt=0, le=1)
+    max_detections: Count = field(100, "Detections per image.")
 
 
 class Coco(DataPart):
     """A COCO folder: train2017/, val2017/, annotations/instances_*.json."""
 
     format: Literal["coco"]
-    img_scale: Pair = field((1333, 800), "Long and short side that an image is rescaled to fit.", unit="pixels")
-    multiscale: tuple[PositiveInt, ...] = field(
-        (), "Short sides to draw from in training; empty: `img_scale` alone.", unit="pixels"
+    img_scale: Sides = field((1333, 800), "Long and short side that an image is rescaled to fit.", unit="pixels")
+    multiscale: tuple[Side, ...] = field(
+        (),
+        "Short sides to draw from in training; empty: `img_scale` alone.",
+        unit="pixels",
+        example=(480, 640, 800),
     )
-    crop_scales: tuple[PositiveInt, ...] = field(
+    crop_scales: tuple[Side, ...] = field(
         (400, 500, 600),
         "With `multiscale`, half of the images are first rescaled to one of these short sides and cropped.",
         unit="pixels",
+        min_length=1,
     )
-    crop_range: Pair = field((384, 600), "Sides of that crop, from and to.", unit="pixels")
+    crop_range: SidesFromTo = field((384, 600), "Sides of that crop, from and to.", unit="pixels")
     hflip: Fraction = field(0.5, "Probability of a horizontal flip.")
-    min_side: NaturalInt = field(32, "Smaller training images are left out.", unit="pixels")
+    min_side: int = field(32, "Smaller training images are left out.", unit="pixels", ge=0, le=16_384)
 
 
 class DetectionEvaluation(EvaluationPart):
@@ -66,10 +71,11 @@ class DetectionEvaluation(EvaluationPart):
     backend: Literal["faster-coco-eval", "pycocotools"] = field(
         "faster-coco-eval", "Library that scores.", fingerprint="never"
     )
-    img_scale: Pair | None = field(
+    img_scale: Sides | None = field(
         None,
         "Long and short side that an image is rescaled to fit; null: as in training.",
         unit="pixels",
+        example=(1333, 800),
         fingerprint="changed",
     )
 

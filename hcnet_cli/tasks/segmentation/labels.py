@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from hcnet_cli import dist
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.images import UnusableImageError, opened, shown_size
+from hcnet_cli.data.problems import Report, refuse
 from hcnet_cli.files import write_text
+from hcnet_cli.schema import MAX_PIXELS
 
 Pixels = NDArray[np.uint8]
 Paths = Mapping[str, NDArray[np.str_]]  # of each split
-SCAN_VERSION = 2  # part of the cache's key: raise it when a scan checks more
+SCAN_VERSION = 3  # part of the cache's key: raise it when a scan checks more
 ANNOUNCED_FROM = 1000  # labels: a scan of more takes long enough to be announced
 
 
@@ -57,16 +59,16 @@ def label_table(num_classes: int, reduce_zero_label: bool, ignore_index: int) ->
     return LabelTable(classes.astype(np.uint8), (classes < num_classes) | (classes == ignore_index))
 
 
-def read_label(path: str, table: LabelTable) -> Pixels:
+def read_label(path: str, table: LabelTable, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Class indices [H, W]; UserError for a value that may not occur (a GPU would only say "device-side assert")."""
-    pixels, _ = _read_values(path)
+    pixels, _ = _read_values(path, max_pixels)
     table.check(path, np.flatnonzero(np.bincount(pixels.ravel())))
     return table.classes[pixels]
 
 
-def _read_values(path: str) -> tuple[Pixels, str]:
+def _read_values(path: str, max_pixels: int) -> tuple[Pixels, str]:
     """([H, W], "grey" | "palette"); of a palette image the indices. Raises UserError for other kinds."""
-    with opened(path) as image:
+    with opened(path, max_pixels, formats=("PNG",)) as image:  # JPEG, under another name, would blur the numbers
         mode = image.mode
         pixels = np.asarray(image)
     if mode.startswith("I"):
@@ -111,17 +113,19 @@ class LabelScan:
         return float(pixels[0] / max(1, pixels.sum()))
 
 
-def scan(images: Paths, labels: Paths, cache: Path | None) -> LabelScan:
-    """Reads the labels of every split. Raises UserError for labels that cannot be used.
+def scan(images: Paths, labels: Paths, cache: Path | None, max_pixels: int, report: Report) -> LabelScan:
+    """Reads the labels of every split, and reports those that cannot be used.
 
-    One process scans and the others get its result, a refusal too. `cache` is a folder that keeps the result until a
-    file changes.
+    One process scans and the others get its result, a refusal too. `cache` is a folder that keeps a result without
+    problems until a file changes.
     """
-    return dist.from_main(lambda: _scan_cached(images, labels, cache) if cache else _scan(images, labels))
+    if cache is None:
+        return dist.from_main(lambda: _scan(images, labels, max_pixels, report))
+    return dist.from_main(lambda: _scan_cached(images, labels, cache, max_pixels))
 
 
-def _scan_cached(images: Paths, labels: Paths, cache: Path) -> LabelScan:
-    key = hashlib.blake2b(str(SCAN_VERSION).encode(), digest_size=16)
+def _scan_cached(images: Paths, labels: Paths, cache: Path, max_pixels: int) -> LabelScan:
+    key = hashlib.blake2b(f"{SCAN_VERSION} {max_pixels}".encode(), digest_size=16)
     for path in np.concatenate([*images.values(), *labels.values()]).tolist():
         with contextlib.suppress(OSError):  # an image that is gone; its label is read all the same
             stat = os.stat(path)
@@ -131,14 +135,14 @@ def _scan_cached(images: Paths, labels: Paths, cache: Path) -> LabelScan:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # absent or damaged
         content = json.loads(kept.read_text())
         return LabelScan({int(value): path for value, path in content["first"].items()}, content["pixels"])
-    found = _scan(images, labels)
+    found = _scan(images, labels, max_pixels, refuse)
     with contextlib.suppress(OSError, UserError):  # a cache that cannot be written costs time alone
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, json.dumps({"first": found.first, "pixels": found.pixels}))
     return found
 
 
-def _scan(images: Paths, labels: Paths) -> LabelScan:
+def _scan(images: Paths, labels: Paths, max_pixels: int, report: Report) -> LabelScan:
     number = sum(map(len, labels.values()))
     if number > ANNOUNCED_FROM:
         notice(f"Reading {number} labels once, before training ...")
@@ -148,32 +152,41 @@ def _scan(images: Paths, labels: Paths) -> LabelScan:
     with ThreadPoolExecutor(max_workers=8) as pool:
         for split in labels:
             total = np.zeros(256, dtype=np.int64)
-            results = pool.map(_scan_one, images[split].tolist(), labels[split].tolist())
-            for path, (mode, counts) in zip(labels[split].tolist(), results, strict=True):
+            paths = zip(images[split].tolist(), labels[split].tolist(), strict=True)
+            results = pool.map(lambda pair: _scan_one(pair[0], pair[1], max_pixels), paths)
+            for path, found in zip(labels[split].tolist(), results, strict=True):
+                if isinstance(found, UserError):
+                    report(found)
+                    continue
+                mode, counts = found
                 first_mode.setdefault(mode, path)
-                if len(first_mode) > 1:
-                    raise UserError(
-                        f"Some labels are palette images ({first_mode['palette']}) and some are grey "
-                        f"({first_mode['grey']}): the same number may mean two things.",
-                        hint="Save all of them the same way, the class number as the pixel value.",
-                    )
                 total += counts
                 for value in np.flatnonzero(counts).tolist():
                     first.setdefault(value, path)
             pixels[split] = total.tolist()
+    if len(first_mode) > 1:
+        report(
+            UserError(
+                f"Some labels are palette images ({first_mode['palette']}) and some are grey ({first_mode['grey']}): "
+                "the same number may mean two things.",
+                hint="Save all of them the same way, the class number as the pixel value.",
+            )
+        )
     return LabelScan(first, pixels)
 
 
-def _scan_one(image_path: str, label_path: str) -> tuple[str, NDArray[np.int64]]:
-    """("grey" | "palette", pixels of each value [256]), after comparing the label's size with its image's header."""
+def _scan_one(image_path: str, label_path: str, max_pixels: int) -> tuple[str, NDArray[np.int64]] | UserError:
+    """("grey" | "palette", pixels of each value [256]), or the problem, such as another size than its image's."""
     try:
-        pixels, mode = _read_values(label_path)
+        pixels, mode = _read_values(label_path, max_pixels)
     except UnusableImageError as error:
-        raise UserError(f"The label {label_path} cannot be used: {error.reason}.") from None
+        return UserError(f"The label {label_path} cannot be used: {error.reason}.")
+    except UserError as error:
+        return error
     with contextlib.suppress(UnusableImageError):  # training replaces such an image and evaluation names it
-        height, width = shown_size(image_path)
+        height, width = shown_size(image_path, max_pixels)
         if (height, width) != pixels.shape:
-            raise UserError(
+            return UserError(
                 f"{label_path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, its image {width} x {height}.",
                 hint="The image's size is taken after the rotation its EXIF data asks for.",
             )

@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hcnet_cli.schema import DataPart, EvaluationPart, Fraction, Pair, Part, PositiveFloat, PositiveInt, field
+from hcnet_cli.schema import (
+    Channels,
+    DataPart,
+    EvaluationPart,
+    Factor,
+    Fraction,
+    FromTo,
+    Part,
+    Side,
+    Sides,
+    field,
+)
 from hcnet_cli.tasks.spec import Column, Format, Metric, Option, Spec
 
 FOLDER = "hcnet_cli.tasks.segmentation"
@@ -17,13 +28,15 @@ class UPerNet(Part):
     """UPerHead and auxiliary FCN head; the defaults are the reference's (Swin segmentation, mmsegmentation)."""
 
     kind: Literal["upernet"] = "upernet"
-    channels: PositiveInt = field(512, "Channels of the decoder.")
-    aux_channels: PositiveInt = field(256, "Channels of the auxiliary head, which training alone uses.")
-    pool_scales: tuple[PositiveInt, ...] = field((1, 2, 3, 6), "Sides of the maps of the pyramid pooling.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = field(0.1, "Dropout of channels before the classifiers.")
-    aux_weight: Annotated[float, Field(ge=0)] = field(0.4, "Weight of the auxiliary loss.")
-    init_std: PositiveFloat = field(
-        0.01, "Standard deviation of the classifiers' first weights; narrow heads want more."
+    channels: Channels = field(512, "Channels of the decoder.")
+    aux_channels: Channels = field(256, "Channels of the auxiliary head, which training alone uses.")
+    pool_scales: tuple[Annotated[int, Field(ge=1, le=64)], ...] = field(
+        (1, 2, 3, 6), "Sides of the maps of the pyramid pooling.", min_length=1
+    )
+    dropout: float = field(0.1, "Dropout of channels before the classifiers.", ge=0, lt=1)
+    aux_weight: float = field(0.4, "Weight of the auxiliary loss.", ge=0, le=10)
+    init_std: float = field(
+        0.01, "Standard deviation of the classifiers' first weights; narrow heads want more.", gt=0, le=10
     )
 
 
@@ -31,14 +44,16 @@ class SceneParsing(DataPart):
     """ADE20K's SceneParsing layout: images/ and annotations/, each with training/ and validation/."""
 
     format: Literal["scene-parsing"]
-    num_classes: PositiveInt | None = field(None, "Number of classes; null: as many as the folder names.")
+    num_classes: Annotated[int, Field(ge=1, le=256)] | None = field(
+        None, "Number of classes; null: as many as the folder names.", example=150
+    )
     reduce_zero_label: bool = field(True, "Pixel value 0 is ignored and 1 .. K are the classes, as in ADE20K.")
-    ignore_index: Annotated[int, Field(ge=0, le=255)] = field(255, "Label of pixels that do not count.")
-    img_scale: Pair = field((2048, 512), "Long and short side that an image is rescaled to fit.", unit="pixels")
-    ratio_range: tuple[float, float] = field((0.5, 2.0), "Training: factor on `img_scale`, from and to.")
-    crop_size: PositiveInt = field(512, "Side of the training crop and of sliding windows.", unit="pixels")
-    cat_max_ratio: Annotated[float, Field(gt=0, le=1)] = field(
-        0.75, "A crop is drawn again, up to ten times, while one class covers this share of it."
+    ignore_index: int = field(255, "Label of pixels that do not count.", ge=0, le=255)
+    img_scale: Sides = field((2048, 512), "Long and short side that an image is rescaled to fit.", unit="pixels")
+    ratio_range: FromTo = field((0.5, 2.0), "Training: factor on `img_scale`, from and to.")
+    crop_size: Side = field(512, "Side of the training crop and of sliding windows.", unit="pixels")
+    cat_max_ratio: float = field(
+        0.75, "A crop is drawn again, up to ten times, while one class covers this share of it.", gt=0, le=1
     )
     hflip: Fraction = field(0.5, "Probability of a horizontal flip.")
     photometric: bool = field(True, "Random brightness, contrast, saturation and hue.")
@@ -48,13 +63,18 @@ class SceneEvaluation(EvaluationPart):
     """Mean intersection over union at the size of the original images."""
 
     mode: Literal["whole", "slide"] | None = field(
-        None, "The network sees whole images, or windows that slide over them; null: as the first evaluation."
+        None,
+        "The network sees whole images, or windows that slide over them; null: as the first evaluation.",
+        example="whole",
     )
-    stride: PositiveInt | None = field(
-        None, "`slide`: distance of two windows; null: as the first evaluation.", unit="pixels"
+    stride: Side | None = field(
+        None, "`slide`: distance of two windows; null: as the first evaluation.", unit="pixels", example=341
     )
-    scales: tuple[PositiveFloat, ...] = field(
-        (1.0,), "Factors on `data.img_scale`; the probabilities of all are averaged.", fingerprint="changed"
+    scales: tuple[Factor, ...] = field(
+        (1.0,),
+        "Factors on `data.img_scale`; the probabilities of all are averaged.",
+        fingerprint="changed",
+        min_length=1,
     )
     flip: bool | None = field(
         False, "Average with the mirrored image; null: if training mirrors.", fingerprint="changed"

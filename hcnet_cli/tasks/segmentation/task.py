@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,7 +58,7 @@ class SegmentationTask(Task):
         flip: bool = False,
         protocol: str = "",
         num_pictures: int = 8,
-        bits: int | None = None,
+        read: Callable[[str], Image.Image] = read_image,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -70,7 +71,7 @@ class SegmentationTask(Task):
         self.flip = flip
         self.protocol = protocol
         self.num_pictures = num_pictures
-        self.bits = bits
+        self.read = read
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         key = batch["key"]
@@ -123,7 +124,7 @@ class SegmentationTask(Task):
             ignore_index=self.ignore_index,
             num_pictures=self.num_pictures,
             protocol=self.protocol,
-            read=functools.partial(read_image, bits=self.bits),
+            read=self.read,
         )
 
 
@@ -283,7 +284,7 @@ def _task(
         data.class_names,
         aux_weight=aux_weight,
         ignore_index=config.ignore_index,
-        bits=data.info.bits,
+        read=functools.partial(read_image, bits=data.info.bits, max_pixels=config.max_pixels),
         protocol=protocol(config.img_scale, ratios=entry.scales, **how),
         **how,
     )

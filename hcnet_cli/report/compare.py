@@ -1,0 +1,161 @@
+"""Two classifiers on the same images, image by image: `hcnet report --compare RUN RUN`."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from hcnet_cli import pictures
+from hcnet_cli.console import UserError
+from hcnet_cli.files import read_bytes, read_text
+from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.statistics import SIGNIFICANT, compare_images
+
+FILE = Path("final") / "predictions.csv"
+LIMIT = 1 << 30  # bytes of a file of predictions
+IMAGE_LIMIT = 1 << 28  # bytes of an image
+SHOWN = 24  # images in the picture
+COLUMNS = 6
+RIGHT, WRONG = (0, 110, 50), (176, 32, 32)
+
+
+class Prediction(NamedTuple):
+    """What a classifier says of an image: its label, and its best classes with their scores, the best first."""
+
+    label: str
+    scores: Mapping[str, float]
+
+    @property
+    def answer(self) -> str:
+        return next(iter(self.scores))
+
+    @property
+    def right(self) -> bool:
+        return self.answer == self.label
+
+
+Predictions = Mapping[str, Prediction]  # by the image's name
+
+
+def compare_runs(first: Path, second: Path) -> tuple[str, Image.Image | None]:
+    """Text, and a picture of the images on which the two differ most; None where they give the same answers.
+
+    UserError for runs that have other validation images or no predictions.
+    """
+    infos = [_read_info(folder) for folder in (first, second)]
+    data = [(info.data.digest, info.data.split) for info in infos]
+    if data[0] != data[1]:
+        raise UserError(
+            f"{first} and {second} were validated on other data ({infos[0].data.name} {data[0][0][:12]}, "
+            f"{infos[1].data.name} {data[1][0][:12]}), so their images cannot be compared."
+        )
+    ours, theirs = (read_predictions(folder / FILE) for folder in (first, second))
+    if {name: one.label for name, one in ours.items()} != {name: one.label for name, one in theirs.items()}:
+        raise UserError(f"{first / FILE} and {second / FILE} are not of the same images and labels.")
+    text = "\n".join(describe((first.name, second.name), ours, theirs)) + "\n"
+    names = most_different(ours, theirs)
+    root = Path(infos[0].data.path)
+    picture = draw(root, [(name, ours[name], theirs[name]) for name in names[:SHOWN]], len(names)) if names else None
+    return text, picture
+
+
+def _read_info(folder: Path) -> RunInfo:
+    info = RunFolder(folder).read() if folder.is_dir() else None
+    if info is None:
+        raise UserError(f"{folder} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
+    if not (folder / FILE).is_file():
+        raise UserError(
+            f"{folder} has no {FILE}: it is no classifier, is not evaluated yet, or was trained before predictions "
+            "were kept.",
+            hint="Train it again with --fresh to have them.",
+        )
+    return info
+
+
+def read_predictions(file: Path) -> dict[str, Prediction]:
+    """The lines of a predictions.csv. UserError for what is not such a file."""
+    try:
+        rows = csv.reader(io.StringIO(read_text(file, LIMIT), newline=""), strict=True)
+        header = next(rows, [])
+        k = (len(header) - 2) // 2
+        expected = ["image", "label", *(f"{what}_{i + 1}" for what in ("class", "score") for i in range(k))]
+        if k < 1 or header != expected:
+            raise ValueError("its first line is another")
+        made: dict[str, Prediction] = {}
+        for row in rows:
+            if len(row) != len(header) or row[0] in made:
+                raise ValueError(f"line {rows.line_num}")
+            scores = dict(zip(row[2 : 2 + k], map(float, row[2 + k :]), strict=True))
+            made[row[0]] = Prediction(row[1], scores)
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{file} is not a file of predictions ({error}).") from None
+    if not made:
+        raise UserError(f"{file} has no images.")
+    return made
+
+
+def describe(names: tuple[str, str], ours: Predictions, theirs: Predictions) -> list[str]:
+    """Counts, difference and test, a line each."""
+    right = [[by_image[name].right for name in ours] for by_image in (ours, theirs)]
+    found = compare_images(*right)
+    assert found is not None
+    both = sum(a and b for a, b in zip(*right, strict=True))
+    lines = [
+        *(
+            f"{letter}: top-1 {100 * sum(one) / found.n:.2f}  {name}"
+            for letter, name, one in zip("AB", names, right, strict=True)
+        ),
+        f"{found.n:,} images: {both:,} both right, {found.only_first:,} only A, {found.only_second:,} only B, "
+        f"{found.n - both - found.only_first - found.only_second:,} neither",
+    ]
+    if found.low is None or found.high is None:
+        return [*lines, "Both have the same images right: there is nothing to test."]
+    verdict = "" if found.p < SIGNIFICANT else "; not resolved"
+    return [
+        *lines,
+        f"B minus A: {found.difference:+.2f} points, 95 % [{found.low:+.2f}, {found.high:+.2f}] (paired bootstrap over "
+        "images)",
+        f"McNemar, exact: p {'< 0.001' if found.p < 0.001 else f'= {found.p:.3f}'}{verdict}",
+        "This compares two trained networks on other images of the kind; what another seed gives, hcnet ablate shows.",
+    ]
+
+
+def most_different(ours: Predictions, theirs: Predictions) -> list[str]:
+    """The images with different answers: first where each scores its own answer highest above the other's.
+
+    A class outside of the best five has at most the score of the fifth, which stands for it.
+    """
+    distance = {}
+    for name, a in ours.items():
+        b = theirs[name]
+        if a.answer != b.answer:
+            distance[name] = _lead(a, b.answer) + _lead(b, a.answer)
+    return sorted(distance, key=lambda name: (-distance[name], name))
+
+
+def _lead(one: Prediction, other: str) -> float:
+    return one.scores[one.answer] - one.scores.get(other, min(one.scores.values()))
+
+
+def draw(root: Path, images: Sequence[tuple[str, Prediction, Prediction]], differing: int) -> Image.Image:
+    """The images with their labels and both answers; `differing`: how many there are in all."""
+    tiles = []
+    for name, a, b in images:
+        lines = [(f"{Path(name).name}: {a.label}", pictures.INK)]
+        lines += [(f"{letter}: {one.answer}", RIGHT if one.right else WRONG) for letter, one in (("A", a), ("B", b))]
+        tiles.append(pictures.tile(_open(root / name), lines))
+    return pictures.grid(tiles, COLUMNS, f"{len(images)} of {differing} images with different answers; labels in black")
+
+
+def _open(path: Path) -> Image.Image | None:
+    """The image, or None where it is gone: the data may lie elsewhere by now."""
+    try:
+        with Image.open(io.BytesIO(read_bytes(path, IMAGE_LIMIT))) as image:
+            return image.convert("RGB")
+    except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None

@@ -1,0 +1,173 @@
+"""The sentences under the table of a study: what is shown, by what method, and from which runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import duration
+from hcnet_cli.grouping import plain
+from hcnet_cli.results import command, epochs
+from hcnet_cli.runs import RunInfo
+from hcnet_cli.statistics import (
+    BOOTSTRAP_FROM,
+    MOST_SEEDS,
+    POWER,
+    Comparison,
+    fewest_seeds,
+    seeds_for,
+    smallest_difference,
+)
+from hcnet_cli.study.record import StudyRecord
+from hcnet_cli.table import Value, is_number, joined
+from hcnet_cli.tasks.spec import Metric
+
+BETTER, WORSE, EQUIVALENT, UNRESOLVED = "better", "worse", "equivalent", "unresolved"
+
+
+def verdicts(
+    record: StudyRecord, metric: Metric, comparisons: Mapping[str, Comparison], found_out: Mapping[str, str]
+) -> list[str]:
+    """What the numbers of a metric show and what they do not. `found_out`: the verdict of each arm."""
+    analysis, title, baseline = record.analysis, metric.title, record.baseline
+    if metric.key != analysis.metric:
+        title += " (secondary)"
+    by_verdict = {
+        word: [arm for arm, one in found_out.items() if one == word] for word in dict.fromkeys(found_out.values())
+    }
+    lines = [
+        f"{title}: {word} than {baseline} (corrected p < {analysis.alpha:g}): {', '.join(by_verdict[word])}."
+        for word in (BETTER, WORSE)
+        if word in by_verdict
+    ]
+    if arms := by_verdict.get(EQUIVALENT):
+        lines.append(f"{title}: equivalent to {baseline} within ±{analysis.margin:g}: {', '.join(arms)}.")
+    if arms := by_verdict.get(UNRESOLVED):
+        lines.append(f"{title}: not resolved for {', '.join(arms)}: differences inside the intervals remain possible.")
+        if not analysis.until:
+            lines += [f"{title}: {sentence}" for sentence in _more_seeds(record, [comparisons[arm] for arm in arms])]
+    if analysis.until and metric.key == analysis.metric:
+        lines += [f"{title}: {sentence}" for sentence in _still_wide(analysis.until, comparisons)]
+    if arms := [arm for arm, c in comparisons.items() if c.n > 1 and c.low is None]:
+        lines.append(
+            f"{title}: every seed gives the same difference for {', '.join(arms)}: there is no spread, and so no "
+            "interval and no t-test."
+        )
+    if arms := [arm for arm, c in comparisons.items() if c.n == 1]:
+        lines.append(
+            f"{title}: one seed for {', '.join(arms)}: these are numbers, not findings. Nothing can be said about a "
+            "difference without repeated runs (--seeds 0,1,2)."
+        )
+    return lines
+
+
+def _more_seeds(record: StudyRecord, unresolved: Sequence[Comparison]) -> list[str]:
+    """How many seeds it would take, from the spread of the arm with the largest: at most one sentence."""
+    analysis = record.analysis
+    n, spread = min(c.n for c in unresolved), max(c.spread or 0.0 for c in unresolved)
+    level = analysis.alpha / (len(record.arms) - 1)
+    if analysis.test == "sign-flip" and n < fewest_seeds(level):
+        return [f"{n} seeds cannot have p < {analysis.alpha:g} in the sign-flip test; {fewest_seeds(level)} can."]
+    shown = smallest_difference(spread, n, level)
+    if shown is None:
+        return []
+    power = f"{100 * POWER:.0f} % power"
+    wanted = record.detect or analysis.margin or shown / 2
+    needed = seeds_for(wanted, spread, level) or MOST_SEEDS
+    if needed <= n:
+        return [f"{n} seeds show a difference of {shown:.2f} with {power}."]
+    return [
+        f"{n} seeds show a difference of {shown:.2f} with {power}; seeds still needed for {wanted:.2f}: "
+        f"{'more than ' if needed == MOST_SEEDS else ''}{needed - n}."
+    ]
+
+
+def _still_wide(until: float, comparisons: Mapping[str, Comparison]) -> list[str]:
+    """The arms whose interval is wider than was asked, with the seeds that it takes by Stein's rule."""
+    halves = {arm: (c.high - c.low) / 2 for arm, c in comparisons.items() if c.low is not None and c.high is not None}
+    return [
+        f"the interval of {arm} is ±{half:.2f} with {comparisons[arm].n} seeds; ±{until:g} takes "
+        f"{math.ceil(comparisons[arm].n * (half / until) ** 2 - 1e-9)} (--max-seeds)."
+        for arm, half in halves.items()
+        if half > until * (1 + 1e-9)
+    ]
+
+
+def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
+    """The statistics, where there is more than one seed."""
+
+    def numbers(ending: str) -> list[float]:
+        return [v for row in values.values() for key, v in row.items() if key.endswith(ending) and is_number(v)]
+
+    if not numbers("_ci"):
+        return []
+    analysis, others = record.analysis, len(record.arms) - 1
+    notes = [f"Primary analysis: {analysis.describe(others)}. {_when_fixed(record)} Other figures are secondary."]
+    if analysis.until:
+        notes.append(
+            f"Interval and p of the primary analysis are those of the two stages: the spread is that of the first "
+            f"{len(record.first_stage or ())} seeds, which decided the number of the others."
+        )
+    elif record.primary and len(planned := record.primary.seeds) > 1 and (added := set(record.seeds) - set(planned)):
+        notes.append(
+            f"Seeds added when results of the first {len(planned)} were known: {', '.join(map(str, sorted(added)))}. p "
+            "is too small if they were added because of these results (--until adds seeds and keeps the error rate)."
+        )
+    further = [
+        "±: half of the 95 % t-interval over n seeds.",
+        "Effect size: Hedges' g_z (mean difference over the standard deviation of the differences, corrected for "
+        "small n).",
+        "p of the secondary test: without correction.",
+    ]
+    if numbers("_p_equivalence"):
+        further.append("p (equivalence): two one-sided t-tests, Holm-corrected.")
+    if numbers("_iqm"):
+        further.append("IQM: mean of the middle half of the differences.")
+    if max(numbers("_n")) >= BOOTSTRAP_FROM and not analysis.until:
+        further.append("BCa interval: bootstrap over seeds, too narrow for few seeds (docs/statistics.md).")
+    notes.append(f"Differences are arm minus {record.baseline}, paired by seed. {' '.join(further)}")
+    return notes
+
+
+def _when_fixed(record: StudyRecord) -> str:
+    if record.primary is None:
+        return "It is the default: none was fixed before training."
+    if not record.primary.finished:
+        return "Fixed before training."
+    return f"Fixed when {record.primary.finished} of {len(record.cells)} runs were finished already."
+
+
+def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str, Mapping[str, Value]]) -> list[str]:
+    """Budget, arms, conventions, machine and command."""
+    if not infos:
+        return []
+    budgets = dict.fromkeys(
+        f"{i.task} {i.steps_total} steps of {i.batch_size} images"
+        + (f" ({passes:g} epochs)" if (passes := epochs(i)) else "")
+        for i in infos
+    )
+    notes = [f"Every run: {'; '.join(budgets)}; the best of its evaluations on the validation data."]
+    notes.append(f"{'; '.join(f'{arm}: {_changes(changed)}' for arm, changed in record.arms.items() if changed)}.")
+    inputs = joined([i.macs_input for i in infos if i.task == record.tasks[0]])
+    notes.append(
+        "MACs: multiply-adds of convolutions, linear layers and matrix products"
+        f"{f', at {inputs}' if inputs else ''}; norms, pooling and element-wise work are not counted."
+    )
+    if speeds := joined([str(row.get("speed_notes") or "") for row in values.values()], "; "):
+        jobs = max(cell.jobs for cell in record.cells)
+        shared = f", while up to {jobs} runs shared the machine" if jobs > 1 else ""
+        notes.append(f"images/s: median of the runs; {speeds}{shared}.")
+    if any(session.git_dirty for i in infos for session in i.all_sessions()):
+        notes.append("The code had uncommitted changes; it is taken to have been the same for runs of one commit.")
+    machines = joined([i.machine for i in infos])
+    notes.append(
+        f"{len(infos)} runs, {duration(sum(i.train_seconds for i in infos))} of training in all"
+        f"{f' on {machines}' if machines else ''}: {command(record.argv) or record.name}"
+    )
+    return notes
+
+
+def _changes(changed: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={plain(value)}" for key, value in rcp.flatten(changed).items())

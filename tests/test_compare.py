@@ -1,0 +1,149 @@
+"""`hcnet report --compare`: equal to a count by hand, refused for other data, and a picture of what differs most."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import Done
+from PIL import Image
+from scipy import stats
+from synthetic_runs import make_run
+
+from hcnet_cli.console import UserError
+from hcnet_cli.report import compare
+from hcnet_cli.report.compare import compare_runs, most_different, read_predictions
+
+LABELS = ["cat", "dog", "cat", "dog", "cat", "cat"]
+
+
+def write(file: Path, answers: Sequence[Sequence[tuple[str, float]]], labels: Sequence[str] = LABELS) -> None:
+    """A predictions.csv of images val/<label>/<number>.png."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    k = len(answers[0])
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        numbers = range(1, k + 1)
+        writer.writerow(["image", "label", *(f"class_{i}" for i in numbers), *(f"score_{i}" for i in numbers)])
+        for i, (label, scores) in enumerate(zip(labels, answers, strict=True)):
+            writer.writerow([f"val/{label}/{i}.png", label, *(name for name, _ in scores), *(x for _, x in scores)])
+
+
+def cat(score: float = 2.0) -> list[tuple[str, float]]:
+    return [("cat", score), ("dog", 0.0)]
+
+
+def dog(score: float = 2.0) -> list[tuple[str, float]]:
+    return [("dog", score), ("cat", 0.0)]
+
+
+def two_runs(results: Path) -> tuple[Path, Path]:
+    """A has images 0 to 3 right; B has 0, 1, 4 and 5; on image 5 they differ most."""
+    folders = make_run(results, seed=0, log=False), make_run(results, seed=1, log=False)
+    write(folders[0] / compare.FILE, [cat(), dog(), cat(1), dog(1), dog(1), dog(9)])
+    write(folders[1] / compare.FILE, [cat(), dog(), dog(1), cat(1), cat(1), cat(9)])
+    return folders
+
+
+def test_counts_difference_and_test_are_those_of_a_count_by_hand(tmp_path: Path) -> None:
+    first, second = two_runs(tmp_path)
+    text, picture = compare_runs(first, second)
+    assert f"A: top-1 66.67  {first.name}" in text
+    assert f"B: top-1 66.67  {second.name}" in text
+    assert "6 images: 2 both right, 2 only A, 2 only B, 0 neither" in text
+    assert "B minus A: +0.00 points" in text
+    assert f"p = {stats.binomtest(2, 4).pvalue:.3f}; not resolved" in text
+    assert picture is not None  # the data are gone, and still there is a picture of the answers
+
+
+def test_the_images_that_differ_most_come_first() -> None:
+    made = [
+        {
+            str(i): compare.Prediction(label, dict(scores))
+            for i, (label, scores) in enumerate(zip(LABELS, answers, strict=True))
+        }
+        for answers in (
+            [cat(), dog(), cat(1), dog(1), dog(1), dog(9)],
+            [cat(), dog(), dog(1), cat(1), cat(3), cat(9)],
+        )
+    ]
+    assert most_different(*made) == ["5", "4", "2", "3"]
+
+
+def test_a_class_outside_of_the_best_counts_as_the_last_of_them() -> None:
+    a = compare.Prediction("x", {"x": 5.0, "y": 3.0})
+    b = compare.Prediction("x", {"z": 4.0, "y": 1.0})
+    assert compare._lead(a, "z") + compare._lead(b, "x") == (5 - 3) + (4 - 1)
+
+
+def test_the_picture_shows_the_images(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "val" / "cat").mkdir(parents=True)
+    Image.new("RGB", (32, 16), (250, 10, 10)).save(data / "val" / "cat" / "5.png")
+    first, second = two_runs(tmp_path)
+    predictions = [read_predictions(folder / compare.FILE) for folder in (first, second)]
+    name = "val/cat/5.png"
+    picture = compare.draw(data, [(name, predictions[0][name], predictions[1][name])], 4)
+    colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
+    assert (250, 10, 10) in colours
+
+
+def test_two_networks_with_the_same_answers(tmp_path: Path) -> None:
+    first, _ = two_runs(tmp_path)
+    text, picture = compare_runs(first, first)
+    assert "there is nothing to test" in text
+    assert picture is None
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    first, second = two_runs(tmp_path)
+    file = second / "run.json"
+    file.write_text(file.read_text().replace('"digits-digest"', '"another-digest"'))
+    with pytest.raises(UserError, match="validated on other data"):
+        compare_runs(first, second)
+
+
+def test_other_images_and_runs_without_predictions_are_refused(tmp_path: Path) -> None:
+    first, second = two_runs(tmp_path)
+    write(second / compare.FILE, [cat()] * 6, LABELS[::-1])
+    with pytest.raises(UserError, match="not of the same images and labels"):
+        compare_runs(first, second)
+    (second / compare.FILE).unlink()
+    with pytest.raises(UserError, match=r"has no final/predictions\.csv"):
+        compare_runs(first, second)
+    with pytest.raises(UserError, match="is not a run"):
+        compare_runs(first, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00\xff\xfe",
+        b"image,label\na,b\n",
+        b"image,label,class_1,score_1\n",
+        b"image,label,class_1,score_1\na,b,c\n",
+        b"image,label,class_1,score_1\na,b,c,high\n",
+        b"image,label,class_1,score_1\na,b,c,1\na,b,c,1\n",
+        b'image,label,class_1,score_1\n"a,b,c,1\n',
+        b"image,label,class_1,score_1\n" + b"a" * 200_000 + b",b,c,1\n",
+    ],
+)
+def test_a_file_that_holds_no_predictions_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "predictions.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"predictions\.csv"):
+        read_predictions(tmp_path / "predictions.csv")
+
+
+def test_the_command(hcnet: Callable[..., Done], tmp_path: Path) -> None:
+    first, second = two_runs(tmp_path)
+    picture = tmp_path / "new" / "which.png"
+    done = hcnet("report", "--compare", first, second, "--output", picture)
+    assert done.code == 0, done.err
+    assert "McNemar, exact" in done.out
+    with Image.open(picture) as image:
+        assert image.width > 400
+    done = hcnet("report", "--compare", first, second, "--output", tmp_path / "which.html")
+    assert (done.code, "must end in .png" in done.err) == (2, True)

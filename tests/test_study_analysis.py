@@ -1,0 +1,204 @@
+"""The primary analysis of a study, its verdicts, and what is said of its power before hours are spent."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+from synthetic_runs import make_run
+from synthetic_studies import DIGITS, SCORES, base, made, planned, study_of, with_recipe
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli import runs, statistics
+from hcnet_cli.console import UserError
+from hcnet_cli.report import render
+from hcnet_cli.study import analysis, design, planning
+from hcnet_cli.study import table as study_table
+from hcnet_cli.study.analysis import Analysis, Fixed
+from hcnet_cli.study.design import Study
+from hcnet_cli.study.record import StudyRecord
+
+# --- the primary analysis ---------------------------------------------------------------------------------------------
+
+
+def test_an_analysis_is_fixed_before_the_first_run_and_not_changed_after_it() -> None:
+    asked = analysis.with_flags(Analysis(), {"margin": 0.2, "test": None})
+    fixed = analysis.fix(asked, (0, 1, 2), None, 0)
+    assert (fixed.analysis.margin, fixed.seeds, fixed.finished) == (0.2, (0, 1, 2), 0)
+    other = analysis.with_flags(Analysis(), {"margin": 0.3})
+    assert analysis.fix(other, (0, 1), fixed, 0).analysis.margin == 0.3  # nothing is known yet
+    assert analysis.fix(Analysis(), (0, 1, 2, 3), fixed, 4) == fixed  # flags left out: as it was
+    with pytest.raises(UserError, match=r"margin is 0.2 and cannot become 0.3"):
+        analysis.fix(other, (0, 1, 2), fixed, 4)
+    with pytest.raises(UserError, match="test is paired-t and cannot become sign-flip"):
+        analysis.fix(analysis.with_flags(Analysis(), {"test": "sign-flip"}), (0, 1, 2), fixed, 1)
+    until = analysis.fix(analysis.with_flags(Analysis(), {"until": 0.5}), (0, 1, 2), None, 0)
+    with pytest.raises(UserError, match="first seeds of this study were fixed as 0,1,2"):
+        analysis.fix(until.analysis, (0, 1, 2, 3), until, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"margin": -1.0}, "--margin: Input should be greater than 0"),
+        ({"margin": math.nan}, "--margin"),
+        ({"until": math.inf}, "--until"),
+        ({"max_seeds": 5}, "Max_seeds is for a study with until"),
+        ({"until": 0.5, "test": "sign-flip"}, "must be paired-t"),
+        ({"test": "wilcoxon"}, "--test: Input should be 'paired-t' or 'sign-flip'"),
+    ],
+)
+def test_flags_that_make_no_analysis_are_one_sentence(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        analysis.with_flags(Analysis(), flags)
+
+
+@pytest.mark.parametrize(
+    ("asked", "seeds", "words"),
+    [
+        (Analysis(metric="mIoU"), (0, 1), 'primary metric "mIoU" is none of this study'),
+        (Analysis(test="sign-flip"), range(21), "at most 20 seeds"),
+        (Analysis(until=0.5), (0,), "at least two seeds"),
+        (Analysis(until=0.5, max_seeds=3), (0, 1, 2, 3), "at most --max-seeds 3, not 4"),
+    ],
+)
+def test_an_analysis_that_the_study_does_not_allow(asked: Analysis, seeds: tuple[int, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        design.expand("mine", Study(title="x", arms={"a": {}, "b": {"optim.lr": 1}}, primary=asked), [base()], seeds)
+
+
+def test_the_study_file_fixes_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("title: x\narms: {a: {}, b: {optim.lr: 1}}\nprimary: {test: sign-flip, margin: 0.2}\nseeds: [0, 1]")
+    asked = planned(design.read_study(str(file))[1]).analysis
+    assert (asked.test, asked.margin, asked.metric, asked.alpha) == ("sign-flip", 0.2, "top1", 0.05)
+    file.write_text("title: x\narms: {a: {}, b: {}}\nprimary: {marge: 0.2}")
+    with pytest.raises(UserError, match=r'unknown key "primary.marge". Did you mean "primary.margin"'):
+        design.read_study(str(file))
+
+
+def fixed(record: StudyRecord, seeds: tuple[int, ...] = (), finished: int = 0, **fields: Any) -> StudyRecord:
+    asked = Analysis(**fields).check(record.tasks, record.seeds)
+    chosen = Fixed(analysis=asked, seeds=seeds or tuple(record.seeds), finished=finished)
+    return record.model_copy(update={"primary": chosen})
+
+
+def test_equivalence_within_the_margin_is_a_verdict(tmp_path: Path) -> None:
+    full = (97.0, 97.6, 98.1, 96.9, 97.3)
+    scores = {
+        "full": full,
+        "no-gate": tuple(f + d for f, d in zip(full, (0.05, -0.04, 0.02, -0.05, 0.03), strict=True)),
+        "no-refinement": tuple(f + d for f, d in zip(full, (0.9, -1.0, 0.7, -0.8, 0.3), strict=True)),
+    }
+    table, rows, notes = made(tmp_path, fixed(study_of(tmp_path, scores), margin=0.2))
+    assert [rows[arm]["top1_verdict"] for arm in ("no-gate", "no-refinement")] == ["equivalent", "unresolved"]
+    assert "equivalent to full within ±0.2: no-gate." in notes
+    assert "seeds still needed for 0.20: " in notes
+    assert "Fixed before training." in notes
+    assert "p (equivalence)" in [column.title for column in table.columns]
+
+
+def test_the_number_of_seeds_in_the_words_is_that_of_the_power_functions(tmp_path: Path) -> None:
+    scores = {"full": (97.0, 97.0, 97.0, 97.0), "no-gate": (97.5, 96.5, 97.5, 96.5)}
+    record = fixed(study_of(tmp_path, scores)).model_copy(update={"detect": 0.4})
+    _, _, notes = made(tmp_path, record)
+    spread = math.sqrt(4 * 0.25 / 3)
+    needed = next(n for n in range(2, 99) if statistics.t_power(0.4, spread, n) >= 0.8)
+    assert f"with 80 % power; seeds still needed for 0.40: {needed - 4}." in notes
+
+
+def test_the_sign_flip_test_decides_where_it_is_primary(tmp_path: Path) -> None:
+    """Six equal differences: no t, but the smallest p that six signs can have."""
+    full = (97.0, 97.5, 98.0, 96.9, 97.2, 97.8)
+    scores = {"full": full, "no-gate": tuple(value - 1 for value in full)}
+    _, rows, notes = made(tmp_path, fixed(study_of(tmp_path, scores), test="sign-flip"))
+    assert rows["no-gate"]["top1_p"] == 2 / 2**6
+    assert (rows["no-gate"]["top1_verdict"], rows["no-gate"]["top1_p_t"]) == ("worse", None)
+    assert "there is no spread, and so no interval and no t-test" in notes
+    few = {arm: values[:4] for arm, values in scores.items()}
+    few["no-gate"] = (96.0, 96.4, 97.0, 95.8)
+    _, rows, notes = made(tmp_path / "few", fixed(study_of(tmp_path / "few", few), test="sign-flip"))
+    assert rows["no-gate"]["top1_verdict"] == "unresolved"
+    assert "4 seeds cannot have p < 0.05 in the sign-flip test; 6 can" in notes
+
+
+def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:
+    scores = {"full": (0.0,) * 5, "no-gate": (1.0, 2.0, 3.0, 4.0, 0.0)}
+    record = fixed(study_of(tmp_path, scores), (0, 1, 2), until=2.0)
+    _, rows, notes = made(tmp_path, record)
+    row = rows["no-gate"]
+    assert (row["top1_high"] - row["top1_low"]) / 2 == pytest.approx(4.302653 / math.sqrt(5), abs=1e-5)
+    assert row["top1_p_sign_flip"] is None
+    assert "those of the two stages" in notes
+    assert "takes" not in notes.split("Primary analysis")[0]  # the interval is as narrow as it was to be
+    narrow = fixed(record, (0, 1, 2), until=0.5)
+    _, _, notes = made(tmp_path, narrow)  # n s^2 t^2 / 0.5^2 = 74.05, as if --max-seeds had ended it
+    assert "the interval of no-gate is ±1.92 with 5 seeds; ±0.5 takes 75 (--max-seeds)" in notes
+
+
+def test_seeds_that_were_added_later_are_named(tmp_path: Path) -> None:
+    _, _, notes = made(tmp_path, fixed(study_of(tmp_path), (0, 1), finished=2))
+    assert "Seeds added when results of the first 2 were known: 2. p is too small if" in notes
+    assert "Fixed when 2 of 9 runs were finished already." in notes
+
+
+def test_the_table_fits_80_columns_with_its_verdicts(tmp_path: Path) -> None:
+    scores = {name.replace("gate", "conservation"): values for name, values in SCORES.items()}
+    text = render([made(tmp_path, fixed(study_of(tmp_path, scores), margin=0.2))[0]], "rich", width=80)
+    row = next(line for line in text.splitlines() if "no-conservation" in line and "worse" in line)
+    assert len(row) <= 80
+
+
+# --- planning ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_spread_comes_from_the_studys_own_pairs(tmp_path: Path) -> None:
+    record = fixed(study_of(tmp_path))
+    spread = planning.find_spread(
+        planned(design.disable_study(["gate"])[1]), record, study_table.runs_by_name(tmp_path)
+    )
+    pairs = [[a - b for a, b in zip(SCORES[arm], SCORES["full"], strict=True)] for arm in ("no-gate", "no-refinement")]
+    assert spread.sd == pytest.approx(math.sqrt(sum(stats.tvar(p) for p in pairs) / 2))
+    assert "6 finished pairs of this study" in spread.source
+
+
+def test_else_from_earlier_runs_of_like_recipe_else_a_guess(tmp_path: Path) -> None:
+    plan = planned(design.disable_study(["gate"])[1])
+    record = StudyRecord(name="s", title="x", arms=dict(plan.arms), tasks=["pretrain"], seeds=[0], cells=[])
+    assert planning.find_spread(plan, record, {}).source.startswith("a guess")
+    for seed, score in enumerate((97.0, 98.0, 99.0)):
+        recipe = rcp.resolve(DIGITS, [("train.seed", seed, ""), ("optim.lr", 1e-4, "")]).recipe
+        with_recipe(make_run(tmp_path, seed=seed, score=score, name=f"a{seed}"), recipe)
+        info = runs.read_record(tmp_path / "runs" / f"a{seed}" / "run.json").model_copy(update={"config": "c"})
+        info.recipe_digest = runs.text_digest((tmp_path / "runs" / f"a{seed}" / "recipe.yaml").read_text())
+        (tmp_path / "runs" / f"a{seed}" / "run.json").write_text(runs.record_text(info))
+    found = study_table.runs_by_name(tmp_path)
+    spread = planning.find_spread(plan, record, found)
+    assert spread.sd == pytest.approx(math.sqrt(2))  # of two independent runs
+    assert "3 earlier runs of like recipe in 1 variants" in spread.source
+    longer = planned(design.disable_study(["gate"])[1], base(("schedule.length", 99)))
+    assert planning.find_spread(longer, record, found).source.startswith("a guess")
+
+
+def test_too_few_seeds_are_said_before(tmp_path: Path) -> None:
+    study = design.disable_study(["all"])[1]
+
+    def lines(n: int, **fields: Any) -> dict[str, str]:
+        plan = design.expand("mine", study.model_copy(update={"primary": Analysis(**fields)}), [base()], range(n))
+        record = StudyRecord(
+            name="s", title="x", arms=dict(plan.arms), tasks=["pretrain"], seeds=list(range(n)), cells=[],
+            primary=Fixed(analysis=plan.analysis, seeds=plan.seeds),
+        )  # fmt: skip
+        return planning.power_lines(plan, record, {})
+
+    assert lines(1)["power"].startswith("none: one seed shows no difference")
+    assert lines(7, test="sign-flip")["power"].startswith(
+        "none: 7 seeds cannot have p < 0.05 whatever they show; 8 can"
+    )
+    assert "needs 8 seeds to show anything" in lines(5)["power"]
+    expected = statistics.smallest_difference(planning.GUESS, 10, 0.05 / 5)
+    assert f"10 seeds show a difference of {expected:.2f} with 80 % power" in lines(10)["power"]
+    assert "with this spread 8 in all, at most 20" in lines(5, until=0.5)["seeds"]  # (2.776 * 0.5 / 0.5)^2 = 7.7
