@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Collection
@@ -31,6 +32,8 @@ from hcnet_cli.tasks.detection import masks as mask_bytes
 LISTS = ("images", "annotations", "categories")
 LARGEST_FILE = 4 * 2**30  # bytes; COCO's has half of one GiB
 FLAG_VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "": 0}
+LONGEST_NAME = 1000  # characters
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 NO_MASKS_HINT = "Add --no-masks to train Faster R-CNN, without masks."
 
 
@@ -287,9 +290,9 @@ def _number(value: Any) -> float | None:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it can be written: half of a surrogate pair cannot, and a path ends at a null character."""
+    """Whether it is a name that can be written: half of a surrogate pair cannot, a path ends at a null character."""
     try:
-        return isinstance(value, str) and "\0" not in value and bool(value.encode())
+        return isinstance(value, str) and len(value) <= LONGEST_NAME and "\0" not in value and bool(value.encode())
     except UnicodeEncodeError:
         return False
 
@@ -309,7 +312,7 @@ def _class_name(category: dict[str, Any], file: Path) -> str:
 def _file_name(image: dict[str, Any], file: Path) -> str:
     """A path below the folder of the images."""
     name = _value(image, "file_name", file, "image")
-    if not _is_text(name):
+    if not _is_text(name) or CONTROL.search(name):
         raise UserError(f"{file}: the file_name of image id {image['id']} is {reprlib.repr(name)}, not a file's name.")
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(
