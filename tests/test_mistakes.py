@@ -196,7 +196,7 @@ ablate --study seeds.yaml | a repeated seed is no new evidence
 ablate --study one.yaml | a study needs at least two arms
 ablate --study names.yaml | cannot be the name of an arm
 ablate --study equal.yaml | are the same recipe
-ablate --study huge.yaml | more than 1,000
+ablate --study huge.yaml | more than 5,000
 ablate --study latin.yaml | is not UTF-8 text
 report --format pdf | pdf
 report --results nowhere | There is no results folder nowhere.
@@ -258,8 +258,8 @@ FILES: dict[str, str | bytes] = {
     "names.yaml": "title: x\narms: {a: {}, ../b: {}}",
     "equal.yaml": "title: x\narms: {a: {}, b: {}}",
     "huge.yaml": "title: x\narms: {a: {}"
-    + "".join(f", b{n}: {{optim.lr: {n / 1e4}}}" for n in range(1, 60))
-    + f"}}\nseeds: {list(range(50))}",
+    + "".join(f", b{n}: {{optim.lr: {n / 1e4}}}" for n in range(1, 90))
+    + f"}}\nseeds: {list(range(60))}",
 }
 
 
