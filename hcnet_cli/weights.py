@@ -190,9 +190,11 @@ def digest(state: Mapping[str, Tensor]) -> str:
     """16 hex digits over names and values, whatever file they came from."""
     total = hashlib.sha256()
     for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
+        value = state[name].detach().cpu()
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        # a tensor of one element or none may have any stride, which `view` refuses: the copy has a plain one
+        plain = value.flatten().clone(memory_format=torch.contiguous_format)
+        total.update(plain.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]
 
 
