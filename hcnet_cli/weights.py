@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import resource
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -133,8 +132,10 @@ def memory_limit(num_bytes: int) -> Iterator[None]:
     A pickle of 100 bytes can ask for a tensor, or a bytearray, of any size.
     """
     try:
+        import resource
+
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:
+    except (ImportError, OSError):
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
