@@ -259,7 +259,7 @@ def test_as_typed_it_starts_on_the_embedded_data_with_a_notice(tmp_path: Path) -
     assert "Traceback" not in err
     assert process.returncode == 130
     info = runs.read_record(next(tmp_path.glob("results/runs/*/run.json")))
-    assert (info.status, info.steps_total, info.size) == ("interrupted", 300 * 89, "s")
+    assert (info.status, info.steps_total, info.size) == ("interrupted", 300 * 224, "s")
 
 
 def test_another_optimizer_is_a_value_of_the_recipe(hcnet: Hcnet, folder_of_images: Path, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_another_optimizer_is_a_value_of_the_recipe(hcnet: Hcnet, folder_of_imag
         (("--eval-only", "--dry-run"), "cannot be combined with --dry-run"),
         (("--eval-only",), "There are no weights to evaluate"),
         (("--batch-size", "7", "--accumulate", "2"), "does not divide"),
-        (("--batch-size", "6000"), "fewer than one batch"),
+        (("--batch-size", "15000"), "fewer than one batch"),
         (("--precision", "fp8"), "fp8"),
         (("--set", "model.disable=[conduction,gate]"), "gate"),
     ],
