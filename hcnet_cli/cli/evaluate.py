@@ -18,6 +18,7 @@ def evaluate(
         typer.Option("--on", help="Comma list of evaluations (default: those without a score, else the first)."),
     ] = None,
     data: options.DataPath = None,
+    model: options.OwnModel = None,
     overrides: options.Set = None,
     out_dir: options.Out = Path("results"),
     device: options.Device = "auto",
@@ -33,7 +34,7 @@ def evaluate(
 
     folder = find_run(run, out_dir)
     folder.require()  # before PyTorch is loaded, which takes seconds
-    given = [("data.path", data, "--data"), ("train.workers", workers, "--workers")]
+    given = [("data.path", data, "--data"), ("model.name", model, "--model"), ("train.workers", workers, "--workers")]
     settings = [(key, value, source) for key, value, source in given if value is not None]
     settings += [(key, value, f"--set {key}") for key, value in map(rcp.parse_override, overrides or [])]
     from hcnet_cli.evaluate import evaluate as score
