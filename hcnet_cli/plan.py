@@ -151,6 +151,10 @@ def schedule_remarks(
             )
         if not at:
             remarks.append("schedule.kind is multistep without milestones: the learning rate never falls.")
+    elif schedule.min_lr > recipe.optim.lr:
+        remarks.append(
+            f"schedule.min_lr ({schedule.min_lr:g}) is above optim.lr ({recipe.optim.lr:g}): the learning rate rises."
+        )
     remarks += [f"{key} has no effect: {why}." for key, why in unused(recipe, sources).items()]
     if steps.shortened:
         given = f"{schedule.warmup:g} {schedule.warmup_unit}"

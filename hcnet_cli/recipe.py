@@ -45,11 +45,6 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _related(self) -> Recipe:
-        lr, low = self.optim.lr, self.schedule.min_lr
-        if low > lr and self.schedule.kind != "multistep":
-            raise ValueError(
-                f'"schedule.min_lr" {low:g} is above "optim.lr" {lr:g}: a learning rate falls, so set it lower'
-            )
         if self.train.batch_size % self.train.accumulate:
             raise ValueError(
                 f'"train.accumulate" {self.train.accumulate} does not divide "train.batch_size" '

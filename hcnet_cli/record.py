@@ -185,17 +185,17 @@ def read_record(path: Path) -> RunInfo:
             hint="Restore the file, start that run over with --fresh, or give this one another --name.",
         )
     # records from before there was a checksum have no `config`
-    info.altered = data.get("checksum", "" if info.config else None) not in (None, _checksum(data))
+    info.altered = data.get("checksum", "" if info.config else None) not in (None, checksum(data))
     return info
 
 
 def record_text(info: RunInfo) -> str:
     """The text of run.json, with a checksum over its content."""
     data = json.loads(info.model_dump_json())
-    return json.dumps({**data, "checksum": _checksum(data)}, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps({**data, "checksum": checksum(data)}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _checksum(data: Mapping[str, Any]) -> str:
+def checksum(data: Mapping[str, Any]) -> str:
     content = {key: value for key, value in data.items() if key != "checksum"}
     return text_digest(json.dumps(content, sort_keys=True))
 

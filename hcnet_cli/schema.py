@@ -304,9 +304,7 @@ class Schedule(Part):
     warmup_inside: bool = field(
         False, "cosine: it runs from step 0 and the warm-up hides its beginning, as in the authors' code."
     )
-    min_lr: float = field(
-        0.0, "cosine, poly: learning rate at the end, at most that of the peak.", example=1e-5, ge=0, le=100
-    )
+    min_lr: float = field(0.0, "cosine, poly: learning rate at the end.", example=1e-5, ge=0, le=0.1)
     milestones: Annotated[tuple[Duration, ...], AfterValidator(_ascending)] = field(
         (), "multistep: when the rate falls, ascending.", unit="schedule.unit", example=(8, 11)
     )

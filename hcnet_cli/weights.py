@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import resource
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -133,8 +132,10 @@ def memory_limit(num_bytes: int) -> Iterator[None]:
     A pickle of 100 bytes can ask for a tensor, or a bytearray, of any size.
     """
     try:
+        import resource
+
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    except OSError:
+    except (ImportError, OSError):
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -190,9 +191,11 @@ def digest(state: Mapping[str, Tensor]) -> str:
     """16 hex digits over names and values, whatever file they came from."""
     total = hashlib.sha256()
     for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
+        value = state[name].detach().cpu()
         total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        # a tensor of one element or none may have any stride, which `view` refuses: the copy has a plain one
+        plain = value.flatten().clone(memory_format=torch.contiguous_format)
+        total.update(plain.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]
 
 

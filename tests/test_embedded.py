@@ -27,6 +27,7 @@ from hcnet_cli.data.embedded import digits, scenes
 def small_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HCNET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scenes, "SCENES", {"train": 40, "val": 10})
+    monkeypatch.setattr(digits, "COPIES", {"train": 1, "val": 1})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -40,36 +41,51 @@ def grey(path: str | Path) -> np.ndarray[Any, Any]:
 # digits
 
 
-def test_digits_are_all_there_split_four_to_one_in_every_class() -> None:
+def numbers(folder: Path) -> set[str]:
+    return {path.name.split("_")[1] for path in folder.rglob("*.png")}
+
+
+def test_digits_are_all_there_split_four_to_one_in_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "COPIES", {"train": 1, "val": 2})
     folder = embedded.ensure("digits")
-    plain = "digit_????.png"
-    counts = {s: Counter(p.parent.name for p in (folder / s).rglob(plain)) for s in ("train", "val")}
-    assert sum(counts["train"].values()) + sum(counts["val"].values()) == 1797
+    counts = {s: Counter(p.parent.name for p in (folder / s).rglob("*.png")) for s in ("train", "val")}
+    assert sum(counts["train"].values()) + sum(counts["val"].values()) // 2 == 1797
     assert sorted(counts["train"]) == sorted(counts["val"]) == [str(d) for d in range(10)]
     for digit, n in counts["val"].items():
-        assert abs(n / (n + counts["train"][digit]) - 0.2) < 0.01
-    numbers = [p.name for p in folder.rglob(plain)]
-    assert len(set(numbers)) == 1797  # no digit is in both
-    assert Image.open(next(folder.rglob("*.png"))).size == (32, 32)
+        assert abs(n / 2 / (n / 2 + counts["train"][digit]) - 0.2) < 0.01
+    assert not numbers(folder / "train") & numbers(folder / "val")  # no digit is in both
+    assert len(numbers(folder)) == 1797
+    image = Image.open(next(folder.rglob("*.png")))
+    assert (image.size, image.mode) == ((32, 32), "RGB")
 
 
-def test_only_training_digits_are_drawn_again_and_under_their_own_class() -> None:
-    folder = embedded.ensure("digits")
-    plain = {p.stem: p for p in (folder / "train").rglob("digit_????.png")}
-    drawn = list(folder.rglob("digit_????_?.png"))
-    assert len(drawn) == digits.NUM_COPIES * len(plain)
-    assert len(list(folder.rglob("*.png"))) == 1797 + len(drawn)
-    heights, places = [], set()
-    for path in drawn:
-        assert path.parent == plain[path.stem[:-2]].parent
-        pixels = grey(path)
-        assert pixels.shape == (32, 32)
-        assert pixels.max() == 255
-        rows = np.flatnonzero((pixels > 128).any(1))
-        heights.append(len(rows))
-        places.add(rows[0])
-    assert 18 < np.mean(heights) < 24  # smaller than their images, which the plain ones fill
-    assert places >= set(range(12))  # and anywhere on them
+def test_clutter_is_of_the_same_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A piece of a validation digit in a training image would be a leak."""
+    shown: list[tuple[int, set[int]]] = []
+
+    def image(grey: Any, others: list[digits.Digit], random: Any) -> Any:
+        number = next(n for n, _, one in others if one is grey)
+        shown.append((number, {n for n, _, _ in others}))
+        return np.zeros((32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(digits, "draw_image", image)
+    monkeypatch.setattr(digits, "COPIES", {"train": 1, "val": 1})
+    digits.make_digits(tmp_path)
+    split = {name: {n for n, _, _ in ones} for name, ones in digits.load_digits().items()}
+    assert split["train"].isdisjoint(split["val"])
+    for number, others in shown:
+        assert others == split["train" if number in split["train"] else "val"]
+
+
+def test_images_of_a_digit_differ_and_show_it() -> None:
+    """Without clutter, bar, texture and noise the digit is what is bright; its images have it elsewhere each time."""
+    _, _, grey = digits.load_digits()["train"][0]
+    drawn = [digits._turned(grey, 24, 10, np.random.RandomState(seed)) for seed in range(20)]
+    places = {tuple(int(values[0]) for values in np.nonzero(shape > 0.5)) for shape in drawn}
+    assert len(places) > 10
+    for shape in drawn:
+        assert shape.shape == (32, 32)
+        assert 60 < (shape > 0.5).sum() < 500
 
 
 # scenes as COCO

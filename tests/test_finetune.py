@@ -241,7 +241,7 @@ def test_a_detector_without_masks(hcnet: Hcnet, data: dict[str, Path], tmp_path:
         (("finetune-seg", "--data", "nowhere"), "nowhere"),
         (("finetune-det", "--schedule", "2x"), 'There is no recipe "coco-2x"'),
         (("finetune-det", "--schedule", "1x", "--recipe", "coco-3x"), "Give one of them"),
-        (("finetune-seg", "--steps", "0"), "greater than or equal to 1"),
+        (("finetune-seg", "--steps", "0"), "it takes a whole number from 1 to 100,000,000."),
         (("finetune-seg", "--eval-mode", "half"), "--eval-mode"),
         (("finetune-det", "--eval-backend", "mine"), "--eval-backend"),
         (("finetune-det", "--recipe", "digits"), "There is no recipe"),

@@ -79,7 +79,7 @@ SHARED = """
 --set schedule.gamma=2 | above 0 and below 1
 --set schedule.power=0 | above 0 and of at most 10
 --set schedule.warmup=-1 | "schedule.warmup" cannot be -1
---set schedule.min_lr=90 --set schedule.kind=cosine | is above "optim.lr"
+--set schedule.min_lr=90 --set schedule.kind=cosine | from 0 to 0.1
 --set train.batch_size=0 | from 1 to 1,048,576.
 --set train.batch_size=10000000000000 | from 1 to 1,048,576.
 --set train.accumulate=5 | does not divide
@@ -112,9 +112,9 @@ SHARED = """
 --set protocol= | "protocol" cannot be null
 --set init= | "init" cannot be null
 --lr -1 | --lr: "optim.lr" cannot be -1
---lr fast | unable to parse string
+--lr fast | it takes a number.
 --seed -1 | --seed: "train.seed" cannot be -1
---seed 1.5 | unable to parse string
+--seed 1.5 | it takes a whole number.
 --batch-size 0 | --batch-size: "train.batch_size" cannot be 0
 --workers -1 | --workers: "train.workers" cannot be -1
 --precision fp8 | --precision: "train.precision" cannot be "fp8"
@@ -135,7 +135,7 @@ extra | unexpected extra argument
 """
 PRETRAIN = """
 --epochs 0 | --epochs: "schedule.length" cannot be 0
---epochs one | unable to parse string
+--epochs one | it takes a whole number.
 --recipe small --epochs 3 | This recipe counts steps, not epochs.
 --recipe coco-1x | There is no recipe "coco-1x"
 --set data.auto_augment=none | for none, write null
@@ -182,7 +182,7 @@ ablate --disable gate --study stencil | leave it or --study out
 ablate --disable gate --seeds 0,0 | names a seed twice
 ablate --disable gate --seeds one | is not a list of whole numbers
 ablate --disable gate --seeds 99999999999 | is not a list of whole numbers
-ablate --disable gate --jobs 0 | Invalid value
+ablate --disable gate --jobs 0 | it takes numbers of at least 1.
 ablate --disable gate --set optim.lr=-1 | "optim.lr" cannot be -1
 ablate --disable gate --set train.seed=1 | cannot be set in an ablation
 ablate --disable gate --data nowhere | does not exist
@@ -196,7 +196,7 @@ ablate --study seeds.yaml | a repeated seed is no new evidence
 ablate --study one.yaml | a study needs at least two arms
 ablate --study names.yaml | cannot be the name of an arm
 ablate --study equal.yaml | are the same recipe
-ablate --study huge.yaml | more than 1,000
+ablate --study huge.yaml | more than 5,000
 ablate --study latin.yaml | is not UTF-8 text
 report --format pdf | pdf
 report --results nowhere | There is no results folder nowhere.
@@ -215,7 +215,7 @@ recipes list | No such command
 evaluate | Missing argument
 evaluate x --set optim.lr | is not KEY=VALUE
 evaluate x --set a=[ | is not valid YAML
-evaluate x --workers one | unable to parse string
+evaluate x --workers one | it takes a whole number.
 check | Missing argument
 check nowhere | does not exist
 check nowhere.json | does not exist
@@ -223,7 +223,7 @@ check empty.yaml | is a file, not a folder
 check digits --output mine.txt | does not end in .json.
 check digits --recipe latin.yaml | is not UTF-8 text
 check digits --set data.std=[0,0,0] | a list of 3 numbers
-bench --rounds 0 | Invalid value
+bench --rounds 0 | it takes numbers of at least 1.
 bench --img-size 1 | Invalid value
 bench --batch-size 0 | Invalid value
 bench --threads 0 | Invalid value
@@ -258,8 +258,8 @@ FILES: dict[str, str | bytes] = {
     "names.yaml": "title: x\narms: {a: {}, ../b: {}}",
     "equal.yaml": "title: x\narms: {a: {}, b: {}}",
     "huge.yaml": "title: x\narms: {a: {}"
-    + "".join(f", b{n}: {{optim.lr: {n / 1e4}}}" for n in range(1, 60))
-    + f"}}\nseeds: {list(range(50))}",
+    + "".join(f", b{n}: {{optim.lr: {n / 1e4}}}" for n in range(1, 90))
+    + f"}}\nseeds: {list(range(60))}",
 }
 
 

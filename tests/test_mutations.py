@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from hcnet_cli import report, runs
 from hcnet_cli.header import read_metadata
+from hcnet_cli.record import checksum
 
 TINY = ("--recipe", "digits", *SMALL_MODEL, "--set", "data.img_size=16", "--batch-size", "8", "--workers", "0")
 NUMBERS = ("top1", "top1_ci", "top5", "n", "seeds", "epochs", "params_m", "macs_g", "steps_total", "batch_size")
@@ -98,7 +99,7 @@ def field(key: str, value: Any, signed: bool = False) -> Mutation:
             inner = inner[name]
         inner[last] = value(inner.get(last)) if callable(value) else value
         if signed:
-            content["checksum"] = runs._checksum(content)
+            content["checksum"] = checksum(content)
         (run / "run.json").write_text(json.dumps(content, indent=2))
 
     return mutate

@@ -214,6 +214,7 @@ def test_the_weights_say_what_they_must_be_given(trained: Path, folder_of_images
         ("pretrain/digits", {"schedule.kind": "multistep", "schedule.milestones": [2]}, "schedule.min_lr has"),
         ("pretrain/digits", {"schedule.warmup": 20}, "shortened to half of the run"),
         ("pretrain/digits", {"train.eval_every": 20}, "evaluated once, at the end"),
+        ("pretrain/digits", {"optim.lr": 1.0e-6}, "the learning rate rises"),
     ],
 )  # fmt: skip
 def test_what_a_schedule_says_and_does_not_do(recipe: str, changes: dict[str, Any], words: str) -> None:

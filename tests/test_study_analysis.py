@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,27 @@ def test_too_few_seeds_are_said_before(tmp_path: Path) -> None:
     expected = statistics.smallest_difference(planning.GUESS, 10, 0.05 / 5)
     assert f"10 seeds show a difference of {expected:.2f} with 80 % power" in lines(10)["power"]
     assert "with this spread 8 in all, at most 20" in lines(5, until=0.5)["seeds"]  # (2.776 * 0.5 / 0.5)^2 = 7.7
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"primary": {"analysis": {"metric": "mIoU"}, "seeds": [0]}},
+            "its primary metric 'mIoU' is none of its tasks'",
+        ),
+        ({"primary": {"analysis": {"metric": "top1", "alpha": 0}, "seeds": [0]}}, "alpha"),
+        ({"primary": {"analysis": {"metric": "top1"}, "seeds": "all"}}, "seeds"),
+        ({"detect": -1}, "detect"),
+        ({"detect": 1e400}, "not finite"),
+    ],
+)
+def test_a_record_with_another_analysis_than_it_can_have_is_a_line(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    data = study_of(tmp_path).model_dump() | change
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "s.json").write_text(json.dumps(data).replace("Infinity", "1e400"))
+    tables, (line,) = study_table.tables([tmp_path])
+    assert tables == []
+    assert words in line

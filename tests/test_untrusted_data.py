@@ -261,6 +261,8 @@ def test_run_lengths_are_those_of_pycocotools(height: int, width: int, seed: int
         ("images", {"file_name": "b/../../a.png"}, "file_name of image id 7 leads out of the images' folder"),
         ("images", {"file_name": "a\0.png"}, "file_name of image id 7 is 'a.*, not a file's name"),
         ("images", {"file_name": "\ud800"}, "file_name of image id 7 is .*, not a file's name"),
+        ("images", {"file_name": "a\n.png"}, "file_name of image id 7 is 'a.*, not a file's name"),
+        ("images", {"file_name": "a" * 5000}, "file_name of image id 7 is 'aaa.*, not a file's name"),
         ("images", {"file_name": 3}, "file_name of image id 7 is 3, not a file's name"),
         ("images", {"width": 10**9}, "width of image id 7 is 1000000000, not a number of pixels from 1 to 65,535"),
         ("images", {"width": 10**400}, "width of image id 7 is 1000.*, not a number of pixels"),

@@ -184,6 +184,8 @@ def test_unusual_tensors_that_are_whole_become_plain(legacy: bool, tmp_path: Pat
         "negated": torch.complex(torch.ones(2), torch.ones(2)).conj().imag,
         "parameter": nn.Parameter(base.clone()),
         "empty": torch.empty(0, 4),
+        "empty, of no stride": torch.ones(6).as_strided((0,), (0,)),
+        "one element, of a wide stride": torch.ones(6).as_strided((1,), (5,)),
         "scalar": torch.tensor(3),
     }
     torch.save(state, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ def main() -> None:
     except USAGE_ERROR as error:  # a flag, or the value of one
         if message := error.format_message():  # empty: the help was printed instead
             command = error.ctx.command_path if error.ctx else "hcnet"
-            print_error(message, hint=f"See {command} --help.")
+            print_error(usage_sentence(message), hint=f"See {command} --help.")
         code = UserError.exit_code
     except UserError as error:
         if os.environ.get("HCNET_TRACEBACK"):
@@ -81,6 +82,16 @@ def main() -> None:
         print_error("The disk is full: what is printed here could not be written.")
         code = 2
     sys.exit(code)
+
+
+def usage_sentence(message: str) -> str:
+    """Typer's words for what is wrong with a flag, which are pydantic's where its value is wrong, as a sentence."""
+    takes = {"integer": "a whole number", "number": "a number"}
+    message = re.sub(
+        r"Input should be a valid (\w+).*", lambda found: f"it takes {takes.get(found[1], found[1])}", message
+    )
+    message = re.sub(r"Input should be greater than or equal to (.*)", r"it takes numbers of at least \1", message)
+    return message if message.endswith((".", "?")) else f"{message}."
 
 
 def _close_output() -> None:

@@ -32,11 +32,11 @@ def evaluate(
     from hcnet_cli import recipe as rcp
     from hcnet_cli.runs import find_run
 
-    folder = find_run(run, out_dir)
-    folder.require()  # before PyTorch is loaded, which takes seconds
     given = [("data.path", data, "--data"), ("model.name", model, "--model"), ("train.workers", workers, "--workers")]
     settings = [(key, value, source) for key, value, source in given if value is not None]
     settings += [(key, value, f"--set {key}") for key, value in map(rcp.parse_override, overrides or [])]
+    folder = find_run(run, out_dir)
+    folder.require()  # before PyTorch is loaded, which takes seconds
     from hcnet_cli.evaluate import evaluate as score
 
     names = [name.strip() for name in on.split(",")] if on is not None else []

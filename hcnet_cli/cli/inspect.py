@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,7 @@ def check(
     from hcnet_cli.files import check_output, write_output
     from hcnet_cli.inputs import check_folder
 
+    data = os.path.expanduser(data)
     check_folder(data, "Layouts: " + "; ".join(form.layout for one in TASKS.values() for form in one.formats.values()))
     if output is not None:
         if output.suffix != ".json":

@@ -90,8 +90,9 @@ def _compare(first: Path, second: Path, output: Path) -> None:
 
     if output.suffix.lower() != ".png":
         raise UserError(f"{output} cannot be the picture of a comparison.", hint="Its name must end in .png.")
-    text, picture = compare_runs(first, second)
-    out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    lines, picture = compare_runs(first, second)
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     if picture is not None:
         check_output(output)
         with writing(output), replacing(output) as temporary:

@@ -42,8 +42,8 @@ class Prediction(NamedTuple):
 Predictions = Mapping[str, Prediction]  # by the image's name
 
 
-def compare_runs(first: Path, second: Path) -> tuple[str, Image.Image | None]:
-    """Text, and a picture of the images on which the two differ most; None where they give the same answers.
+def compare_runs(first: Path, second: Path) -> tuple[list[str], Image.Image | None]:
+    """Lines of text, and a picture of the images on which the two differ most; None where they give the same answers.
 
     UserError for runs that have other validation images or no predictions.
     """
@@ -57,11 +57,11 @@ def compare_runs(first: Path, second: Path) -> tuple[str, Image.Image | None]:
     ours, theirs = (read_predictions(folder / FILE) for folder in (first, second))
     if {name: one.label for name, one in ours.items()} != {name: one.label for name, one in theirs.items()}:
         raise UserError(f"{first / FILE} and {second / FILE} are not of the same images and labels.")
-    text = "\n".join(describe((first.name, second.name), ours, theirs)) + "\n"
+    lines = describe((first.name, second.name), ours, theirs)
     names = most_different(ours, theirs)
     root = Path(infos[0].data.path)
     picture = draw(root, [(name, ours[name], theirs[name]) for name in names[:SHOWN]], len(names)) if names else None
-    return text, picture
+    return lines, picture
 
 
 def _read_info(folder: Path) -> RunInfo:

@@ -31,7 +31,7 @@ SHARED = frozenset(  # fields that no arm may change: budget, data and seeds
 )
 Override = tuple[str, Any, str]  # dotted key, value, where it comes from
 MOST_ARMS = MOST_SEEDS = 100
-MOST_CELLS = 1000  # each is a training
+MOST_CELLS = 5_000  # each is a training
 
 
 def _file_name(name: str) -> str:

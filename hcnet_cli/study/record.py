@@ -16,7 +16,7 @@ from hcnet_cli.grouping import Run
 from hcnet_cli.plain_json import read_json
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunInfo
-from hcnet_cli.study.analysis import Analysis, Fixed
+from hcnet_cli.study.analysis import Analysis, Fixed, Points
 from hcnet_cli.tasks import TASKS
 
 SCHEMA = 1
@@ -49,7 +49,7 @@ class StudyRecord(BaseModel):
     seeds: list[int]
     cells: list[Cell]
     primary: Fixed | None = None  # None: a record of version 0.1
-    detect: float | None = None  # points, the difference that matters to the user
+    detect: Points | None = None  # the difference that matters to the user
 
     @model_validator(mode="after")
     def _check(self) -> StudyRecord:
@@ -59,6 +59,8 @@ class StudyRecord(BaseModel):
             raise ValueError(f"unknown task {unknown[0]}")
         if foreign := [cell for cell in self.cells if cell.arm not in self.arms or cell.task not in self.tasks]:
             raise ValueError(f"a cell of {foreign[0].arm}, {foreign[0].task} belongs to none of its arms and tasks")
+        if self.primary and self.primary.analysis.metric not in [TASKS[task].primary.key for task in self.tasks]:
+            raise ValueError(f"its primary metric {self.primary.analysis.metric!r:.40} is none of its tasks'")
         return self
 
     @property

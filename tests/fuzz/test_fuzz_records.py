@@ -17,7 +17,7 @@ from synthetic_runs import make_run
 from hcnet_cli import report, runs
 from hcnet_cli.console import UserError
 from hcnet_cli.published import COLUMNS, SPECS, read_published
-from hcnet_cli.record import _checksum
+from hcnet_cli.record import checksum
 from hcnet_cli.report import page
 from hcnet_cli.results import collect
 from hcnet_cli.study.record import Cell, StudyRecord
@@ -119,7 +119,7 @@ def test_any_value_in_run_json(results: Path, choose: int, value: str, signed: b
     if signed:
         try:
             content = json.loads(text)
-            text = json.dumps({**content, "checksum": _checksum(content)})
+            text = json.dumps({**content, "checksum": checksum(content)})
         except (ValueError, RecursionError):
             pass
     with Damaged(file, text):

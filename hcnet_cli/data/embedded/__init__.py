@@ -2,12 +2,12 @@
 
 | name | layout | content |
 |---|---|---|
-| `digits` | ImageNet folders | the 1797 digits of `sklearn.datasets.load_digits` (UCI, CC BY 4.0), 8 x 8 -> 32 x 32 |
+| `digits` | ImageNet folders | the 1797 digits of scikit-learn (UCI, CC BY 4.0), drawn on textures, 32 x 32 |
 | `digit-scenes` | COCO 2017 | the digits on textured 128 x 128 canvases: boxes, masks, crowds, images without objects |
 | `digit-stuff` | ADE20K SceneParsing | the same scenes: ten digits and the four textures behind them, 0 = other |
 
-Each is made on first use and read by the loaders that read ImageNet, COCO and ADE20K. Training scenes show only digits
-of the training split, validation scenes only the others.
+Each is made on first use and read by the loaders that read ImageNet, COCO and ADE20K. Training images and scenes show
+only digits of the training split, those for validation only the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hcnet_cli.data.embedded.scenes import make_digit_scenes, make_digit_stuff
 from hcnet_cli.data.folders import cache_dir
 from hcnet_cli.files import read_text, remove_stale, write_text
 
-VERSION = 3  # raise it when a byte of any set changes: the sets are then made again, in a new folder
+VERSION = 4  # raise it when a byte of any set changes: the sets are then made again, in a new folder
 
 EMBEDDED: dict[str, Callable[[Path], None]] = {
     "digits": make_digits,
@@ -36,9 +36,9 @@ EMBEDDED: dict[str, Callable[[Path], None]] = {
 }
 
 DIGESTS = {  # of the contents of all files, for VERSION, with Pillow 13
-    "digits": "v2-1c4be9d41d049d87",
-    "digit-scenes": "v2-1f20c5e04f664324",
-    "digit-stuff": "v2-5e1bc434ba098fa0",
+    "digits": "v2-4534e38f2406a676",
+    "digit-scenes": "v2-be3a3bb50f100f52",
+    "digit-stuff": "v2-913aef62a2dcb702",
 }
 
 
@@ -75,7 +75,7 @@ def _ensure(name: str) -> Path:
             notice(f"The embedded data set {name} in {folder} was changed or is incomplete: it is made again.")
         remove_stale(folder.parent, f".{name}-*")
         temporary.mkdir(parents=True)
-        notice(f"Making the embedded data set {name} in {folder} (once, some seconds).")
+        notice(f"Making the embedded data set {name} in {folder} (once, up to half a minute).")
         EMBEDDED[name](temporary)
         if replaces:
             folder.rename(broken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hcnet_cli.data.embedded.digits import SEED, Digit, Floats, draw_digit, load_digits
+from hcnet_cli.data.embedded import drawing
+from hcnet_cli.data.embedded.digits import SEED, Digit, draw_digit, load_digits
+from hcnet_cli.data.embedded.drawing import TEXTURES, Floats, color
 
-SCENES = {"train": 800, "val": 160}
+SCENES = {"train": 800, "val": 400}
 CANVAS = 128  # pixels, both sides of a scene
-TEXTURES = ("stripes", "dots", "checks", "gradient")
+PERIODS = (9.0, 16.0)  # pixels, of the textures
 HUES = (0.65, 0.33, 0.03, 0.83)  # blue, green, red, purple
 CATEGORY_IDS = (7, 90, 1, 18, 44, 3, 62, 27, 85, 13)  # with gaps and out of order, as COCO's
 
@@ -42,34 +43,14 @@ class _Scene:
 Y, X = np.mgrid[0:CANVAS, 0:CANVAS].astype(np.float64)
 
 
-def _texture(kind: int, random: np.random.RandomState) -> Floats:
-    """A pattern [CANVAS, CANVAS] of numbers from 0 to 1."""
-    angle, period = random.uniform(0, np.pi), random.uniform(9, 16)
-    u = (X * np.cos(angle) + Y * np.sin(angle)) / period + random.uniform()
-    v = (Y * np.cos(angle) - X * np.sin(angle)) / period + random.uniform()
-    patterns = {
-        "stripes": lambda: u % 1 < 0.5,
-        "dots": lambda: (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.3**2,
-        "checks": lambda: (np.floor(u) + np.floor(v)) % 2,
-        "gradient": lambda: (u - u.min()) / (u.max() - u.min()),
-    }
-    return np.asarray(patterns[TEXTURES[kind]](), dtype=np.float64)
-
-
-def _color(hue: float, saturation: float, brightness: float) -> Floats:
-    """RGB [3], 0 to 255, of this luma as far as it can be reached."""
-    color = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1.0))
-    return np.minimum(255, color * (brightness / (color @ [0.299, 0.587, 0.114])))
-
-
 def _texture_color(kind: int, low: float, high: float, random: np.random.RandomState) -> Floats:
     """Each texture has a typical hue, as sky and grass have."""
     hue = HUES[kind] + random.uniform(-0.06, 0.06)
-    return _color(hue, random.uniform(0.4, 0.8), random.uniform(low, high))
+    return color(hue, random.uniform(0.4, 0.8), random.uniform(low, high))
 
 
 def _ink_color(random: np.random.RandomState) -> Floats:
-    return _color(random.uniform(), random.uniform(0, 0.4), random.uniform(185, 245))
+    return color(random.uniform(), random.uniform(0, 0.4), random.uniform(185, 245))
 
 
 def _place(shape: Floats, taken: list[Mask], random: np.random.RandomState) -> Floats | None:
@@ -97,7 +78,7 @@ def _scene(digits: list[Digit], random: np.random.RandomState) -> _Scene:
     image = np.zeros((CANVAS, CANVAS, 3))
     for kind, region in zip(kinds, (~second, second), strict=True):
         one, two = _texture_color(kind, 15, 40, random), _texture_color(kind, 60, 95, random)
-        pattern = _texture(kind, random)[..., None]
+        pattern = drawing.texture(kind, CANVAS, PERIODS, random)[..., None]
         image[region] = (one + pattern * (two - one))[region]
 
     other = np.zeros((CANVAS, CANVAS), dtype=bool)
@@ -105,8 +86,7 @@ def _scene(digits: list[Digit], random: np.random.RandomState) -> _Scene:
 
     def paint(opacity: Floats) -> Mask:
         nonlocal image
-        color = _ink_color(random)
-        image = image + opacity[..., None] * (color - image)
+        image = image + opacity[..., None] * (_ink_color(random) - image)
         mask = opacity > 0.5
         for thing in objects:
             thing.mask &= ~mask

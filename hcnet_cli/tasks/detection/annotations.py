@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Collection
@@ -31,6 +32,8 @@ from hcnet_cli.tasks.detection import masks as mask_bytes
 LISTS = ("images", "annotations", "categories")
 LARGEST_FILE = 4 * 2**30  # bytes; COCO's has half of one GiB
 FLAG_VALUES = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "": 0}
+LONGEST_NAME = 1000  # characters
+UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # in a path: controls, and halves of surrogate pairs
 NO_MASKS_HINT = "Add --no-masks to train Faster R-CNN, without masks."
 
 
@@ -286,14 +289,6 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _is_text(value: Any) -> bool:
-    """Whether it can be written: half of a surrogate pair cannot, and a path ends at a null character."""
-    try:
-        return isinstance(value, str) and "\0" not in value and bool(value.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 # --- images and categories --------------------------------------------------------------------------------------------
 
 
@@ -301,15 +296,18 @@ def _class_name(category: dict[str, Any], file: Path) -> str:
     name = category.get("name")
     if name is None or type(name) is int:
         return str(category["id"] if name is None else name)
-    if not _is_text(name):
-        raise UserError(f"{file}: the name of category id {category['id']} is {reprlib.repr(name)}, not a text.")
+    if not isinstance(name, str) or len(name) > LONGEST_NAME:
+        raise UserError(
+            f"{file}: the name of category id {category['id']} is {reprlib.repr(name)}, not a text of up to "
+            f"{LONGEST_NAME:,} characters."
+        )
     return str(name)
 
 
 def _file_name(image: dict[str, Any], file: Path) -> str:
-    """A path below the folder of the images."""
+    """A path below the folder of the images, in text that can be encoded and shown."""
     name = _value(image, "file_name", file, "image")
-    if not _is_text(name):
+    if not isinstance(name, str) or not name or len(name) > LONGEST_NAME or UNUSABLE.search(name):
         raise UserError(f"{file}: the file_name of image id {image['id']} is {reprlib.repr(name)}, not a file's name.")
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(

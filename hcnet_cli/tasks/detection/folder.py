@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,10 @@ def check_objects(train: Annotations, val: Annotations) -> None:
 
 
 def _brief(annotations: Annotations) -> str:
-    pairs = [f"{i} {n}" for i, n in zip(annotations.category_ids, annotations.class_names, strict=True)]
+    pairs = [
+        f"{i} {textwrap.shorten(n, 40, placeholder='...')}"
+        for i, n in zip(annotations.category_ids, annotations.class_names, strict=True)
+    ]
     return ", ".join(pairs[:4] + ["..."] * (len(pairs) > 4))
 
 
@@ -159,7 +163,7 @@ def open_folder(
     if len(splits) < 2:
         return None
     (train, train_images), (val, val_images) = splits["train"], splits["val"]
-    for check in (check_same_classes, check_objects, check_scorable):
+    for check in (check_same_classes, check_scorable, check_objects):
         with reported(report):
             check(train, val)
     places: dict[bytes, None] = {}  # in the order of the files, each once
