@@ -76,6 +76,8 @@ class FeatureMaps(nn.Module):
         maps = self.model.forward_intermediates(padded, indices=self.kept, intermediates_only=True, **self.format)
         if self.pyramid is not None:
             maps = self.pyramid(maps[-1])
+        if padded.shape == x.shape:
+            return list(maps) if indices is None else [maps[i] for i in indices]
         maps = [
             found[..., : math.ceil(height / stride), : math.ceil(width / stride)]
             for found, stride in zip(maps, STRIDES, strict=True)
@@ -137,7 +139,8 @@ def create(
         if img_size:
             _try_classifier(name, model, num_classes, img_size)
         return model
-    if hasattr(model, "forward_intermediates") and takes_noise(model.forward_intermediates):
+    maker: Any = getattr(model, "forward_intermediates", None)
+    if maker is not None and takes_noise(maker):
         return model  # HcNet, and what is made of it
     maps = FeatureMaps(name, model)
     _try_maps(name, maps, freeze_unused=file is None)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm
+from huggingface_hub import hf_hub_download
 
 from hcnet_cli.console import UserError, notice
 
@@ -14,9 +15,6 @@ WEIGHTS = "model.safetensors"
 
 def pretrained_weights(name: str) -> Path:
     """The file of a model's weights. UserError, with the way to get it by hand, where it cannot be had."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars, logging
-
     config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     place = (config.hf_hub_id or "") if config is not None else ""
     if config is None or not (place or config.url):
@@ -29,8 +27,6 @@ def pretrained_weights(name: str) -> Path:
             hint=f"Download {config.url} and name the file with --init.",
         )
     repository, _, revision = place.partition("@")
-    disable_progress_bars()
-    logging.set_verbosity_error()  # what goes wrong is said below
     notice(f"Weights: {repository}, from the Hugging Face hub or its cache on this machine.")
     try:
         return Path(hf_hub_download(repository, config.hf_hub_filename or WEIGHTS, revision=revision or None))
