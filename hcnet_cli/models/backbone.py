@@ -29,7 +29,8 @@ SUITABLE = (
     "Those that can: hcnet's sizes, convnext, swin, pvt_v2, focalnet, davit, twins, mambaout, resnet, efficientnet, "
     "vit and others. `pretrain` takes any."
 )
-TRIED = (64, 96)  # height and width of the image on which the maps are tried; its sides differ
+SIZE_HINT = "Choose a size that its patches and windows divide: --set data.img_size=N"
+TRIED = (64, 96)  # height and width of the image on which the maps are tried: its sides differ and need no padding
 
 
 class FeatureMaps(nn.Module):
@@ -76,12 +77,11 @@ class FeatureMaps(nn.Module):
         maps = self.model.forward_intermediates(padded, indices=self.kept, intermediates_only=True, **self.format)
         if self.pyramid is not None:
             maps = self.pyramid(maps[-1])
-        if padded.shape == x.shape:
-            return list(maps) if indices is None else [maps[i] for i in indices]
-        maps = [
-            found[..., : math.ceil(height / stride), : math.ceil(width / stride)]
-            for found, stride in zip(maps, STRIDES, strict=True)
-        ]
+        if padded.shape != x.shape:
+            maps = [
+                found[..., : math.ceil(height / stride), : math.ceil(width / stride)]
+                for found, stride in zip(maps, STRIDES, strict=True)
+            ]
         return maps if indices is None else [maps[i] for i in indices]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -132,7 +132,11 @@ def create(
         model = _call(make, {"num_classes": num_classes, **args}, optional)
     except (Exception, SystemExit) as error:
         reason = own.describe_error(error, file)
-        raise UserError(f"The model {name} cannot be built with {dict(args)}: {reason}.") from error
+        sized = f" for images of {img_size} x {img_size}" if "img_size" in optional else ""
+        raise UserError(
+            f"The model {name} cannot be built{f' with {dict(args)}' if args else ''}{sized}: {reason}.",
+            hint=SIZE_HINT if sized else "",
+        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} returned {type(model).__name__}, not a torch.nn.Module.")
     if num_classes:
@@ -177,7 +181,7 @@ def _try_classifier(name: str, model: nn.Module, num_classes: int, side: int) ->
     except Exception as error:
         raise UserError(
             f"The model {name} does not take images of {side} x {side}: {own.describe_error(error)}.",
-            hint="Choose a size that its patches and windows divide: --set data.img_size=N",
+            hint=SIZE_HINT,
         ) from error
     finally:
         model.train(training)
