@@ -28,8 +28,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-import hcnet_cli.models  # registers the sizes with timm
-from hcnet_cli import dist, kernels, optim, rng
+from hcnet_cli import dist, foreign, kernels, optim, rng
 from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.splits import DataSplits
@@ -95,7 +94,17 @@ def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
     model = recipe.model
     with rng.seeded(rng.derive(recipe.train.seed, "init")):
         if model.name:
-            return backbones.create(model.name, num_classes, model.args, drop_path_rate=model.drop_path_rate)
+            other: Any = backbones.create(
+                model.name,
+                num_classes,
+                model.args,
+                drop_path_rate=model.drop_path_rate,
+                img_size=getattr(recipe.data, "img_size", None),
+                digest=model.digest,
+            )
+            if model.grad_checkpointing and hasattr(other, "set_grad_checkpointing"):
+                other.set_grad_checkpointing(True)
+            return cast(nn.Module, other)
         shape = model.model_dump(include={*SHAPE_FIELDS, "drop_path_rate"})
         given = {name: value for name, value in shape.items() if value is not None}
         try:
@@ -187,15 +196,18 @@ def load_init(task: Task, name: str, state: dict[str, Tensor]) -> LoadReport:
     """Loads what fits: a whole model's weights into the whole, a backbone's into the backbone. The names of the
     authors' checkpoints are translated.
     """
-    official = any(".Anisotropic_conv" in key or "patch_embed" in key for key in state)
-    remap = hcnet_cli.models.remap_official_state_dict if official else dict
     model: Any = task.model
     inside = {key for key in model.state_dict() if not key.startswith("backbone.")}
     whole = not hasattr(model, "backbone") or not inside.isdisjoint(state.keys())
     target: nn.Module = model if whole else model.backbone
     if isinstance(target, backbones.FeatureMaps):
         target = target.model
-    return load_into(target, state, name, remap)
+    about = _metadata(Path(name))
+    translate = foreign.translation(target, state)
+    report = load_into(target, state, name, translate, foreign.owner_hint(state, about))
+    if isinstance(translate, functools.partial):  # timm interpolates, and machines round differently
+        report.digest = digest(state)
+    return report
 
 
 def lacking(init: LoadReport, task: Task) -> str:
@@ -329,10 +341,12 @@ def build_job(
 def _weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     """What best.safetensors says of itself: all that whoever loads it needs. README documents the keys."""
     model = recipe.model
-    shape = model.model_dump(mode="json", exclude={"size", "name", "args", "grad_checkpointing"}, exclude_none=True)
+    size = getattr(recipe.data, "img_size", None)
+    fields = {"size", "name", "args", "digest", "grad_checkpointing"}
+    shape = model.model_dump(mode="json", exclude=fields, exclude_none=True)
     return {
         "model": model.name or SIZES[model.size].timm_name,
-        "model_args": dict(model.args) if model.name else shape,
+        "model_args": {**backbones.size_argument(model.name, size), **model.args} if model.name else shape,
         "task": recipe.task,
         "seed": recipe.train.seed,
         "data": data.info.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,12 @@ def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple
         )
     recipe = rcp.resolve(folder.recipe_file).recipe
     first = next(iter(recipe.evaluation))
+    own = recipe.model.digest
+    if own and not any(key == "model.name" for key, _, _ in overrides):
+        raise UserError(
+            f"The model of this run is made by a file, {folder.model_file}, which runs only if you name it.",
+            hint=f"Read the file, and give --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
+        )
     for key, _, source in overrides:
         key, _ = rcp.translate(key, None, recipe.task)
         if key.startswith(f"evaluation.{first}."):
@@ -99,9 +106,15 @@ def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple
                 f"{source}: {first} is how the run's best weights were chosen, so it stays as it is.",
                 hint=f"Give the new score a name: --set evaluation.NAME.{key.split('.', 2)[2]}=...",
             )
-        if not key.startswith(ALLOWED):
+        if not key.startswith(ALLOWED) and not (own and key == "model.name"):
             raise UserError(f"{source}: an evaluation changes nothing but its own section, evaluation.NAME.KEY.")
-    return info, rcp.resolve(folder.recipe_file, overrides).recipe
+    found = rcp.resolve(folder.recipe_file, overrides).recipe
+    if (found.model.label, found.model.digest) != (recipe.model.label, own):
+        raise UserError(
+            f"{found.model.name} is not what made the model of this run: the file has changed, or it is another.",
+            hint=f"The run's own copy: --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
+        )
+    return info, found
 
 
 def _check_record(folder: RunFolder, info: RunInfo, adding: bool) -> None:

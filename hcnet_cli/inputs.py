@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hcnet_cli.console import UserError
-from hcnet_cli.pretrained import find_init, weights_file
+from hcnet_cli.own_model import is_own
+from hcnet_cli.pretrained import TIMM, find_init, weights_file
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import TASKS
 
@@ -15,7 +16,13 @@ EMBEDDED = frozenset(spec.embedded for spec in TASKS.values())
 def check_inputs(recipe: Recipe, results: Path) -> None:
     """UserError for data, or weights to start from, that are not there or are plainly of another kind."""
     check_data(recipe)
-    if recipe.init not in ("auto", "none"):
+    if recipe.init == TIMM:
+        if not recipe.model.name or is_own(recipe.model.name):
+            raise UserError(
+                f"timm has no weights of {recipe.model.name or 'HcNet'}.",
+                hint="--pretrained goes with --model NAME, a name of timm; --init names weights of HcNet.",
+            )
+    elif recipe.init not in ("auto", "none"):
         weights_file(recipe.init)
     elif recipe.init == "auto" and recipe.data.path not in EMBEDDED:
         find_init(recipe, results)

@@ -22,6 +22,7 @@ from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task, to_device
 from hcnet_cli.files import existing_parent
+from hcnet_cli.models import hub
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 
@@ -124,6 +125,14 @@ def remark_on_schedule(recipe: Recipe, steps: build.Steps, sources: Mapping[str,
     """Warns of parts of the schedule that the run does not reach, or that have no effect."""
     for line in schedule_remarks(recipe, steps, sources):
         warn(line)
+
+
+def remark_on_normalisation(recipe: Recipe) -> None:
+    """Warns of images that are normalised otherwise than those that timm's weights were trained on."""
+    for key, trained in zip(("mean", "std"), hub.expected_normalisation(recipe.model.name) or (), strict=False):
+        if any(abs(a - b) > 1e-3 for a, b in zip(getattr(recipe.data, key), trained, strict=True)):
+            typed = ",".join(f"{value:g}" for value in trained)
+            warn(f"The weights of {recipe.model.name} were trained with another {key}: --set data.{key}=[{typed}]")
 
 
 def schedule_remarks(

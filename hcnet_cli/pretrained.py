@@ -11,6 +11,8 @@ from hcnet_cli.console import UserError, notice
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import TASKS
 
+TIMM = "timm"  # as `init`: the weights that timm has for the model, which `--pretrained` asks for
+
 
 def best_pretraining(recipe: Recipe, results: Path) -> str | None:
     """The finished run, of the task that this one starts from, of the same model on the most training images; of
@@ -32,7 +34,7 @@ def explain_missing_pretraining(recipe: Recipe, results: Path) -> tuple[str, str
     shape = rcp.variant(recipe)
     label = recipe.model.label + (f" ({shape})" if shape else "")
     source = recipe.spec.starts_from
-    flag = f"--set model.name={recipe.model.name}" if recipe.model.name else f"--size {recipe.model.size}"
+    flag = f"--model {recipe.model.name}" if recipe.model.name else f"--size {recipe.model.size}"
     command = f"hcnet {source} {flag}" + (" with the same --set options" if shape else "")
     kind = "model" if recipe.model.name else "size"
     return f"There is no finished {source} run of {kind} {label} under {results}", command

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_m
 
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.files import read_text
+from hcnet_cli.own_model import is_own, read_source, source_digest
 from hcnet_cli.plain_yaml import parse_yaml
 from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Line, Model, Optim, Part, Schedule, Train
 from hcnet_cli.sizes import COMPONENTS, SIZES
@@ -240,6 +241,10 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         node[last] = value
         sources[key] = source
     recipe = check(data, str(file), sources)
+    named = "model.name" in sources and "model.digest" not in sources
+    if is_own(recipe.model.name) and (named or not recipe.model.digest):
+        model = recipe.model.model_copy(update={"digest": source_digest(read_source(recipe.model.name))})
+        recipe = recipe.model_copy(update={"model": model})
     sources = dict.fromkeys(unsaid, "default") | sources
     if recipe.model.drop_path_rate is None and not recipe.model.name:
         sources["model.drop_path_rate"] = f"size {recipe.model.size}"
@@ -356,6 +361,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
             del flat[key]
     for key in not_in_fingerprint(recipe) & flat.keys():
         del flat[key]
+    if recipe.model.digest:  # the content of a file is what counts, not where it lies
+        flat["model.name"] = recipe.model.label
     old = {new: name for name, new in _renamed(recipe.task).items() if isinstance(new, str)}
     if recipe.optim.name != "adamw":  # version 0.1 had no other
         old = {new: name for new, name in old.items() if not new.startswith("optim.")}
@@ -395,7 +402,7 @@ def changes(recipe: Recipe) -> dict[str, Any]:
     if recipe.protocol not in shipped():
         return {}
     base = resolve(recipes_dir() / f"{recipe.protocol}.yaml", [("model.size", recipe.model.size, "--size")]).recipe
-    shape = {f"model.{name}" for name in ("name", "args", *SHAPE_FIELDS)}
+    shape = {f"model.{name}" for name in ("name", "args", "digest", *SHAPE_FIELDS)}
     free = ALLOWED_TO_VARY | shape
     if recipe.model.name:
         free |= {"model.drop_path_rate"} if recipe.model.drop_path_rate is None else set()

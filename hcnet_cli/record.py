@@ -98,6 +98,7 @@ class RunInfo(BaseModel):
     changes: dict[str, Any] = {}  # where the recipe departs from it (dotted key -> value)
     size: str  # of HcNet; "" for another model
     model: str = ""  # another model's name
+    model_file: str = ""  # digest of model.py, where the model is made by a file of the user's own
     variant: str = ""  # "", "no-refinement", "kernel_size=3" ...
     seed: int
     fingerprint: str

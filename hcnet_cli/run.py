@@ -16,12 +16,13 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, files, optim, plan, pretrained, profile, rehearsal, runs
+from hcnet_cli import build, dist, engine, files, optim, own_model, plan, pretrained, profile, rehearsal, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision
 from hcnet_cli.engine import Evaluation, Task
+from hcnet_cli.models import hub
 from hcnet_cli.previous import check_finished, identity, previous_record
 from hcnet_cli.privacy import home, host_id
 from hcnet_cli.recipe import Recipe, Resolved
@@ -56,6 +57,7 @@ class RunSetup:
     task: Task
     device: torch.device
     init: LoadReport | None
+    source: str  # of the file of the user's own that makes the model, "" for another model
 
 
 def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, int]:
@@ -88,23 +90,34 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
     precision = pick_precision(resolved.recipe.train.precision, device)
     train_part = resolved.recipe.train.model_copy(update={"precision": precision})
     recipe = resolved.recipe.model_copy(update={"train": train_part})
+    own = recipe.model.digest
+    source = own_model.read_source(recipe.model.name, own) if own else ""
     optim.check_optimizer(recipe.optim.name, recipe.optim.args)
     data = build.open_data(recipe)
     task = build.build_task(recipe, data)
-    recipe = recipe.model_copy(update={"init": dist.from_main(lambda: pretrained.find_init(recipe, options.results))})
+    recipe = recipe.model_copy(update={"init": dist.from_main(lambda: _find_init(recipe, options.results))})
     init = build.load_init(task, *build.read_init(recipe.init)) if recipe.init != "none" else None
     if init:
         init = dataclasses.replace(init, **build.init_origin(recipe.init))
     fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
     recipe = _with_short_paths(recipe)
-    return RunSetup(RunFolder(options.results / "runs" / name), recipe, data, task, device, init), fingerprint
+    return RunSetup(RunFolder(options.results / "runs" / name), recipe, data, task, device, init, source), fingerprint
+
+
+def _find_init(recipe: Recipe, results: Path) -> str:
+    """What `init` means here; timm's weights are fetched now, if they are not in the cache."""
+    if recipe.init != pretrained.TIMM:
+        return pretrained.find_init(recipe, results)
+    plan.remark_on_normalisation(recipe)
+    return str(hub.pretrained_weights(recipe.model.name))
 
 
 def _with_short_paths(recipe: Recipe) -> Recipe:
     """The recipe as it is kept: `~` for the home folder, so that a run that is shared does not name its user."""
     data = recipe.data.model_copy(update={"path": home(recipe.data.path or "")})
-    return recipe.model_copy(update={"data": data, "init": home(recipe.init)})
+    model = recipe.model.model_copy(update={"name": home(recipe.model.name)})
+    return recipe.model_copy(update={"data": data, "model": model, "init": home(recipe.init)})
 
 
 def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
@@ -137,8 +150,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     seconds = rehearsal.rehearse(job, recipe, run.data, folder.path)
     _announce_time(run, info, state, seconds)
     if dist.is_main():
-        files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
-        info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
+        _write_recipe(run, info)
         folder.rewind(state.step)
         folder.write(info)
 
@@ -165,6 +177,15 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
         folder.write(info)
     _conclude(info, folder, stopped_by)
     return folder.path, info, stopped_by
+
+
+def _write_recipe(run: RunSetup, info: RunInfo) -> None:
+    """The recipe as the run has it, and a copy of the file of the user's own that makes its model."""
+    text = rcp.dump_yaml(run.recipe)
+    files.write_text(run.folder.recipe_file, text)
+    info.recipe_digest = runs.text_digest(text)
+    if run.source:
+        files.write_text(run.folder.model_file, run.source)
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
@@ -194,6 +215,7 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         changes=rcp.changes(recipe),
         size="" if recipe.model.name else recipe.model.size,
         model=recipe.model.label if recipe.model.name else "",
+        model_file=recipe.model.digest,
         variant=rcp.variant(recipe),
         seed=recipe.train.seed,
         fingerprint=fingerprint,
@@ -246,8 +268,8 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
     if run.recipe.train.compile and info.device == "cpu":
         notice("On a CPU, training is not faster compiled (docs/speed.md).")
     plan.remark_on_schedule(run.recipe, build.steps(run.recipe, run.data))
-    if run.init:
-        notice(str(run.init))
+    for line in str(run.init).splitlines() if run.init else ():
+        notice(line)
     if state.step:
         notice(f"Going on from step {state.step}.")
 
@@ -383,7 +405,8 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
             hint="Train it first, or name whole weights with --init RUN, FILE.safetensors or FILE.pth.",
         )
     job = dataclasses.replace(build.build_job(recipe, run.data, task, run.device), ema=None)
-    notice(str(init))
+    for line in str(init).splitlines():
+        notice(line)
     notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")
     scored = [(one, *engine.evaluate(job, one)) for one in job.evaluations]
     metrics: dict[str, float] = {}
@@ -406,8 +429,7 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         )
         with dist.on_main(folder.lock):
             if dist.is_main():
-                files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
-                info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
+                _write_recipe(run, info)
                 info.sessions = [_session(info, 0)]
                 for number, (one, _, evaluator) in enumerate(scored):
                     engine.save_final(evaluator, folder.path / "final" / (one.name if number else ""))

@@ -30,7 +30,7 @@ WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process t
 WAITING = "Waiting for another process that is working"
 LOG_BYTES = 256 * 2**20  # of a metrics.jsonl; a run of 1.5 million steps writes some 10 MiB
 RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain")
-RUN_FILES = ("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml")
+RUN_FILES = ("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml", "model.py")
 
 
 def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
@@ -62,6 +62,7 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.log_file = path / "metrics.jsonl"
         self.best = path / "best.safetensors"
+        self.model_file = path / "model.py"  # a copy of the file of the user's own that the model is made by
         self.waited = False
 
     @contextlib.contextmanager

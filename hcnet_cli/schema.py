@@ -154,12 +154,19 @@ class Model(Part):
     name: str = field(
         "",
         "Another backbone instead of HcNet: a name of timm, or FILE.py:FUNCTION, a function that returns a module with "
-        "timm's `forward_intermediates` and `feature_info`.",
+        "timm's `forward_intermediates` and `feature_info`. A file runs only where the command line names it.",
         example="convnext_tiny",
         fingerprint="changed",
     )
     args: dict[str, Any] = field(
         {}, "Arguments of the model named by `name`.", example={"patch_size": 8}, fingerprint="changed"
+    )
+    digest: str = field(
+        "",
+        "Of the content of the file that `name` names; filled in by the program.",
+        example="0123456789abcdef",
+        fingerprint="changed",
+        max_length=64,
     )
     depths: tuple[Depth, Depth, Depth, Depth] | None = field(None, "Blocks of each stage.", example=(2, 2, 4, 2))
     dims: tuple[Channels, Channels, Channels, Channels] | None = field(
@@ -195,7 +202,10 @@ class Model(Part):
 
     @field_validator("name")
     @classmethod
-    def _one_line(cls, name: str) -> str:
+    def _other_model(cls, name: str) -> str:
+        for size, known in SIZES.items():
+            if name in (size, known.timm_name):
+                raise ValueError(f"{name} is a size of HcNet: --size {size}")
         return name and _line(name)
 
     @model_validator(mode="after")

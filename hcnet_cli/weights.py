@@ -237,28 +237,36 @@ def check_dtypes(named: Mapping[str, Tensor], own: Mapping[str, Tensor], source:
             )
 
 
-def load_into(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    source: str,
-    remap: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-) -> LoadReport:
-    """Copies what fits from `state` into `model` and tells what did not.
-
-    `remap` translates foreign names first. Prefixes that wrappers add are stripped where that makes a name known.
-    UserError when fewer than MIN_MATCHED of the model's parameters find a tensor of their shape, as numbers go.
-    """
-    try:
-        state = remap(dict(state))
-    except ValueError as error:
-        raise UserError(f"{source}: {error}") from None
-    own = model.state_dict()
+def strip_prefixes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names without the prefixes that wrappers add, where that makes a name known."""
     named: dict[str, Tensor] = {}
     for name, value in state.items():
         key = name
         while key not in own and key.startswith(PREFIXES):
             key = key.split(".", 1)[1]
         named[key if key in own else name] = value
+    return named
+
+
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    remap: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    hint: str = "Give the --size, and the --set model options, that the weights were trained with.",
+) -> LoadReport:
+    """Copies what fits from `state` into `model` and tells what did not.
+
+    `remap` translates foreign names first. `hint`: what to do where the weights are of another model. Prefixes that
+    wrappers add are stripped where that makes a name known. UserError when fewer than MIN_MATCHED of the model's
+    parameters find a tensor of their shape, as numbers go.
+    """
+    try:
+        state = remap(dict(state))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    own = model.state_dict()
+    named = strip_prefixes(state, own)
     check_dtypes(named, own, source)
     fits = {name for name, value in named.items() if name in own and value.shape == own[name].shape}
     report = LoadReport(
@@ -275,7 +283,7 @@ def load_into(
         raise UserError(
             f"{source} does not fit this model: only {len(fits)} of {len(own)} tensors "
             f"({matched:.0%} of the numbers) match.",
-            hint="Give the --size, and the --set model options, that the weights were trained with.",
+            hint=hint,
         )
     model.load_state_dict({name: named[name] for name in fits}, strict=False)
     return report

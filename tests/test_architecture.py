@@ -28,7 +28,7 @@ LAYERS = [
     ["task modules"],  # tasks/*/task.py
     ["task parts"],  # tasks/*/: data formats, heads, metrics
     ["engine"],
-    ["kernels"],
+    ["kernels", "foreign"],
     ["models", "data", "optim", "profile", "checkpoint", "weights", "device"],
     ["dist", "rng"],
     ["report"],
@@ -39,7 +39,7 @@ LAYERS = [
     ["recipe", "record"],
     ["plausible"],
     ["declarations", "header"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
-    ["schema", "plain_json"],
+    ["schema", "plain_json", "own_model"],
     ["values", "plain_yaml"],
     ["files", "privacy"],
     ["console", "sizes"],
@@ -48,7 +48,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
-    *("published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
+    *("own_model", "published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -25,8 +24,9 @@ from hcnet_cli import files, kernels, optim, profile, rng
 from hcnet_cli.bench.turns import Stopped, cores_of_others, stoppable, take_turns
 from hcnet_cli.console import UserError, about, did_you_mean, status_line, warn
 from hcnet_cli.device import pick_device, pick_precision, warn_of_emulation
-from hcnet_cli.models import HcNet, remap_official_state_dict
+from hcnet_cli.models import HcNet, backbone, remap_official_state_dict
 from hcnet_cli.models.literal import ReferenceHcNet
+from hcnet_cli.own_model import is_own
 from hcnet_cli.sizes import SIZES
 
 REFERENCE = "reference"  # the literal form; the word "literal" is understood too
@@ -128,8 +128,8 @@ def model_name(word: str) -> str:
         name = SIZES[name].timm_name
     elif name == "literal":
         name = REFERENCE
-    if name != REFERENCE and not timm.is_model(name):
-        hint = f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, and every model of timm."
+    if name != REFERENCE and not timm.is_model(name) and not is_own(name):
+        hint = f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, every model of timm, and FILE.py:FUNCTION."
         like = did_you_mean(name, [REFERENCE, *SIZES, *timm.list_models()])
         raise UserError(f'Unknown model "{name}".{like}', hint=hint)
     if plain and name not in NAMES:
@@ -155,11 +155,8 @@ def create(name: str, img_size: int, literal_of: str) -> nn.Module:
         model = create(literal_of, img_size, "")
         assert isinstance(model, HcNet)
         return literal(model)
-    name = name.removesuffix(PLAIN)
-    config = timm.get_pretrained_cfg(name)
-    fixed: dict[str, Any] = {"img_size": img_size} if config is not None and config.fixed_input_size else {}
     with rng.seeded(0):
-        return timm.create_model(name, **fixed)
+        return backbone.create(name.removesuffix(PLAIN), 1000, {}, img_size=img_size)
 
 
 def literal(model: HcNet) -> ReferenceHcNet:

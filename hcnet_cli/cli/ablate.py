@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hcnet_cli.cli import options
-from hcnet_cli.cli.base import base_recipe
+from hcnet_cli.cli.base import base_recipe, require_named
 from hcnet_cli.console import UserError
 from hcnet_cli.privacy import command_line
 from hcnet_cli.sizes import COMPONENTS
@@ -35,6 +35,7 @@ def ablate(
         typer.Option(help="pretrain (default), finetune-det or finetune-seg; may repeat, for one table of all."),
     ] = None,
     size: options.Size = None,
+    model: options.Model = None,
     data: options.DataPath = None,
     recipe: options.RecipeName = None,
     epochs: options.Epochs = None,
@@ -96,6 +97,9 @@ def ablate(
     expanded = design.expand(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
     for one in {(one.task, one.data.path): one for one in expanded.recipes.values()}.values():
         check_data(one)
+    named = {value for base in bases for key, value, flag in base.overrides if key == "model.name" and flag[:2] == "--"}
+    for one in expanded.recipes.values():
+        require_named(one, "--model" if one.model.name in named else "")
     settings = runner.Settings(
         results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=command_line(), detect=detect
     )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hcnet_cli import own_model
 from hcnet_cli.cli.options import RECIPE_KEYS
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.pretrained import TIMM
 from hcnet_cli.tasks import TASKS
 
 if TYPE_CHECKING:
-    from hcnet_cli.recipe import Resolved
+    from hcnet_cli.recipe import Recipe, Resolved
 
 Override = tuple[str, Any, str]  # dotted key, value, where it comes from
 
@@ -43,6 +46,8 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
     data = os.path.expanduser(data)  # a shell expands ~ in an argument, not in a variable or a recipe
     overrides = [("data.path", data, source), *_flags(task, given)]
     overrides += [(key, value, f"--set {key}") for key, value in parsed]
+    if given.get("size") is not None and (named := [flag for key, _, flag in overrides if key == "model.name"]):
+        raise UserError(f"--size is for HcNet, {named[0]} for other models.", hint="Give one of them.")
     found = rcp.resolve(file, overrides).recipe
     if found.task != task:
         raise UserError(f"The recipe {file} is for {found.task}, not for {task}.")
@@ -72,7 +77,19 @@ def resolve(task: str, given: Mapping[str, Any]) -> Resolved:
     """The recipe of a training command, checked."""
     from hcnet_cli import recipe as rcp
 
-    return rcp.resolve(*base_recipe(task, given))
+    resolved = rcp.resolve(*base_recipe(task, given))
+    require_named(resolved.recipe, resolved.sources.get("model.name", ""))
+    return resolved
+
+
+def require_named(recipe: Recipe, source: str) -> None:
+    """UserError for a file of code that no flag names: a recipe or a study from elsewhere must not run one."""
+    name = recipe.model.name
+    if own_model.is_own(name) and not source.startswith("--"):
+        raise UserError(
+            f"The model is made by a file, {name}, which runs only if the command line names it.",
+            hint=f"Read the file, and give --model {shlex.quote(name)}",
+        )
 
 
 def _recipe_name(task: str, given: Mapping[str, Any]) -> str | None:
@@ -92,6 +109,10 @@ def _flags(task: str, given: Mapping[str, Any]) -> list[Override]:
         for parameter, (flag, key) in RECIPE_KEYS.items()
         if given.get(parameter) is not None
     ]
+    if given.get("pretrained"):
+        if given.get("init") is not None:
+            raise UserError("--pretrained names the weights to start from; --init does too.", hint="Give one of them.")
+        flags.append(("init", TIMM, "--pretrained"))
     for option in TASKS[task].options:
         value = given.get(option.name)
         if option.key and value is not None:

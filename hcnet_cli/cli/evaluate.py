@@ -18,6 +18,7 @@ def evaluate(
         typer.Option("--on", help="Comma list of evaluations (default: those without a score, else the first)."),
     ] = None,
     data: options.DataPath = None,
+    model: options.OwnModel = None,
     overrides: options.Set = None,
     out_dir: options.Out = Path("results"),
     device: options.Device = "auto",
@@ -31,7 +32,7 @@ def evaluate(
     from hcnet_cli import recipe as rcp
     from hcnet_cli.runs import find_run
 
-    given = [("data.path", data, "--data"), ("train.workers", workers, "--workers")]
+    given = [("data.path", data, "--data"), ("model.name", model, "--model"), ("train.workers", workers, "--workers")]
     settings = [(key, value, source) for key, value, source in given if value is not None]
     settings += [(key, value, f"--set {key}") for key, value in map(rcp.parse_override, overrides or [])]
     folder = find_run(run, out_dir)

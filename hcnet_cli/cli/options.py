@@ -10,6 +10,20 @@ import typer
 from hcnet_cli.sizes import SIZES
 
 Size = Annotated[str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Another model than HcNet: a name of timm, or FILE.py:FUNCTION, which runs that file of yours."
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option("--model", help="FILE.py:FUNCTION that made the run's model, such as RUN/model.py:FUNCTION; runs it."),
+]
+Pretrained = Annotated[
+    bool | None,
+    typer.Option("--pretrained", help="Start from timm's weights of --model, from the Hugging Face hub or its cache."),
+]
 DataPath = Annotated[str | None, typer.Option("--data", help="A data folder, or the name of an embedded set.")]
 DataTrust = Annotated[
     str | None,
@@ -62,6 +76,7 @@ Output = Annotated[Path | None, typer.Option("--output", help="Also write a .md 
 # Parameter of a training command -> its flag, and the recipe field it sets.
 RECIPE_KEYS = {
     "size": ("--size", "model.size"),
+    "model": ("--model", "model.name"),
     "epochs": ("--epochs", "schedule.length"),
     "steps": ("--steps", "schedule.length"),
     "batch_size": ("--batch-size", "train.batch_size"),

@@ -45,6 +45,7 @@ def _parameters(spec: Spec) -> Parameters:
     length = {"epochs": options.Epochs, "steps": options.Steps}[spec.length_flag]
     return {
         "size": (options.Size, None),
+        "model": (options.Model, None),
         "data": (options.DataPath, None),
         "data_trust": (options.DataTrust, None),
         "recipe": (options.RecipeName, None),
@@ -54,6 +55,7 @@ def _parameters(spec: Spec) -> Parameters:
         "lr": (options.LearningRate, None),
         "seed": (options.Seed, None),
         "init": (options.Init, None),
+        "pretrained": (options.Pretrained, None),
         **own,
         "name": (options.Name, None),
         "out_dir": (options.Out, Path("results")),

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from timm.utils import distribute_bn
 from torch import Tensor
 
 from hcnet_cli import checkpoint, dist
@@ -135,6 +136,8 @@ def predict(
     trained = task.model
     task.model = job.weights
     task.eval()
+    if dist.is_distributed():  # the statistics of batch norm are those of the main process, which are saved
+        distribute_bn(task.model, dist.world_size(), reduce=False)
     try:
         with torch.inference_mode():
             for number, batch in enumerate(batches, 1):

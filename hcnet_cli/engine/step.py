@@ -76,7 +76,8 @@ class Stepper:
     def step(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Returns the mean of each loss part over the micro-batches, their sum as `loss`, and `grad_norm`."""
         job, optimizer = self.job, self.job.optimizer
-        torch.manual_seed(derive(job.seed, "torch", step))  # for draws of a task that are not keyed by sample
+        # for draws that are not keyed by sample, such as the drop path of timm's models; each process has its own
+        torch.manual_seed(derive(job.seed, "torch", step, *([dist.rank()] if dist.rank() else [])))
         for group in optimizer.param_groups:
             group["lr"] = job.lr_at(step)
         parts = self._losses_and_gradients(batches)

@@ -2,101 +2,227 @@
 
 What the heads of detection and segmentation need is `forward_intermediates` and `feature_info` as timm has them, with
 four maps [B, C, H / stride, W / stride] at strides 4, 8, 16 and 32. HcNet offers that itself; `FeatureMaps` gives it to
-other models of timm.
+other models.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hcnet_cli import own_model
 from hcnet_cli.console import UserError, did_you_mean, notice
+from hcnet_cli.models import own
+from hcnet_cli.models.simple_pyramid import SimplePyramid
 
 STRIDES = [4, 8, 16, 32]
+SUITABLE = (
+    "Those that can: hcnet's sizes, convnext, swin, pvt_v2, focalnet, davit, twins, mambaout, resnet, efficientnet, "
+    "vit and others. `pretrain` takes any."
+)
+SIZE_HINT = "Choose a size that its patches and windows divide: --set data.img_size=N"
+TRIED = (64, 96)  # height and width of the image on which the maps are tried: its sides differ and need no padding
 
 
 class FeatureMaps(nn.Module):
-    """The maps of a model at strides 4 to 32, with nothing behind the last one; the model itself is `model`."""
+    """The maps of a model at strides 4 to 32, with nothing behind the last one; the model itself is `model`.
+
+    A model whose maps all have one stride, such as a vision transformer, gets a SimplePyramid. Images are padded with
+    zeros at the right and bottom to multiples of 32, which windows and patches need, and the maps are cropped.
+    """
 
     def __init__(self, name: str, model: Any) -> None:
         super().__init__()
         info = list(getattr(model, "feature_info", None) or [])
         strides = [level["reduction"] for level in info]
-        if not set(STRIDES) <= set(strides) or not hasattr(model, "forward_intermediates"):
-            found = (
-                f"has maps at strides {', '.join(map(str, sorted(set(strides))))}"
-                if strides
-                else "offers no feature maps"
-            )
-            raise UserError(
-                f"The model {name} {found}; detection and segmentation need 4, 8, 16 and 32.",
-                hint="Those that have them: hcnet's sizes, convnext, pvt_v2, resnet and others. `pretrain` takes any.",
-            )
-        self.kept = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]  # the last map of a stride
-        self.feature_info = [dict(info[i]) for i in self.kept]
+        last = len(strides) - 1
+        self.pyramid: SimplePyramid | None = None
+        if not hasattr(model, "forward_intermediates") or not strides:
+            raise _refused(name, "offers no feature maps")
+        if set(STRIDES) <= set(strides):
+            self.kept = [last - strides[::-1].index(stride) for stride in STRIDES]  # the last map of each stride
+            self.feature_info = [dict(info[i]) for i in self.kept]
+        elif len(set(strides)) == 1 and strides[0] in STRIDES:
+            self.kept = [last]
+            self.pyramid = SimplePyramid(info[last]["num_chs"], strides[0], STRIDES)
+            self.feature_info = [
+                {"num_chs": width, "reduction": stride}
+                for width, stride in zip(self.pyramid.channels, STRIDES, strict=True)
+            ]
+        else:
+            at = ", ".join(map(str, sorted(set(strides))))
+            raise _refused(name, f"has maps at stride{'s' * (len(set(strides)) > 1)} {at}")
         if hasattr(model, "prune_intermediate_layers"):
             model.prune_intermediate_layers(self.kept, prune_norm=True, prune_head=True)
+        takes = inspect.signature(model.forward_intermediates).parameters
+        self.format = {"output_fmt": "NCHW"} if "output_fmt" in takes else {}
         self.model = model
 
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, intermediates_only: bool = True
     ) -> list[Tensor]:
-        """Image [B, 3, H, W] -> the maps [B, C, H / stride, W / stride]."""
+        """Image [B, 3, H, W] -> the maps [B, C, H / stride, W / stride], sizes rounded up."""
         assert intermediates_only
-        maps = self.model.forward_intermediates(x, indices=self.kept, intermediates_only=True)
-        return list(maps) if indices is None else [maps[i] for i in indices]
+        height, width = x.shape[2:]
+        padded = F.pad(x, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
+        maps = self.model.forward_intermediates(padded, indices=self.kept, intermediates_only=True, **self.format)
+        if self.pyramid is not None:
+            maps = self.pyramid(maps[-1])
+        if padded.shape != x.shape:
+            maps = [
+                found[..., : math.ceil(height / stride), : math.ceil(width / stride)]
+                for found, stride in zip(maps, STRIDES, strict=True)
+            ]
+        return maps if indices is None else [maps[i] for i in indices]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if hasattr(self.model, "set_grad_checkpointing"):
+            self.model.set_grad_checkpointing(enable)
 
 
-def create(name: str, num_classes: int, args: Mapping[str, Any], *, drop_path_rate: float | None = None) -> nn.Module:
+def _refused(name: str, reason: str) -> UserError:
+    return UserError(f"The model {name} {reason}; detection and segmentation need 4, 8, 16 and 32.", hint=SUITABLE)
+
+
+def create(
+    name: str,
+    num_classes: int,
+    args: Mapping[str, Any],
+    *,
+    drop_path_rate: float | None = None,
+    img_size: int | None = None,
+    digest: str = "",
+) -> nn.Module:
     """A model of timm by name, or the result of `FUNCTION(num_classes=..., **args)` in FILE.py for "FILE.py:FUNCTION".
 
-    With num_classes 0 it is a backbone for detection and segmentation. `drop_path_rate` goes to models that take it.
-    UserError for an unknown name and for arguments that the model does not take.
+    Args:
+        name: Of timm, or FILE.py:FUNCTION.
+        num_classes: 0 for a backbone for detection and segmentation, which takes images of any size.
+        args: Arguments of the model.
+        drop_path_rate: Goes to models that take it.
+        img_size: Height and width of the images of a classifier; goes to models that are built for one size.
+        digest: Of the file of the user's own, where a recipe has it.
+
+    UserError for an unknown name, for arguments that the model does not take, and where a trial image of zeros shows
+    that the model does not return what is needed.
     """
-    if ".py:" in name:
-        make = _function(name)
+    optional: dict[str, Any] = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+    file = own_model.split(name)[0] if own_model.is_own(name) else None
+    make: Callable[..., Any]
+    if file:
+        make = own.load_function(name, digest)
     elif timm.is_model(name):
         make = functools.partial(timm.create_model, name)
+        optional |= size_argument(name, img_size) if num_classes else {"dynamic_img_size": True}
     else:
-        raise UserError(f'model.name: there is no model "{name}" in timm.{did_you_mean(name, timm.list_models())}')
-    drop_path = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+        like = did_you_mean(name, timm.list_models())
+        raise UserError(
+            f'There is no model "{name}" in timm.{like}', hint="A file of your own: --model FILE.py:FUNCTION."
+        )
     try:
+        model = _call(make, {"num_classes": num_classes, **args}, optional)
+    except (Exception, SystemExit) as error:
+        reason = own.describe_error(error, file)
+        sized = f" for images of {img_size} x {img_size}" if "img_size" in optional else ""
+        raise UserError(
+            f"The model {name} cannot be built{f' with {dict(args)}' if args else ''}{sized}: {reason}.",
+            hint=SIZE_HINT if sized else "",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} returned {type(model).__name__}, not a torch.nn.Module.")
+    if num_classes:
+        if img_size:
+            _try_classifier(name, model, num_classes, img_size)
+        return model
+    maker: Any = getattr(model, "forward_intermediates", None)
+    if maker is not None and takes_noise(maker):
+        return model  # HcNet, and what is made of it
+    maps = FeatureMaps(name, model)
+    _try_maps(name, maps, freeze_unused=file is None)
+    return maps
+
+
+def size_argument(name: str, img_size: int | None) -> dict[str, int]:
+    """The argument for the image size of a model of timm that is built for one size; {} for any other."""
+    config = None if own_model.is_own(name) else timm.get_pretrained_cfg(name)
+    return {"img_size": img_size} if img_size and config is not None and config.fixed_input_size else {}
+
+
+def _call(make: Callable[..., Any], given: Mapping[str, Any], optional: Mapping[str, Any]) -> Any:
+    """make(**given) with those of the optional arguments that it takes."""
+    taken = {key: value for key, value in optional.items() if key not in given}
+    while True:
         try:
-            model = make(num_classes=num_classes, **{**drop_path, **args})
+            return make(**given, **taken)
         except TypeError as error:
-            if not drop_path or "drop_path_rate" not in str(error):
+            unknown = [key for key in taken if f"'{key}'" in str(error)]
+            if not unknown:
                 raise
-            notice(f"The model {name} has no drop path: model.drop_path_rate is not used.")
-            model = make(num_classes=num_classes, **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"The model {name} cannot be built with {dict(args)}: {error}") from None
-    return model if num_classes else FeatureMaps(name, model)
+            del taken[unknown[0]]
+            if unknown[0] == "drop_path_rate":
+                notice("The model has no drop path: model.drop_path_rate is not used.")
 
 
-def _function(name: str) -> Callable[..., nn.Module]:
-    """The function that "FILE.py:FUNCTION" names."""
-    file, _, function = name.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"model.name: there is no file {path}.")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise UserError(f"model.name: {path} has no function {function}.{did_you_mean(function, dir(module))}")
-    result: Callable[..., nn.Module] = found
-    return result
+def _try_classifier(name: str, model: nn.Module, num_classes: int, side: int) -> None:
+    """UserError unless the model turns an image of the recipe's size into logits."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            made = model.eval()(torch.zeros(1, 3, side, side))
+    except Exception as error:
+        raise UserError(
+            f"The model {name} does not take images of {side} x {side}: {own.describe_error(error)}.",
+            hint=SIZE_HINT,
+        ) from error
+    finally:
+        model.train(training)
+    shape = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
+    if shape != [1, num_classes]:
+        raise UserError(
+            f"The model {name} returned {shape} for one image, not logits [1, {num_classes}].",
+            hint="A function of your own takes num_classes and returns a module that maps images to logits.",
+        )
+
+
+def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:
+    """UserError unless the maps have the promised sizes. `freeze_unused`: parameters behind the last map are not
+    trained; several processes would wait for their gradients.
+    """
+    try:
+        maps = backbone.eval().forward_intermediates(torch.zeros(1, 3, *TRIED))
+        found = [tuple(one.shape[1:]) for one in maps]
+        torch.stack([one.sum() for one in maps]).sum().backward()
+    except Exception as error:
+        raise UserError(
+            f"The model {name} does not take images of any size, as detection and segmentation need "
+            f"({own.describe_error(error)}).",
+            hint=SUITABLE,
+        ) from error
+    finally:
+        backbone.train()
+    expected = [
+        (level["num_chs"], math.ceil(TRIED[0] / stride), math.ceil(TRIED[1] / stride))
+        for level, stride in zip(backbone.feature_info, STRIDES, strict=True)
+    ]
+    if found != expected:
+        raise UserError(
+            f"The model {name} returned maps of {found} for an image of {TRIED[0]} x {TRIED[1]}; its feature_info "
+            f"promises {expected} (channels, height, width).",
+            hint=SUITABLE,
+        )
+    for parameter in backbone.parameters():
+        if freeze_unused and parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
 
 
 @dataclass(frozen=True)

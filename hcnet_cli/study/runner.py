@@ -284,6 +284,8 @@ class StudyProcess:
             "--out": results,
             "--device": self.settings.device,
         }
+        if recipe.model.digest:  # a file of the user's own, which runs only if the command line names it
+            arguments |= {"--model": recipe.model.name, "--set": f"model.digest={recipe.model.digest}"}
         line = [*PROGRAM, cell.task, *(str(x) for pair in arguments.items() for x in pair)]
         if cell.run in self.start_over:
             line.append("--fresh")

@@ -1,0 +1,451 @@
+"""Other models than HcNet, by name or from a file: all three tasks, resume, processes, maps, weights, mistakes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import small_data
+import timm
+import torch
+from conftest import Hcnet, environment, only_run, outcome
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hcnet_cli import foreign, runs
+from hcnet_cli.console import UserError
+from hcnet_cli.engine.step import Stepper
+from hcnet_cli.models import backbone, hub
+from hcnet_cli.profile import count_macs, count_params
+from hcnet_cli.tasks.detection import task as detection
+from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
+from hcnet_cli.tasks.segmentation import task as segmentation
+from hcnet_cli.tasks.segmentation.upernet import UPerNet
+
+MY_NET = """
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass
+class Shape:
+    dims: tuple = (8, 8, 16, 16)
+
+
+class MyNet(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        dims = Shape().dims
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, s, s), nn.GroupNorm(1, b), nn.GELU(), nn.Dropout(0.3))
+            for a, b, s in zip([3, *dims], dims, [4, 2, 2, 2])
+        )
+        self.feature_info = [{"num_chs": dim, "reduction": 4 * 2**i} for i, dim in enumerate(dims)]
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+
+    def forward_intermediates(self, x, indices=None, intermediates_only=True):
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x):
+        return self.head(self.forward_intermediates(x)[-1].mean((2, 3)))
+
+
+def build(num_classes):
+    return MyNet(num_classes)
+"""
+SMALL = {  # a family, made small; all but MyNet with drop path
+    "convnext_tiny": ("depths=[1,1,1,1]", "dims=[8,8,16,16]"),
+    "swin_tiny_patch4_window7_224": ("embed_dim=8", "depths=[1,1,2,1]", "num_heads=[1,1,2,2]"),
+    "resnet18": ("layers=[1,1,1,1]", "channels=[8,8,16,16]"),
+    "vit_tiny_patch16_224": ("patch_size=8", "embed_dim=16", "depth=2", "num_heads=2"),
+    "my_net.py:build": (),
+}
+STEPS = (
+    *("--set", "schedule.unit=steps", "--set", "schedule.length=3", "--set", "train.eval_every=3"),
+    *("--set", "schedule.warmup=0", "--set", "train.log_every=1", "--workers", "0"),
+)
+TASKS = {
+    "pretrain": (*STEPS, "--recipe", "digits", "--batch-size", "4"),
+    "finetune-det": (
+        *(*STEPS, "--recipe", "digit-scenes", "--batch-size", "2", "--set", "data.img_scale=[64,64]"),
+        *("--set", "head.with_masks=false", "--set", "head.fpn_channels=8", "--set", "head.box_head_channels=16"),
+        *("--set", "schedule.milestones=[2]"),
+    ),
+    "finetune-seg": (
+        *(*STEPS, "--recipe", "digit-stuff", "--batch-size", "2", "--set", "data.img_scale=[64,64]"),
+        *("--set", "data.crop_size=64", "--set", "head.channels=8", "--set", "head.aux_channels=8"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("data")
+    made = (make(root / name) for name, make in small_data.MAKERS.items())
+    return dict(zip(TASKS, made, strict=True))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_net.py").write_text(MY_NET)
+    return tmp_path
+
+
+def arguments(task: str, model: str, data: dict[str, Path], *more: str) -> list[str]:
+    drop_path = () if ".py" in model else ("--set", "model.drop_path_rate=0.5")
+    args = [word for one in SMALL.get(model, ()) for word in ("--set", f"model.args.{one}")]
+    return [task, "--model", model, *args, *drop_path, *TASKS[task], "--data", str(data[task]), *more]
+
+
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second is spent on the column of inference speed."""
+    monkeypatch.setattr("hcnet_cli.profile.throughput", lambda *_, **__: 1.0)
+
+
+def stopped_at_step_2(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> None:
+    step = Stepper.step
+
+    def stopping(self: Stepper, number: int, batches: Any) -> Any:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", stopping)
+        assert run().code == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_all_tasks_and_resume_bit_for_bit(
+    model: str, data: dict[str, Path], here: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for task in TASKS:
+        done = hcnet(*arguments(task, model, data, "--name", task))
+        assert done.code == 0, done.err
+        if task != "pretrain":  # --init auto has found the pretraining
+            assert "runs/pretrain/best.safetensors" in done.err
+            assert "missing in the file" not in done.err
+            assert "re-initialised" not in done.err
+    task = "finetune-seg" if model.startswith("swin") else "pretrain"
+    again = arguments(task, model, data, "--name", "again")
+    stopped_at_step_2(monkeypatch, lambda: hcnet(*again))
+    done = hcnet(*again)
+    assert "Going on from step 2" in done.err
+    assert outcome(here / "results/runs/again") == outcome(here / "results/runs" / task)
+
+
+def test_two_processes(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    """Micro-batches are the same whoever computes them, but for batch norm's running statistics (the main process's)
+    and drop path, which is not drawn by sample here.
+    """
+    model, common = "resnet18", ("--set", "model.drop_path_rate=0.0")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "hcnet_cli",
+    ]
+    two = [*torchrun, *arguments("pretrain", model, data, *common, "--name", "two")]
+    done = subprocess.run(two, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert hcnet(*arguments("pretrain", model, data, *common, "--accumulate", "2", "--name", "one")).code == 0
+    a, b = (load_file(here / f"results/runs/{name}/last/model.safetensors") for name in ("two", "one"))
+    for name, value in a.items():
+        if "running_" not in name and "num_batches" not in name:
+            torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=name)
+    scored = hcnet("pretrain", *arguments("pretrain", model, data, *common, "--name", "two", "--eval-only")[1:])
+    assert scored.code == 0, scored.err
+    assert "score otherwise" not in scored.err  # what two processes measured, one measures again
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+MAPS = {  # a model of a family: its channels in timm, or of a vision transformer's pyramid
+    "convnext_atto": [40, 80, 160, 320],
+    "pvt_v2_b0": [32, 64, 160, 256],
+    "focalnet_tiny_srf": [96, 192, 384, 768],
+    "twins_svt_small": [64, 128, 256, 512],
+    "tiny_vit_5m_224": [64, 128, 160, 320],
+    "swin_tiny_patch4_window7_224": [96, 192, 384, 768],
+    "mambaout_femto": [48, 96, 192, 288],
+    "resnet10t": [64, 128, 256, 512],
+    "efficientnet_b0": [24, 40, 112, 320],
+    "vit_tiny_patch16_224": [48, 96, 192, 192],
+    "vit_small_patch16_dinov3": [96, 192, 384, 384],
+    "xcit_nano_12_p8_224": [64, 128, 128, 128],
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_four_maps_of_any_image(name: str) -> None:
+    """Sizes are rounded up; what lies behind the image, in a multiple of 32, changes no map's size."""
+    if not timm.is_model(name):
+        pytest.skip("another version of timm")
+    model = backbone.create(name, 0, {}).eval()
+    with torch.no_grad():
+        maps = model.forward_intermediates(torch.zeros(2, 3, 50, 75))
+    assert [tuple(one.shape) for one in maps] == [
+        (2, channels, -(-50 // stride), -(-75 // stride))
+        for channels, stride in zip(MAPS[name], (4, 8, 16, 32), strict=True)
+    ]
+
+
+def test_maps_are_timms() -> None:
+    """On a size that needs no padding: the maps of timm's own feature extractor with the same weights, NHWC turned."""
+    for name in ("swin_tiny_patch4_window7_224", "resnet10t"):
+        model = backbone.create(name, 0, {}).eval()
+        extractor = timm.create_model(name, features_only=True).eval()
+        ours = model.model.state_dict()
+        state = {key: ours.get(key, ours.get(key.replace("layers_", "layers."))) for key in extractor.state_dict()}
+        extractor.load_state_dict({key: value for key, value in state.items() if value is not None}, strict=False)
+        x = torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            expected = [m.permute(0, 3, 1, 2) if "swin" in name else m for m in extractor(x)[-4:]]
+            for found, one in zip(model.forward_intermediates(x), expected, strict=True):
+                torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("levit_128s", "has maps at strides 16, 32, 64"),
+        ("eva02_tiny_patch14_224", "has maps at stride 14"),
+        ("mixer_s32_224", "does not take images of any size"),
+        ("hiera_tiny_224", "does not take images of any size"),
+        ("maxvit_rmlp_pico_rw_256", "does not take images of any size"),
+    ],
+)
+def test_a_family_that_cannot_carry_a_head_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as refused:
+        backbone.create(name, 0, {})
+    assert "convnext" in str(refused.value.hint)
+
+
+# --- figures of the papers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "params", "macs"),
+    [
+        ("vit_base_patch16_384", 384, 86.9, 55.5),
+        ("swin_tiny_patch4_window7_224", 224, 28.3, 4.5),
+        ("convnext_tiny", 224, 28.6, 4.5),
+    ],
+)
+def test_published_costs(name: str, size: int, params: float, macs: float) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, **backbone.size_argument(name, size))
+    assert count_params(model) / 1e6 == pytest.approx(params, rel=0.02)
+    assert count_macs(model, torch.empty(1, 3, size, size, device="meta")) / 1e9 == pytest.approx(macs, rel=0.02)
+
+
+def test_published_costs_of_swin_with_heads() -> None:
+    """Swin's own figures: Mask R-CNN 267 G and 48 M at 1280 x 800, UPerNet 945 G and 60 M at 2048 x 512."""
+    swin = backbone.create("swin_tiny_patch4_window7_224", 0, {})
+    detector, segmenter = MaskRCNN(swin, num_classes=80), UPerNet(swin, 150)
+    for model, count, params, macs in (
+        (detector, detection.count_macs, 48, 267),
+        (segmenter, segmentation.count_macs, 60, 945),
+    ):
+        assert count_params(model) / 1e6 == pytest.approx(params, rel=0.02)
+        assert count(SimpleNamespace(model=model.to("meta"))) / 1e9 == pytest.approx(macs, rel=0.02)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_families_are_known_by_their_tensors() -> None:
+    with torch.device("meta"):
+        for name, expected in {
+            "convnext_atto": "convnext",
+            "swin_tiny_patch4_window7_224": "swin",
+            "swinv2_tiny_window8_256": "swinv2",
+            "resnet10t": "resnet",
+            "efficientnet_b0": "efficientnet",
+            "vit_tiny_patch16_224": "vit",
+            "pvt_v2_b0": "pvt_v2",
+            "mambaout_femto": "mambaout",
+            "hcnet_pico": "",
+        }.items():
+            names = timm.create_model(name).state_dict()
+            assert foreign.family(names) == foreign.family(f"module.backbone.{one}" for one in names) == expected
+
+
+def test_weights_of_another_model_name_it(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    """By the metadata of a run's weights, or by their tensors; not by another --size."""
+    assert hcnet(*arguments("pretrain", "convnext_tiny", data, "--name", "run")).code == 0
+    whose = shlex.join(["--model", "convnext_tiny", "--set", "model.args.depths=[1,1,1,1]"])
+    done = hcnet(*arguments("pretrain", "resnet18", data, "--init", "results/runs/run", "--dry-run"))
+    assert (done.code, whose in done.err) == (2, True), done.err
+    save_file(timm.create_model("resnet10t").state_dict(), "weights.safetensors")
+    done = hcnet("pretrain", *TASKS["pretrain"], "--data", data["pretrain"], "--init", "weights.safetensors")
+    assert (done.code, "look like those of a resnet of timm" in done.err) == (2, True), done.err
+    assert "0 of" in done.err
+
+
+def test_weights_of_another_image_size_are_resampled_as_timm_does(here: Path) -> None:
+    args = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    small = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, **args)
+    large = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3, **args)
+    translated = foreign.translation(large, small.state_dict())(small.state_dict())
+    expected = timm.layers.resample_abs_pos_embed(small.pos_embed, (8, 8), num_prefix_tokens=1)
+    torch.testing.assert_close(translated["pos_embed"], expected)
+
+
+def test_pretrained_weights_that_cannot_be_fetched(data: dict[str, Path], here: Path, hcnet: Hcnet,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """One sentence that says what to bring where; without the flag nothing is fetched (see conftest.offline)."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
+    done = hcnet("pretrain", "--model", "resnet10t", *TASKS["pretrain"], "--data", data["pretrain"], "--pretrained")
+    assert (done.code, "Traceback" in done.err) == (2, False), done.err
+    assert "hf download timm/resnet10t.c3_in1k model.safetensors" in done.err
+    for given, words in (
+        (("--size", "pico"), "timm has no weights of HcNet"),
+        (("--model", "my_net.py:build"), "timm has no weights of my_net.py:build"),
+        (("--model", "resnet10t", "--init", "none"), "--init does too"),
+    ):
+        done = hcnet("pretrain", *given, *TASKS["pretrain"], "--data", data["pretrain"], "--pretrained")
+        assert (done.code, words in done.err) == (2, True), done.err
+
+
+def test_pretrained_weights_are_loaded_and_accounted_for(
+    data: dict[str, Path], here: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(timm.create_model("resnet10t", num_classes=5).state_dict(), "model.safetensors")
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: "model.safetensors")
+    given = ("--model", "resnet10t", *TASKS["pretrain"], "--data", data["pretrain"], "--set", "data.mean=[0.5,0.5,0.5]")
+    done = hcnet("pretrain", *given, "--pretrained", "--name", "a")
+    assert done.code == 0, done.err
+    assert "re-initialised (shape differs): fc.bias, fc.weight" in done.err
+    assert "--set data.mean=[0.485,0.456,0.406]" in done.err
+    assert hcnet("pretrain", *given, "--init", "model.safetensors", "--name", "b").code == 0
+    assert hcnet("pretrain", *given, "--name", "c").code == 0
+    prints = [runs.read_record(here / f"results/runs/{name}/run.json").fingerprint for name in "abc"]
+    assert prints[0] == prints[1] != prints[2]
+
+
+# --- a file of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_an_edited_file_is_another_run_and_the_copy_goes_on(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    given = arguments("pretrain", "my_net.py:build", data)
+    assert hcnet(*given).code == 0
+    run = only_run(here / "results")
+    assert (run / "model.py").read_text() == MY_NET
+    info = runs.read_record(run / "run.json")
+    assert (info.model, len(info.model_file)) == ("build", 16)
+
+    (here / "my_net.py").write_text(MY_NET.replace("0.3", "0.4"))
+    assert "This run is finished" not in hcnet(*given).err
+    assert len(list((here / "results/runs").iterdir())) == 2
+    done = hcnet(*arguments("pretrain", "my_net.py:build", data, "--name", run.name))
+    assert (done.code, "model.digest" in done.err) == (2, True), done.err
+
+    (here / "my_net.py").unlink()
+    copied = arguments("pretrain", f"{run}/model.py:build", data)
+    assert "This run is finished" in hcnet(*copied).err
+    done = hcnet("evaluate", run)
+    assert (done.code, f"--model {run}/model.py:build" in done.err) == (2, True), done.err
+    done = hcnet("evaluate", run, "--model", f"{run}/model.py:build")
+    assert (done.code, "Equal to the run's record" in done.err) == (0, True), done.err
+
+
+def test_no_recipe_and_no_study_runs_a_file(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    (here / "my_net.py").write_text("raise SystemExit('it ran')")
+    done = hcnet("recipes", "cp", "pretrain/digits", "mine.yaml")
+    text = (here / "mine.yaml").read_text()
+    assert "\nmodel:" in text
+    before, after = text[: text.index("\nmodel:")], text[text.index("\ndata:") :]
+    (here / "mine.yaml").write_text(f"{before}\nmodel: {{name: 'my_net.py:build'}}\n{after}")
+    done = hcnet("pretrain", "--recipe", "mine.yaml", "--data", data["pretrain"])
+    assert (done.code, "which runs only if the command line names it" in done.err) == (2, True), done.err
+    (here / "study.yaml").write_text("title: t\narms: {a: {}, b: {model.name: 'my_net.py:build'}}\n")
+    done = hcnet("ablate", "--study", "study.yaml", "--dry-run")
+    assert (done.code, "which runs only if the command line names it" in done.err) == (2, True), done.err
+
+
+MISTAKES = {
+    "my_net.py:bild": 'Did you mean "build"?',
+    "my_nets.py:build": "There is no file my_nets.py",
+    "my_net.py": "FILE.py:FUNCTION",
+    "import.py:build": "import.py cannot be executed: ModuleNotFoundError: No module named 'nowhere' (line 2)",
+    "exit.py:build": "exit.py cannot be executed: SystemExit: no (line 1)",
+    "syntax.py:build": "syntax.py cannot be executed: SyntaxError",
+    "other.py:raises": "KeyError: 'dims' (line 2)",
+    "other.py:number": "other.py:number returned int",
+    "other.py:logits": "returned [1, 7] for one image",
+    "convnext_tny": 'Did you mean "convnext_tiny"?',
+    "hcnet_tiny": "--size t",
+    "maxvit_rmlp_pico_rw_256": "does not take images of 100 x 100",
+}
+FILES = {
+    "import.py": "import os\nimport nowhere\n",
+    "exit.py": "raise SystemExit('no')\n",
+    "syntax.py": "def build(:\n",
+    "other.py": "from torch import nn\ndef raises(num_classes): raise KeyError('dims')\n"
+    "def number(num_classes): return 3\n"
+    "def logits(num_classes): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 7))\n",
+}
+
+
+@pytest.mark.parametrize("model", MISTAKES)
+def test_mistakes_are_one_sentence(model: str, data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    for name, text in FILES.items():
+        (here / name).write_text(text)
+    size = ("--set", "data.img_size=100") if model.startswith("maxvit") else ()
+    done = hcnet("pretrain", "--model", model, *TASKS["pretrain"], *size, "--data", data["pretrain"])
+    assert (done.code, "Traceback" in done.err) == (2, False), done.err
+    assert MISTAKES[model] in done.err
+    assert not (here / "results").exists()
+
+
+def test_further_mistakes(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    for given, words in (
+        (("--model", "resnet18", "--size", "t"), "--size is for HcNet, --model for other models"),
+        (("--size", "t", "--set", "model.name=resnet18"), "--set model.name for other models"),
+        (("--model", "resnet18", "--set", "model.args.depth=3"), "unexpected keyword argument 'depth'"),
+    ):
+        done = hcnet("pretrain", *given, *TASKS["pretrain"], "--data", data["pretrain"])
+        assert (done.code, words in done.err) == (2, True), done.err
+
+
+def test_maps_that_are_not_those_promised() -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.feature_info = [{"num_chs": 3, "reduction": stride} for stride in (4, 8, 16, 32)]
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward_intermediates(self, x: torch.Tensor, indices: Any = None, intermediates_only: bool = True) -> Any:
+            return [self.conv(x)] * 4
+
+    with pytest.raises(UserError, match="feature_info promises"):
+        backbone._try_maps("mine", backbone.FeatureMaps("mine", Wrong()), freeze_unused=False)
+
+
+def test_bench_and_pretrain_build_the_same_model() -> None:
+    from hcnet_cli.bench import models as bench
+
+    ours = backbone.create("vit_tiny_patch16_224", 1000, {}, img_size=64)
+    timed = bench.create(bench.model_name("vit_tiny_patch16_224"), 64, "")
+    assert {n: v.shape for n, v in ours.state_dict().items()} == {n: v.shape for n, v in timed.state_dict().items()}
