@@ -25,6 +25,9 @@ HEX = re.compile(r"(?<![\w./-])[0-9a-f]{40}(?![\w./-])")  # an older key of W&B;
 PLAIN_VALUE = re.compile(r"(?i)true|false|null|none|[-+]?[\d.]+(?:e[-+]?\d+)?")  # class_token=true is no secret
 PATH = re.compile(r"(?<![\w.:/<&~])(?:~|\.\.)?(?:/[^\s/'\",;:()\[\]{}<>|`]+)+/?")  # absolute, or from a folder above
 
+FLAGS = ("--data", "--out", "--results", "--init", "--output", "--published", "--image", "--check", "--compare")
+AFTER_FLAG = re.compile(rf"((?:{'|'.join(FLAGS)})[ =]|\b(?:path|init): )([^\s,}}]+)")  # of a command, of a recipe
+
 
 def command_line() -> list[str]:
     """The command that started this process, as it is stored: without secrets, with `~` for the home folder."""
@@ -67,12 +70,18 @@ def public(value: Any) -> Any:
         return public_text(value)
     if isinstance(value, dict):
         return {key: public(one) for key, one in value.items()}
-    return type(value)(map(public, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        shown = [public(one) for one in value]
+        for i, before in enumerate(value[:-1], 1):
+            if before in FLAGS and isinstance(shown[i], str):
+                shown[i] = Path(shown[i]).name
+        return type(value)(shown)
+    return value
 
 
 def public_text(text: str) -> str:
     """Text without secrets, folders, and the names of this computer and its user: a path is its last part alone."""
-    text = PATH.sub(_last_part, mask_text(text))
+    text = AFTER_FLAG.sub(lambda found: found[1] + Path(found[2]).name, PATH.sub(_last_part, mask_text(text)))
     for name in {platform.node(), _user()} - {"", "root", "localhost"}:
         if len(name) > 2:
             text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", MASK, text)

@@ -171,6 +171,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info.status = "interrupted" if stopped_by else "finished"
     if not stopped_by:
         info.metrics |= further
+        _note_changed_data(info, run)
         _measure_speed(info, run)
     info.finished = runs.now()
     if dist.is_main():
@@ -303,6 +304,18 @@ def with_progress(info: RunInfo, state: engine.State) -> RunInfo:
             "unreadable_images": state.unreadable,
         }
     )
+
+
+def _note_changed_data(info: RunInfo, run: RunSetup) -> None:
+    """Says in the record, and so under every table, that the data folder is no longer what training began with."""
+    try:
+        digest = build.open_data(run.recipe).info.digest
+    except UserError:
+        digest = "that of no data set"
+    if digest != info.data.digest:
+        note = f"The data folder {info.data.path} changed while the run {run.folder.path.name} trained."
+        warn(f"{note} Its scores belong to no one state of the data.")
+        info.data.notes.append(note)
 
 
 def _measure_speed(info: RunInfo, run: RunSetup) -> None:

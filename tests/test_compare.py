@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 from synthetic_runs import make_run
 
+from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.report import compare
 from hcnet_cli.report.compare import compare_runs, most_different, read_predictions
@@ -41,10 +42,25 @@ def dog(score: float = 2.0) -> list[tuple[str, float]]:
 
 def two_runs(results: Path) -> tuple[Path, Path]:
     """A has images 0 to 3 right; B has 0, 1, 4 and 5; on image 5 they differ most."""
-    folders = make_run(results, seed=0, log=False), make_run(results, seed=1, log=False)
+    top1 = 100 * 4 / 6  # as it is counted below
+    folders = tuple(make_run(results, seed=seed, score=top1, log=False) for seed in (0, 1))
     write(folders[0] / compare.FILE, [cat(), dog(), cat(1), dog(1), dog(1), dog(9)])
     write(folders[1] / compare.FILE, [cat(), dog(), dog(1), cat(1), cat(1), cat(9)])
     return folders
+
+
+def test_predictions_that_are_not_those_of_the_run_are_refused(tmp_path: Path) -> None:
+    """All answers right, where the record says 66.67: edited, or another run's."""
+    first, second = two_runs(tmp_path)
+    write(first / compare.FILE, [cat(), dog(), cat(), dog(), cat(), cat()])
+    with pytest.raises(UserError, match=r"has top-1 100\.00, the run's record 66\.67"):
+        compare_runs(first, second)
+    first, second = two_runs(tmp_path / "again")
+    record = second / "run.json"
+    runs.RunFolder(second).write(runs.read_record(record).model_copy(update={"config": "0" * 16}))  # has a checksum
+    record.write_text(record.read_text().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(UserError, match=r"run\.json was changed after it was written"):
+        compare_runs(first, second)
 
 
 def test_counts_difference_and_test_are_those_of_a_count_by_hand(tmp_path: Path) -> None:

@@ -55,6 +55,11 @@ def test_the_home_folder_is_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_paths_for_the_public_are_their_last_part() -> None:
     text = "no /home/ada/data/x.png, ../../ada/y or ~/z; 12 img/s, a/b, 3/4, https://arxiv.org/abs/1"
     assert privacy.public_text(text) == "no x.png, y or z; 12 img/s, a/b, 3/4, https://arxiv.org/abs/1"
+    assert (
+        privacy.public_text("hcnet pretrain --data mine/cls9 --set a=b/c") == "hcnet pretrain --data cls9 --set a=b/c"
+    )
+    assert privacy.public_text("data: {path: mine/cls9, img_size: 32}") == "data: {path: cls9, img_size: 32}"
+    assert privacy.public(["hcnet", "check", "--data", "mine/cls9"]) == ["hcnet", "check", "--data", "cls9"]
     assert privacy.public_text("from /r/runs/pretrain-s0/best.safetensors") == "from pretrain-s0/best.safetensors"
 
 

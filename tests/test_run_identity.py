@@ -17,7 +17,7 @@ from conftest import SMALL_MODEL, Hcnet, environment, only_run
 from PIL import Image
 from safetensors import safe_open
 
-from hcnet_cli import build, plan, runs
+from hcnet_cli import build, plan, run, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
 from hcnet_cli.header import read_metadata
@@ -244,3 +244,26 @@ def test_a_metric_that_cannot_be_is_not_read(results: Path) -> None:
         folder.write(info.model_copy(update=update))
         with pytest.raises(UserError):
             runs.read_record(folder.record)
+
+
+def test_data_that_change_while_a_run_trains_are_named_in_its_record(
+    folder_of_images: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two classes of the validation images are exchanged after the start: the scores are of neither state."""
+    data = Path(shutil.copytree(folder_of_images, tmp_path / "data"))
+    first, second = sorted((data / "val").iterdir())[:2]
+    score = run._score_best_weights
+
+    def exchange(*given: Any) -> Any:
+        first.rename(tmp_path / "aside")
+        second.rename(first)
+        (tmp_path / "aside").rename(second)
+        return score(*given)
+
+    monkeypatch.setattr(run, "_score_best_weights", exchange)
+    done = hcnet(*command(data, tmp_path / "results"))
+    assert done.code == 0, done.err
+    assert "changed while the run mine trained" in done.err
+    note = runs.read_record(only_run(tmp_path / "results") / "run.json").data.notes[-1]
+    assert "changed while the run mine trained" in note
+    assert note in hcnet("report", "--results", tmp_path / "results", "--format", "markdown").out

@@ -13,7 +13,7 @@ from PIL import Image
 from hcnet_cli import pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.files import read_bytes, read_text
-from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.runs import RunFolder, RunInfo, weights_contradiction
 from hcnet_cli.statistics import SIGNIFICANT, compare_images
 
 FILE = Path("final") / "predictions.csv"
@@ -54,7 +54,7 @@ def compare_runs(first: Path, second: Path) -> tuple[list[str], Image.Image | No
             f"{first} and {second} were validated on other data ({infos[0].data.name} {data[0][0][:12]}, "
             f"{infos[1].data.name} {data[1][0][:12]}), so their images cannot be compared."
         )
-    ours, theirs = (read_predictions(folder / FILE) for folder in (first, second))
+    ours, theirs = (_read_own(folder, info) for folder, info in zip((first, second), infos, strict=True))
     if {name: one.label for name, one in ours.items()} != {name: one.label for name, one in theirs.items()}:
         raise UserError(f"{first / FILE} and {second / FILE} are not of the same images and labels.")
     lines = describe((first.name, second.name), ours, theirs)
@@ -75,6 +75,19 @@ def _read_info(folder: Path) -> RunInfo:
             hint="Train it again with --fresh to have them.",
         )
     return info
+
+
+def _read_own(folder: Path, info: RunInfo) -> dict[str, Prediction]:
+    """The predictions of a run. UserError where they, or the weights, are not those of its record."""
+    found = read_predictions(folder / FILE)
+    top1 = 100 * sum(one.right for one in found.values()) / len(found)
+    reason = "" if not info.altered else f"{folder / 'run.json'} was changed after it was written"
+    reason = reason or weights_contradiction(RunFolder(folder), info)
+    if not reason and abs(top1 - info.metrics.get("top1", top1)) > 1e-6:
+        reason = f"{folder / FILE} has top-1 {top1:.2f}, the run's record {info.metrics['top1']:.2f}"
+    if reason:
+        raise UserError(f"{reason.rstrip('.')}.", hint="Restore the run, or train it again with --fresh.")
+    return found
 
 
 def read_predictions(file: Path) -> dict[str, Prediction]:
