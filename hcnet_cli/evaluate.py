@@ -29,7 +29,9 @@ def evaluate(
     """
     info, recipe = _read(folder, overrides)
     first = next(iter(recipe.evaluation))
-    wanted = _wanted(info, recipe, names)
+    set_now = [key.split(".")[1] for key, _, _ in overrides if key.startswith("evaluation.")]
+    wanted = _wanted(info, recipe, names, set_now)
+    _check_settings(info, recipe, wanted)
     _check_record(folder, info, adding=wanted != [first])
     where = pick_device(device)
     run.use_cores(where)
@@ -56,7 +58,7 @@ def evaluate(
             scores = run.suffixed(metrics, evaluation, first=primary)
             if dist.is_main():
                 out.print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
-            if primary:
+            if primary or scores.keys() <= info.metrics.keys():
                 _compare(info, scores)
                 continue
             if dist.is_main():
@@ -125,7 +127,8 @@ def _check_record(folder: RunFolder, info: RunInfo, adding: bool) -> None:
         raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
 
 
-def _wanted(info: RunInfo, recipe: Recipe, names: Sequence[str]) -> list[str]:
+def _wanted(info: RunInfo, recipe: Recipe, names: Sequence[str], set_now: Sequence[str]) -> list[str]:
+    """The evaluations to make: those named, else those without a score and those that the command line sets."""
     known = list(recipe.evaluation)
     for name in names:
         if name not in known:
@@ -136,7 +139,22 @@ def _wanted(info: RunInfo, recipe: Recipe, names: Sequence[str]) -> list[str]:
     first, *further = known
     primary = recipe.spec.primary.key
     missing = [name for name in further if f"{primary}_{name}" not in info.metrics]
-    return list(names) or missing or [first]
+    return list(names) or list(dict.fromkeys([*missing, *set_now])) or [first]
+
+
+def _check_settings(info: RunInfo, recipe: Recipe, wanted: Sequence[str]) -> None:
+    """UserError where a recorded score was made with other settings than those of now."""
+    for one in info.evaluations:
+        name, before = str(one.get("name")), one.get("settings")
+        if name not in wanted or name not in recipe.evaluation or not isinstance(before, dict):
+            continue
+        now = recipe.evaluation[name].model_dump(mode="json")
+        if changed := [key for key in now if key != "when" and now[key] != before.get(key, now[key])]:
+            raise UserError(
+                f"The score {name} of this run was made with {changed[0]}={before[changed[0]]}, not "
+                f"{now[changed[0]]}.",
+                hint=f"Give the new score another name than {name}: --set evaluation.NAME.{changed[0]}=...",
+            )
 
 
 def _check_protocol(info: RunInfo, notes: dict[str, str], name: str) -> None:

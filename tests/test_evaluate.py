@@ -95,9 +95,12 @@ def test_mistakes(arguments: tuple[str, ...], words: str, run: Path, hcnet: Hcne
 def test_another_protocol_under_the_same_name_is_refused(run: Path, hcnet: Hcnet) -> None:
     assert hcnet("evaluate", run, "--set", "evaluation.large.img_size=24").code == 0
     record = (run / "run.json").read_bytes()
-    done = hcnet("evaluate", run, "--on", "large", "--set", "evaluation.large.img_size=20")
-    assert done.code == 2
-    assert "was made as 24 x 24" in done.err
+    for named in (("--on", "large"), ()):
+        done = hcnet("evaluate", run, *named, "--set", "evaluation.large.img_size=20")
+        assert done.code == 2
+        assert "was made with img_size=24, not 20" in done.err
+    again = hcnet("evaluate", run, "--set", "evaluation.large.img_size=24")
+    assert (again.code, "Evaluating large" in again.err, "Equal to the run's record." in again.err) == (0, True, True)
     assert (run / "run.json").read_bytes() == record
 
 
