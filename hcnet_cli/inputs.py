@@ -19,7 +19,7 @@ def check_inputs(recipe: Recipe, results: Path) -> None:
     if recipe.init == TIMM:
         if not recipe.model.name or is_own(recipe.model.name):
             raise UserError(
-                f"timm has no weights of {recipe.model.name or 'HcNet'}.",
+                f"There are no weights in timm of {recipe.model.name or 'HcNet'}.",
                 hint="--pretrained goes with --model NAME, a name of timm; --init names weights of HcNet.",
             )
     elif recipe.init not in ("auto", "none"):

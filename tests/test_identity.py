@@ -205,9 +205,10 @@ def test_check_reads_everything_again(tmp_path: Path, hcnet: Hcnet, monkeypatch:
 def test_a_damaged_embedded_set_is_made_again(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hcnet_cli.data.embedded import scenes as made
+    from hcnet_cli.data.embedded import digits, scenes
 
-    monkeypatch.setattr(made, "SCENES", {"train": 4, "val": 2})
+    monkeypatch.setattr(scenes, "SCENES", {"train": 4, "val": 2})
+    monkeypatch.setattr(digits, "COPIES", {"train": 1, "val": 1})
     folder = embedded.ensure(name)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     contents = {path: path.read_bytes() for path in files}

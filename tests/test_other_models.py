@@ -320,8 +320,8 @@ def test_pretrained_weights_that_cannot_be_fetched(data: dict[str, Path], here: 
     assert (done.code, "Traceback" in done.err) == (2, False), done.err
     assert "hf download timm/resnet10t.c3_in1k model.safetensors" in done.err
     for given, words in (
-        (("--size", "pico"), "timm has no weights of HcNet"),
-        (("--model", "my_net.py:build"), "timm has no weights of my_net.py:build"),
+        (("--size", "pico"), "There are no weights in timm of HcNet"),
+        (("--model", "my_net.py:build"), "There are no weights in timm of my_net.py:build"),
         (("--model", "resnet10t", "--init", "none"), "--init does too"),
     ):
         done = hcnet("pretrain", *given, *TASKS["pretrain"], "--data", data["pretrain"], "--pretrained")

@@ -502,7 +502,7 @@ def test_any_encoding_of_the_terminal(encoding: str, results: Path) -> None:
         assert "+-: half" in shown or "------" in shown
         assert r"caf\xe9" in shown
         assert "\\u2500" not in shown, "the frame of a table is drawn with hyphens"
-    assert r"\udcff-name" in shown
+    assert r"\udcff-name" in "".join(shown.split())  # a long path is broken at hyphens
 
 
 def test_ascii_for_our_own_characters() -> None:

@@ -20,7 +20,7 @@ def pretrained_weights(name: str) -> Path:
     if config is None or not (place or config.url):
         tags = [one.partition(".")[2] for one in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
         known = f"Weights of {name.partition('.')[0]}: {', '.join(tags)}; write NAME.TAG." if tags else ""
-        raise UserError(f"timm has no weights of {name}.", hint=known or "--init FILE takes others.")
+        raise UserError(f"There are no weights in timm of {name}.", hint=known or "--init FILE takes others.")
     if not place:
         raise UserError(
             f"The weights of {name} are not on the Hugging Face hub.",
