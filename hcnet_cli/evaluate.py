@@ -151,8 +151,7 @@ def _check_settings(info: RunInfo, recipe: Recipe, wanted: Sequence[str]) -> Non
         now = recipe.evaluation[name].model_dump(mode="json")
         if changed := [key for key in now if key != "when" and now[key] != before.get(key, now[key])]:
             raise UserError(
-                f"The score {name} of this run was made with {changed[0]}={before[changed[0]]}, not "
-                f"{now[changed[0]]}.",
+                f"The score {name} of this run was made with {changed[0]}={before[changed[0]]}, not {now[changed[0]]}.",
                 hint=f"Give the new score another name than {name}: --set evaluation.NAME.{changed[0]}=...",
             )
 
