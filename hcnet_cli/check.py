@@ -18,6 +18,7 @@ from hcnet_cli.console import UserError, status_line
 from hcnet_cli.data import embedded
 from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.data.images import Size, UnusableImageError, is_turned, read_image
+from hcnet_cli.inputs import check_folder, layouts
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report.escape import to_json
 from hcnet_cli.table import Column, Row, Style, Table, Value
@@ -43,12 +44,6 @@ def task_of(data: str) -> str:
     return FIRST_TASK
 
 
-def layouts() -> str:
-    """What a data folder may hold, for a hint."""
-    known = [f"{spec.name}: {form.layout}" for spec in TASKS.values() for form in spec.formats.values()]
-    return "A data folder holds, for " + "; for ".join(known) + "."
-
-
 def check(recipe: Recipe) -> Audit:
     """Reads the whole data set of a recipe, as training would. What training would refuse is in `problems`, all of it.
 
@@ -57,9 +52,7 @@ def check(recipe: Recipe) -> Audit:
     path = recipe.data.path
     assert path is not None, "the command line fills in data.path"
     root = embedded.data_folder(path)
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise UserError(f"The data folder {root} {what}.", hint=layouts())
+    check_folder(str(root), layouts())
     form = TASKS[recipe.task].formats[recipe.data.format]
     audit: Audit
     try:

@@ -51,3 +51,9 @@ def check_folder(path: str, hint: str = "") -> None:
     if path not in EMBEDDED and not Path(path).is_dir():
         what = "is a file, not a folder" if Path(path).exists() else "does not exist"
         raise UserError(f"The data folder {path} {what}.", hint=hint)
+
+
+def layouts() -> str:
+    """What a data folder may hold, for a hint."""
+    known = [f"{spec.name}: {form.layout}" for spec in TASKS.values() for form in spec.formats.values()]
+    return "A data folder holds, for " + "; for ".join(known) + "."

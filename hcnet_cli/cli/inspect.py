@@ -12,7 +12,6 @@ import typer
 from hcnet_cli.cli import options
 from hcnet_cli.cli.base import resolve
 from hcnet_cli.console import UserError, out
-from hcnet_cli.tasks import TASKS
 
 
 def check(
@@ -28,10 +27,10 @@ def check(
     and validation or in two classes.
     """
     from hcnet_cli.files import check_output, write_output
-    from hcnet_cli.inputs import check_folder
+    from hcnet_cli.inputs import check_folder, layouts
 
     data = os.path.expanduser(data)
-    check_folder(data, "Layouts: " + "; ".join(form.layout for one in TASKS.values() for form in one.formats.values()))
+    check_folder(data, layouts())
     if output is not None:
         if output.suffix != ".json":
             raise UserError(f"{output} does not end in .json.")

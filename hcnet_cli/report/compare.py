@@ -13,7 +13,7 @@ from PIL import Image
 from hcnet_cli import pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.files import read_bytes, read_text
-from hcnet_cli.runs import RunFolder, RunInfo, weights_contradiction
+from hcnet_cli.runs import RunFolder, RunInfo, contradiction
 from hcnet_cli.statistics import SIGNIFICANT, compare_images
 
 FILE = Path("final") / "predictions.csv"
@@ -81,12 +81,11 @@ def _read_own(folder: Path, info: RunInfo) -> dict[str, Prediction]:
     """The predictions of a run. UserError where they, or the weights, are not those of its record."""
     found = read_predictions(folder / FILE)
     top1 = 100 * sum(one.right for one in found.values()) / len(found)
-    reason = "" if not info.altered else f"{folder / 'run.json'} was changed after it was written"
-    reason = reason or weights_contradiction(RunFolder(folder), info)
+    reason = contradiction(RunFolder(folder), info)
     if not reason and abs(top1 - info.metrics.get("top1", top1)) > 1e-6:
-        reason = f"{folder / FILE} has top-1 {top1:.2f}, the run's record {info.metrics['top1']:.2f}"
+        reason = f"{folder / FILE} has top-1 {top1:.2f}, the run's record {info.metrics['top1']:.2f}."
     if reason:
-        raise UserError(f"{reason.rstrip('.')}.", hint="Restore the run, or train it again with --fresh.")
+        raise UserError(reason, hint="Restore the run, or train it again with --fresh.")
     return found
 
 

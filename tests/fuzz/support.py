@@ -52,6 +52,15 @@ def watched(seconds: float = 10) -> Iterator[None]:
     assert _grown < MOST_BYTES, f"the examples added {_grown / 2**20:.0f} MiB"
 
 
+def edited(content: bytes, edits: list[tuple[int, str, bytes]]) -> bytes:
+    """The content with each edit (place, "insert", "cut" or another word for exchange, bytes) made in turn."""
+    for place, how, new in edits:
+        place %= max(1, len(content))
+        end = place + (0 if how == "insert" else len(new))
+        content = content[:place] + (b"" if how == "cut" else new) + content[end:]
+    return content
+
+
 def _peak() -> int:
     """The most memory that this process ever had, in bytes."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

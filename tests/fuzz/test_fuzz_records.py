@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import examples, watched
+from support import edited, examples, watched
 from synthetic_runs import make_run
 
 from hcnet_cli import report, runs
@@ -78,14 +78,6 @@ def with_value(content: Any, choose: int, text: str) -> str:
     node, key = places[choose % len(places)]
     node[key] = "@@"
     return json.dumps(content).replace('"@@"', text)
-
-
-def edited(content: bytes, edits: list[tuple[int, str, bytes]]) -> bytes:
-    for place, how, new in edits:
-        place %= max(1, len(content))
-        end = place + (0 if how == "insert" else len(new))
-        content = content[:place] + (b"" if how == "cut" else new) + content[end:]
-    return content
 
 
 class Damaged:

@@ -17,7 +17,7 @@ from hostile_weights import Call
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
-from support import examples, watched
+from support import edited, examples, watched
 from torch._utils import _rebuild_tensor_v2
 
 from hcnet_cli.console import UserError
@@ -52,14 +52,6 @@ def read(file: Path) -> None:
         assert value.is_contiguous()
         assert value.device.type == "cpu"
         assert value.dtype in DTYPES
-
-
-def edited(content: bytes, edits: list[tuple[int, str, bytes]]) -> bytes:
-    for place, how, new in edits:
-        place %= max(1, len(content))
-        end = place + (0 if how == "insert" else len(new))
-        content = content[:place] + (b"" if how == "cut" else new) + content[end:]
-    return content
 
 
 def saved(state: Any, zipped: bool) -> bytes:

@@ -29,6 +29,7 @@ from hcnet_cli.data.images import EXTENSIONS, first_usable, read_image
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.data.problems import Report, refuse, reported
 from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.inputs import check_folder
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import MAX_PIXELS, Part
 from hcnet_cli.tasks import TASKS
@@ -152,9 +153,7 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _check_layout(root: Path) -> None:
-    if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise UserError(f"The data folder {root} {what}.", hint=LAYOUT)
+    check_folder(str(root), hint=LAYOUT)
     missing = [split for split in ("train", "val") if not (root / split).is_dir()]
     if not missing:
         return
