@@ -9,6 +9,8 @@ Each task's module (Spec.module, tasks/*/task.py) provides
         What scores the task's model as the entry of `evaluation` says; `first` is the first entry.
     count_macs(task, size) -> int
         Multiply-accumulates for one image of `size`, as the task's tables report them.
+    build_predictor(head, config, evaluation, class_names, backbone) -> Predictor
+        In predict.py beside the task's module: predictions for images without labels.
     describe_input(config, evaluation) -> dict
         What the model must be given, for the metadata of best.safetensors: plain JSON values.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +34,7 @@ from hcnet_cli import dist, foreign, kernels, optim, rng
 from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.splits import DataSplits
-from hcnet_cli.engine import Evaluation, Job, Task
+from hcnet_cli.engine import Evaluation, Job, Predictor, Task
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
 from hcnet_cli.pretrained import weights_file
@@ -147,6 +149,19 @@ def build_evaluations(
 def count_macs(recipe: Recipe, task: Task, data: DataSplits) -> int:
     """Multiply-accumulates for one image of `data.img_size`, as the task's tables report them."""
     return task_module(recipe).count_macs(task, data.img_size)
+
+
+def build_predictor(recipe: Recipe, class_names: Sequence[str]) -> Predictor:
+    """The task of a recipe without its data, for predictions; its weights are fresh (see `load_own`)."""
+    module = importlib.import_module(f"{recipe.spec.module.rpartition('.')[0]}.predict")
+    made = module.build_predictor(
+        recipe.head,
+        recipe.data,
+        next(iter(recipe.evaluation.values())),
+        class_names,
+        functools.partial(build_backbone, recipe),
+    )
+    return cast(Predictor, made)
 
 
 # --- weights to start from --------------------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ def enlarged(image: Image.Image) -> Image.Image:
     return ImageOps.scale(image, PANEL / max(image.size), Image.Resampling.BICUBIC)
 
 
+def squared(image: Image.Image) -> Image.Image:
+    """The image in the middle of PANEL x PANEL pixels."""
+    return ImageOps.pad(image, (PANEL, PANEL), Image.Resampling.BICUBIC, PAPER)
+
+
 def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:
     """The image under a title at the left and a note at the right."""
     framed = Image.new("RGB", (image.width, image.height + 44), PAPER)
@@ -142,6 +147,20 @@ def grid(tiles: Sequence[Image.Image], columns: int, caption: str) -> Image.Imag
         image.paste(one, (GAP + n % columns * (width + GAP), GAP + n // columns * (height + GAP)))
     draw = ImageDraw.Draw(image)
     draw.text((GAP, image.height - 30), one_line(caption), fill=GREY, font=_font(15), anchor="lm")
+    return image
+
+
+def bars(values: Sequence[tuple[str, float]]) -> Image.Image:
+    """Names with their shares of 1 as bars, one below the other, in a panel of PANEL x PANEL pixels."""
+    image = Image.new("RGB", (PANEL, PANEL), PAPER)
+    draw = ImageDraw.Draw(image)
+    for n, (name, share) in enumerate(values):
+        y = 24 + 84 * n
+        draw.text((0, y), one_line(name), fill=INK, font=_font(20), anchor="lm")
+        draw.text((PANEL, y), f"{100 * share:.1f}%", fill=GREY, font=_font(20), anchor="rm")
+        draw.rounded_rectangle((0, y + 20, PANEL - 1, y + 34), radius=4, fill=(232, 228, 222))
+        if share * PANEL >= 8:
+            draw.rounded_rectangle((0, y + 20, round(share * PANEL), y + 34), radius=4, fill=(194, 65, 12))
     return image
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -218,6 +219,31 @@ def _folders(root: Path) -> list[Path]:
     except OSError as error:
         raise UserError(f"{root} cannot be read: {error.strerror or error}.") from None
     return [path for path in entries if os.path.isdir(path) or not os.path.exists(path)]
+
+
+def with_weights(folder: RunFolder, model: str | None = None) -> tuple[RunInfo, Recipe]:
+    """Record and recipe of a run that has weights. `model`: FILE.py:FUNCTION, without which a file of the user's own
+    does not run. UserError for no run, no weights, and files that contradict the record.
+    """
+    info = folder.require()
+    if not folder.best.is_file():
+        raise UserError(
+            f"{folder.path} has no best.safetensors.", hint="Training writes it at the first evaluation: go on with it."
+        )
+    if reason := contradiction(folder, info):
+        raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
+    recipe = rcp.resolve(folder.recipe_file).recipe
+    if recipe.model.digest and model is None:
+        raise UserError(
+            f"The model of this run is made by a file, {folder.model_file}, which runs only if you name it.",
+            hint=f"Read the file, and give --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
+        )
+    if model is not None:
+        found = rcp.resolve(folder.recipe_file, [("model.name", model, "--model")]).recipe
+        if (found.model.label, found.model.digest) != (recipe.model.label, recipe.model.digest):
+            raise UserError(f"{model} is not what made the model of this run: the file has changed, or it is another.")
+        recipe = found
+    return info, recipe
 
 
 # --- whether the files of a run belong together -----------------------------------------------------------------------

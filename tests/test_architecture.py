@@ -20,12 +20,12 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["bench"],
-    ["evaluate", "explain", "check"],
+    ["evaluate", "predict", "explain", "check"],
     ["run"],
     ["rehearsal"],
     ["plan", "previous"],
     ["build"],
-    ["task modules"],  # tasks/*/task.py
+    ["task modules"],  # tasks/*/task.py, tasks/*/predict.py
     ["task parts"],  # tasks/*/: data formats, heads, metrics
     ["engine"],
     ["kernels", "foreign"],
@@ -72,7 +72,7 @@ def place(module: str) -> str:
         return parts[0]
     if len(parts) == 1 or parts[-1] == "spec":
         return "declarations"
-    return "task modules" if parts[-1] == "task" else "task parts"
+    return "task modules" if parts[-1] in ("task", "predict") else "task parts"
 
 
 def imported(path: Path) -> set[tuple[str, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, Done
+from conftest import SMALL_MODEL, Done, environment, only_run
 from PIL import Image
 
 from hcnet_cli.data import embedded
@@ -56,8 +56,19 @@ def test_make_knows_its_targets() -> None:
             assert re.search(rf"^{line.split()[1]}:", makefile, flags=re.MULTILINE), line
 
 
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the embedded digits, for the commands that need one."""
+    results = tmp_path_factory.mktemp("readme")
+    line = [sys.executable, "-m", "hcnet_cli", "pretrain", *SMALL_MODEL, "--epochs", "1", "--out", str(results)]
+    subprocess.run(line, check=True, capture_output=True, env=environment())
+    return only_run(results)
+
+
 @pytest.mark.parametrize("line", [line for line in commands() if not line.startswith("make ")])
-def test_every_command_runs(line: str, hcnet: Hcnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_runs(
+    line: str, small_run: Path, hcnet: Hcnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)
     if words[0] == "torchrun":
@@ -79,9 +90,11 @@ def test_every_command_runs(line: str, hcnet: Hcnet, tmp_path: Path, monkeypatch
         init = ("--init", "none") if arguments[0] != "pretrain" else ()
         shrunk = SHRUNK[:1] if "--model " in line else SHRUNK  # another model has no HcNet to shrink
         arguments = [*(word for word in arguments if word != "--dry-run"), *shrunk, *size, *init]
-    if arguments[0] in ("explain", "evaluate") or "--compare" in arguments:
-        assert hcnet("pretrain", *SMALL_MODEL, "--epochs", "1", "--batch-size", "64", "--name", "RUN").code == 0
-        Image.new("RGB", (40, 30), "orange").save("photo.jpg")
+    if arguments[0] in ("explain", "evaluate", "predict") or "--compare" in arguments:
+        shutil.copytree(small_run, "results/runs/RUN")
+        for photo in ("photo.jpg", "more/photo.png"):
+            Path(photo).parent.mkdir(exist_ok=True)
+            Image.new("RGB", (40, 30), "orange").save(photo)
     if "--compare" in arguments:
         shutil.copytree("results/runs/RUN", "results/runs/OTHER")
     if arguments[0] == "ablate":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
+from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -58,6 +59,28 @@ class Task(nn.Module):
 
     def evaluator(self) -> Evaluator:
         raise NotImplementedError
+
+
+class Predictor(Protocol):
+    """Predictions for images without labels. One file of them at the end, in a form that other programs read."""
+
+    task: Any  # the Task whose model predicts
+    prepare: Callable[[Image.Image], Any]  # an image as evaluation sees it; pickled, since workers call it
+    batch_size: int
+
+    def predict(self, items: Sequence[Any], to_device: Callable[[Any], Any]) -> Sequence[Any]:
+        """A prediction for each item of `prepare`."""
+        ...
+
+    def keep(self, folder: Path, name: str, file: str, size: tuple[int, int], prediction: Any) -> None:
+        """Keeps what `finish` writes of one image, or writes it as `name` (NAME.png). Size: height, width."""
+        ...
+
+    def finish(self, folder: Path, about: dict[str, Any]) -> Path:
+        """Writes the file of all predictions; `about` says which model made them."""
+        ...
+
+    def draw(self, image: Image.Image, prediction: Any, title: str) -> Image.Image: ...
 
 
 class TrainBatches(Protocol):

@@ -30,7 +30,8 @@ class DetectionTask(Task):
     """Mask R-CNN (or Faster R-CNN, if the model has no masks) on COCO-format data.
 
     A batch: `image`, a list of [3, H, W], normalised; `target`, a list of dicts (training: boxes, labels, masks;
-    evaluation: image_id, orig_size); `key` [B]. The other arguments go to the evaluator, metrics.coco_ap.CocoAP.
+    evaluation: image_id, orig_size); `key` [B]. The other arguments go to the evaluator, metric.CocoAP; without `truth`
+    the task predicts, and has none.
     """
 
     model: MaskRCNN
@@ -41,7 +42,7 @@ class DetectionTask(Task):
         self,
         model: MaskRCNN,
         *,
-        truth: Annotations,
+        truth: Annotations | None = None,
         backend: Backend = "faster-coco-eval",
         load_image: Callable[[int], Image.Image] | None = None,
         num_pictures: int = 8,

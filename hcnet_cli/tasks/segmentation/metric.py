@@ -145,23 +145,32 @@ def _rounded(x: float) -> float | None:
 def draw(
     image: Image.Image, label: Pixels, prediction: Pixels, class_names: Sequence[str], ignore_index: int, caption: str
 ) -> Image.Image:
-    """Image, label and prediction in a row, and a legend of the classes in them, largest first."""
+    """Image, label and prediction in a row, and a legend of the classes in them."""
     colours = pictures.palette(len(class_names))
     counted = label != ignore_index
-    accuracy = f"{100 * (label == prediction)[counted].mean():.1f} % of pixels" if counted.any() else ""
+    accuracy = f"{100 * (label == prediction)[counted].mean():.1f} % of pixels right" if counted.any() else ""
     panels = [
         pictures.panel(pictures.enlarged(image), "image"),
         pictures.panel(pictures.draw_classes(image, label, colours, ignore_index), "label"),
         pictures.panel(pictures.draw_classes(image, prediction, colours, ignore_index), "prediction", accuracy),
     ]
     areas = np.bincount(label[counted], minlength=256) + np.bincount(prediction[counted], minlength=256)
-    present = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c]]
-    legend: list[tuple[str, pictures.Colour]] = []
-    for c in present[:MAX_LEGEND]:
-        red, green, blue = colours[c].tolist()
-        legend.append((class_names[c], (red, green, blue)))
-    if len(present) > MAX_LEGEND:
-        legend.append((f"and {len(present) - MAX_LEGEND} more", pictures.PAPER))
+    entries = legend(areas, class_names)
     if not counted.all():
-        legend.append(("ignored", pictures.IGNORED))
-    return pictures.sheet(panels, caption, legend)
+        entries.append(("ignored", pictures.IGNORED))
+    return pictures.sheet(panels, caption, entries)
+
+
+def legend(areas: NDArray[np.int64], class_names: Sequence[str]) -> list[tuple[str, pictures.Colour]]:
+    """Names and colours of the classes that cover an area [256] of a picture, in the order of the class list.
+
+    The MAX_LEGEND largest are named.
+    """
+    largest = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c]]
+    entries: list[tuple[str, pictures.Colour]] = []
+    for c in sorted(largest[:MAX_LEGEND]):
+        red, green, blue = pictures.palette(len(class_names))[c].tolist()
+        entries.append((class_names[c], (red, green, blue)))
+    if len(largest) > MAX_LEGEND:
+        entries.append((f"and {len(largest) - MAX_LEGEND} more", pictures.PAPER))
+    return entries

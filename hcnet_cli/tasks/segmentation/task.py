@@ -244,7 +244,7 @@ def build_task(
             hint="Choose a larger --batch-size or fewer micro-batches (--accumulate).",
         )
     model = UPerNet(backbone(0), data.info.num_classes, **head.model_dump())
-    return _task(model, head.aux_weight, config, evaluation, evaluation, data)
+    return scoring_task(model, head.aux_weight, config, evaluation, evaluation, data.class_names, data.info.bits)
 
 
 def build_evaluation(
@@ -256,18 +256,22 @@ def build_evaluation(
     assert isinstance(data, SceneSplits)
     if entry is first and tuple(entry.scales) == (1.0,):
         return task, data.val, data.val_collate
-    view = task if entry is first else _task(task.model, task.aux_weight, config, entry, first, data)
+    view = task
+    if entry is not first:
+        given = (data.class_names, data.info.bits)
+        view = scoring_task(task.model, task.aux_weight, config, entry, first, *given)
     images = EvalScenes(data.folder, img_scale=config.img_scale, ratios=entry.scales, mean=config.mean, std=config.std)
     return view, images, data.val_collate
 
 
-def _task(
+def scoring_task(
     model: UPerNet,
     aux_weight: float,
     config: DataPart,
     entry: EvaluationPart,
     first: EvaluationPart,
-    data: DataSplits,
+    class_names: Sequence[str],
+    bits: int | None = None,
 ) -> SegmentationTask:
     """The task that scores as `entry` says; what it leaves open is as in the first evaluation."""
     assert isinstance(config, SceneParsing)
@@ -281,10 +285,10 @@ def _task(
     }
     return SegmentationTask(
         model,
-        data.class_names,
+        class_names,
         aux_weight=aux_weight,
         ignore_index=config.ignore_index,
-        read=functools.partial(read_image, bits=data.info.bits, max_pixels=config.max_pixels),
+        read=functools.partial(read_image, bits=bits, max_pixels=config.max_pixels),
         protocol=protocol(config.img_scale, ratios=entry.scales, **how),
         **how,
     )

@@ -1,0 +1,181 @@
+"""`hcnet predict`: what a trained run says of photos, as files that other programs read, and as pictures."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import io
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from hcnet_cli import __version__, build, engine, pictures
+from hcnet_cli.console import UserError, notice, status_line, warn
+from hcnet_cli.data.folders import LeftOut, counted, is_image, reading_folder, walk
+from hcnet_cli.data.images import UnusableImageError, read_image
+from hcnet_cli.device import pick_device
+from hcnet_cli.engine import Predictor
+from hcnet_cli.files import replacing, write_text, writing
+from hcnet_cli.header import read_metadata
+from hcnet_cli.recipe import Recipe
+from hcnet_cli.report import gallery
+from hcnet_cli.runs import RunFolder, RunInfo
+
+MAX_PICTURES = 100  # that are drawn; the file of predictions has every image
+TOLD_EVERY = 2.0  # seconds
+
+
+class Photo(NamedTuple):
+    """An image file, and what the output calls it: its path in the folder that was named, or its own name."""
+
+    path: Path
+    name: str
+
+
+def find_photos(named: Sequence[Path]) -> list[Photo]:
+    """The files as given, and all images in the folders and below, in sorted order, none twice.
+
+    UserError where there is no image at all.
+    """
+    found: dict[str, Photo] = {}
+    left_out: LeftOut = {}
+    for path in named:
+        if path.is_dir():
+            with reading_folder(path):
+                inside = walk(os.fsencode(path), is_image, "files that are not images", left_out)
+            photos = [Photo(path / os.fsdecode(name), os.fsdecode(name)) for name in inside]
+        else:
+            photos = [Photo(path, path.name)]
+        for photo in photos:
+            found.setdefault(os.path.realpath(photo.path), photo)
+    for reason, count in counted(left_out).items():
+        notice(f"Left out: {count:,} {reason}.")
+    if not found:
+        raise UserError(f"There is no image in {', '.join(map(str, named))}.")
+    return list(found.values())
+
+
+@dataclass
+class Outcome:
+    """How many images were predicted; those that could not be read, each with its reason; whether it was stopped."""
+
+    done: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    stopped: bool = False
+
+
+class _Photos(Dataset[Any]):
+    """(image, item, "") of each photo, or (None, None, why it cannot be used). An image only where it is drawn."""
+
+    def __init__(
+        self, photos: Sequence[Photo], prepare: Callable[[Image.Image], Any], read: Callable[..., Any]
+    ) -> None:
+        self.photos, self.prepare, self.read = photos, prepare, read
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image | None, tuple[int, int], Any, str]:
+        try:
+            image = self.read(self.photos[i].path)
+        except UnusableImageError as error:
+            return None, (0, 0), None, error.reason
+        return image if i < MAX_PICTURES else None, (image.height, image.width), self.prepare(image), ""
+
+
+def predict(
+    folder: RunFolder, info: RunInfo, recipe: Recipe, photos: Sequence[Photo], output: Path, device: str, workers: int
+) -> Outcome:
+    """Predicts with the run's best weights, and writes to `output`: a folder that is made, or a page (.html).
+
+    Ctrl-C ends it early: what is predicted by then is written. UserError for weights that do not fit the recipe.
+    """
+    where = pick_device(device)
+    about = read_metadata(folder.best)
+    predictor = build.build_predictor(recipe, [str(name) for name in about["classes"]])
+    build.load_own(predictor.task, folder.path)
+    predictor.task.to(where).eval()
+    page = output.suffix == ".html"
+    with writing(output):
+        (output.parent if page else output).mkdir(parents=True, exist_ok=True)
+    origin = {"run": folder.path.resolve().name, "weights": info.weights, "hcnet": __version__}
+    read = functools.partial(read_image, bits=info.data.bits, max_pixels=recipe.data.max_pixels)
+    loader = DataLoader(
+        _Photos(photos, predictor.prepare, read),
+        batch_size=predictor.batch_size,
+        num_workers=min(workers, len(photos)),
+        collate_fn=list,
+    )
+    names = pictures.file_names([photo.name for photo in photos])
+    outcome, drawn = Outcome(), []
+    for number, photo, image, size, prediction in _predictions(predictor, loader, photos, where, outcome):
+        if not page:
+            predictor.keep(output, names[number], photo.name, size, prediction)
+        if image is None:
+            continue
+        picture = predictor.draw(image, prediction, photo.name)
+        if page:
+            drawn.append((photo.name, _jpeg(picture)))
+        else:
+            with writing(output / "pictures"):
+                (output / "pictures").mkdir(exist_ok=True)
+                with replacing(output / "pictures" / names[number]) as temporary:
+                    picture.save(temporary, "PNG")
+    if not outcome.done:
+        raise UserError(f"None of the {len(photos)} images can be read, the first: {outcome.unreadable[0]}.")
+    if page:
+        left = outcome.done - len(drawn)
+        text = gallery.html(origin["run"], drawn, f"{left} more images are not shown." if left else "")
+        write_text(output, text)
+        notice(f"Wrote {output}.")
+    else:
+        file = predictor.finish(output, origin)
+        more = f" and pictures of the first {MAX_PICTURES}" if outcome.done > MAX_PICTURES else " and pictures"
+        notice(f"Wrote {file}{more} ({output / 'pictures'}).")
+    return outcome
+
+
+def _predictions(
+    predictor: Predictor, loader: DataLoader[Any], photos: Sequence[Photo], where: torch.device, outcome: Outcome
+) -> Iterator[tuple[int, Photo, Image.Image | None, tuple[int, int], Any]]:
+    """(number, photo, image if it is drawn, size, prediction) of each photo that can be read, in order."""
+    begun = told = time.monotonic()
+    seen = 0
+    to_device = functools.partial(engine.to_device, device=where)
+    with status_line() as tell, torch.inference_mode(), contextlib.suppress(KeyboardInterrupt):
+        outcome.stopped = True
+        for batch in loader:
+            numbers = range(seen, seen + len(batch))
+            seen += len(batch)
+            good = [(n, *rest) for n, (*rest, reason) in zip(numbers, batch, strict=True) if not reason]
+            outcome.unreadable += [
+                f"{photos[n].path} ({reason})" for n, (*_, reason) in zip(numbers, batch, strict=True) if reason
+            ]
+            found = predictor.predict([item for *_, item in good], to_device) if good else []
+            for (n, image, size, _), prediction in zip(good, found, strict=True):
+                outcome.done += 1
+                yield n, photos[n], image, size, prediction
+            now = time.monotonic()
+            if now - told > TOLD_EVERY and seen < len(photos):
+                told = now
+                tell(f"{seen:,} of {len(photos):,} images, {seen / (now - begun):.1f} a second")
+        outcome.stopped = False
+    seconds = time.monotonic() - begun
+    notice(f"Predicted {outcome.done:,} images in {seconds:.1f} s, {outcome.done / seconds:.1f} a second.")
+    if outcome.stopped:
+        warn(f"Stopped: {len(photos) - seen:,} of {len(photos):,} images were not looked at.")
+
+
+def _jpeg(picture: Image.Image) -> str:
+    """The picture as a data URI."""
+    small = io.BytesIO()
+    picture.save(small, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}"
