@@ -28,7 +28,7 @@ def ablate(
         typer.Option(help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each."),
     ] = None,
     study_name: Annotated[
-        str | None, typer.Option("--study", help="components, stencil, pretraining, or a YAML file.")
+        str | None, typer.Option("--study", help="components, stencil, depth, pretraining, or a YAML file.")
     ] = None,
     task: Annotated[
         list[str] | None,
