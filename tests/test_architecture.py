@@ -20,7 +20,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["bench"],
-    ["evaluate", "predict", "explain", "check"],
+    ["evaluate", "predict", "explain", "check", "doctor"],
     ["run"],
     ["rehearsal"],
     ["plan", "previous"],
@@ -31,7 +31,7 @@ LAYERS = [
     ["kernels", "foreign"],
     ["models", "data", "optim", "profile", "checkpoint", "weights", "device"],
     ["dist", "rng"],
-    ["report"],
+    ["report", "manage"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
     ["published", "statistics", "grouping", "pictures"],
@@ -48,7 +48,17 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
-    *("own_model", "published", "statistics", "results", "study.design", "study.runner", "study.table", "report"),
+    *(
+        "own_model",
+        "published",
+        "statistics",
+        "results",
+        "manage",
+        "study.design",
+        "study.runner",
+        "study.table",
+        "report",
+    ),
 ]
 LINES = 450  # of a room at most
 

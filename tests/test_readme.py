@@ -90,7 +90,7 @@ def test_every_command_runs(
         init = ("--init", "none") if arguments[0] != "pretrain" else ()
         shrunk = SHRUNK[:1] if "--model " in line else SHRUNK  # another model has no HcNet to shrink
         arguments = [*(word for word in arguments if word != "--dry-run"), *shrunk, *size, *init]
-    if arguments[0] in ("explain", "evaluate", "predict") or "--compare" in arguments:
+    if arguments[0] in ("explain", "evaluate", "predict", "runs") or "--compare" in arguments:
         shutil.copytree(small_run, "results/runs/RUN")
         for photo in ("photo.jpg", "more/photo.png"):
             Path(photo).parent.mkdir(exist_ok=True)

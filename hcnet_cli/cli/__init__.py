@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import hcnet_cli
-from hcnet_cli.cli import ablate, bench, evaluate, inspect, predict, recipes, report, training
+from hcnet_cli.cli import ablate, bench, evaluate, inspect, predict, recipes, report, runs, training
 from hcnet_cli.cli.base import require_text
 from hcnet_cli.console import DISK_FULL, UserError, open_output, out, print_error
 
@@ -19,7 +19,6 @@ USAGE_ERROR: Any = typer.BadParameter.__base__  # of every mistake in flags; Typ
 app = typer.Typer(
     help="Train, fine-tune, ablate and report HcNet, the vision backbone that conducts heat.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -30,6 +29,8 @@ app.command()(inspect.check)
 app.command()(ablate.ablate)
 app.command()(report.report)
 app.command()(inspect.explain)
+app.command()(inspect.doctor)
+app.add_typer(runs.app, name="runs")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(bench.app, name="bench")
 

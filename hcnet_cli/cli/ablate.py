@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hcnet_cli.cli import options
+from hcnet_cli.cli import complete, options
 from hcnet_cli.cli.base import base_recipe, require_named
 from hcnet_cli.console import UserError
 from hcnet_cli.privacy import command_line
@@ -28,7 +28,10 @@ def ablate(
         typer.Option(help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each."),
     ] = None,
     study_name: Annotated[
-        str | None, typer.Option("--study", help="components, stencil, depth, pretraining, or a YAML file.")
+        str | None,
+        typer.Option(
+            "--study", help="components, stencil, depth, pretraining, or a YAML file.", autocompletion=complete.studies
+        ),
     ] = None,
     task: Annotated[
         list[str] | None,

@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-from hcnet_cli.cli import options
+from hcnet_cli.cli import complete, options
 from hcnet_cli.privacy import command_line
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A finished run: its folder, or its name under results/runs/.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A finished run: its folder, or its name under results/runs/.", autocompletion=complete.runs
+        ),
+    ],
     on: Annotated[
         str | None,
         typer.Option("--on", help="Comma list of evaluations (default: those without a score, else the first)."),

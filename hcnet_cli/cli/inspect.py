@@ -1,4 +1,4 @@
-"""`hcnet check` and `hcnet explain`: what is in a data set, what is in a trained model."""
+"""`hcnet check`, `explain` and `doctor`: what is in a data set, in a trained model, and on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from hcnet_cli.cli import options
 from hcnet_cli.cli.base import resolve
-from hcnet_cli.console import UserError, out
+from hcnet_cli.console import UserError, notice, out
 
 
 def check(
@@ -63,3 +63,23 @@ def explain(
 
     for path in draw(run, image, out_dir):
         out.print(str(path))
+
+
+def doctor(
+    results: options.Out = Path("results"),
+) -> None:
+    """Say what this machine and environment offer and what is wrong with them: one page to paste into an issue.
+
+    Exits with 1 if something is wrong.
+    """
+    from hcnet_cli.doctor import findings
+
+    problems = []
+    for name, value, problem in findings(results):
+        out.print(f"{'!' if problem else ' '} {name:<18}{value}")
+        if problem:
+            problems.append(f"{name}: {problem}")
+    for line in problems:
+        out.print(line)
+    notice("Nothing is wrong." if not problems else f"{len(problems)} to look at.")
+    raise typer.Exit(1 if problems else 0)

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from hcnet_cli.cli import complete
 from hcnet_cli.sizes import SIZES
 
-Size = Annotated[str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.")]
+Size = Annotated[
+    str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.", autocompletion=complete.sizes)
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -32,7 +35,12 @@ DataTrust = Annotated[
         help="How data are told apart: content (default: every file is read once), or names: names and sizes alone.",
     ),
 ]
-RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped recipe (hcnet recipes ls) or a YAML file.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="A shipped recipe (hcnet recipes ls) or a YAML file.", autocompletion=complete.recipes
+    ),
+]
 Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per optimizer step, over all processes.")]

@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-from hcnet_cli.cli import options
+from hcnet_cli.cli import complete, options
 from hcnet_cli.console import UserError, notice
 
 
 def predict(
-    run: Annotated[str, typer.Argument(help="A run with weights: its folder, or its name under results/runs/.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run with weights: its folder, or its name under results/runs/.", autocompletion=complete.runs
+        ),
+    ],
     images: Annotated[list[Path], typer.Argument(help="Photos, and folders of them.")],
     output: Annotated[
         Path, typer.Option("--output", help="A new folder for predictions and pictures, or a page (.html) of pictures.")

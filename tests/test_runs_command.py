@@ -1,0 +1,88 @@
+"""Protects `hcnet runs`: what is shown is what is there, and nothing else is removed or renamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Hcnet
+from synthetic_runs import make_run
+from synthetic_studies import study_of
+
+from hcnet_cli.runs import RunFolder
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("results"), name="whole", score=91.5)
+    make_run(Path("results"), seed=1, done=0.5, status="interrupted", name="half")
+    return Path("results")
+
+
+def test_ls_has_every_run_with_its_score_size_and_state(results: Path, hcnet: Hcnet) -> None:
+    (results / "runs" / "whole" / "best.safetensors").write_bytes(bytes(3_456_789))
+    (results / "runs" / "broken").mkdir()
+    done = hcnet("runs", "ls")
+    assert done.code == 0
+    assert done.out.index("half (interrupted at 50 %)") < done.out.index("whole")
+    assert "top-1 91.50" in done.out
+    assert "3.5 MB" in done.out
+    assert "2 runs, 1 unfinished" in done.out
+    assert "broken has no run.json." in done.err
+
+
+def test_show_names_the_command_that_goes_on(results: Path, hcnet: Hcnet) -> None:
+    done = hcnet("runs", "show", "half")
+    assert done.code == 0
+    lines = {line[:13].strip(): line[13:] for line in done.out.splitlines() if line[:13].strip()}
+    assert lines["status"] == "interrupted, step 220 of 440"
+    assert lines["command"] == "hcnet pretrain --size pico --seed 1"
+    assert lines["data"] == "digits: 1,438 training and 359 validation images"
+
+
+def test_rm_removes_what_runs_write_and_nothing_else(results: Path, hcnet: Hcnet) -> None:
+    whole, half = (results / "runs" / name for name in ("whole", "half"))
+    (half / "notes.txt").write_text("mine")
+    refused = hcnet("runs", "rm", "whole", "half")
+    assert refused.code == 2
+    assert "Give --yes" in refused.err
+    assert (whole / "run.json").exists()
+    done = hcnet("runs", "rm", "whole", str(half), "--yes")
+    assert done.code == 0
+    assert not whole.exists()
+    assert [path.name for path in half.iterdir() if path.name != ".lock"] == ["notes.txt"]
+    assert "holds other files too" in done.err
+
+
+def test_what_is_needed_elsewhere_is_said(results: Path, hcnet: Hcnet) -> None:
+    source = {"source": "results/runs/whole/best.safetensors"}
+    make_run(results, "digit-scenes", status="interrupted", done=0.5, name="det", init=source)
+    done = hcnet("runs", "rm", "whole")
+    assert "The unfinished run det starts from its weights." in done.err
+
+
+def test_mv_keeps_the_run_and_refuses_what_would_lose_it(results: Path, hcnet: Hcnet) -> None:
+    record = (results / "runs" / "whole" / "run.json").read_bytes()
+    assert hcnet("runs", "mv", "whole", "best-so-far").code == 0
+    assert (results / "runs" / "best-so-far" / "run.json").read_bytes() == record
+    for name, reason in (("half", "exists already"), ("../up", "cannot be the name"), ("a b", "cannot be the name")):
+        done = hcnet("runs", "mv", "best-so-far", name)
+        assert done.code == 2
+        assert reason in done.err
+    with RunFolder(results / "runs" / "half").lock():
+        assert "Another process is working" in hcnet("runs", "mv", "half", "other").err
+        assert "Another process is working" in hcnet("runs", "rm", "half", "--yes").err
+    assert (results / "runs" / "half" / "run.json").exists()
+
+
+def test_a_run_of_a_study_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hcnet: Hcnet) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = study_of(Path("results"))
+    Path("results/studies").mkdir()
+    Path("results/studies/mine.json").write_text(study.model_dump_json())
+    name = sorted(path.name for path in Path("results/runs").iterdir())[0]
+    done = hcnet("runs", "mv", name, "other")
+    assert done.code == 2
+    assert "counts" in done.err
+    assert "counts it." in hcnet("runs", "rm", name).err
