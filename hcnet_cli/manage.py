@@ -12,7 +12,7 @@ from hcnet_cli.files import writing
 from hcnet_cli.results import command
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.study.record import read_studies
-from hcnet_cli.table import Column, Row, Table, number
+from hcnet_cli.table import Column, Row, Table, Value, number
 from hcnet_cli.tasks import TASKS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
@@ -47,7 +47,7 @@ def listed(results: Path) -> tuple[Table, list[str]]:
     for folder, info in sorted(latest, key=lambda one: one[1].status == "finished"):
         size = size_of(folder)
         total += size
-        values = {
+        values: dict[str, Value] = {
             "run": folder.name,
             "score": _score(info),
             "size": in_units(size),
