@@ -221,9 +221,10 @@ def _folders(root: Path) -> list[Path]:
     return [path for path in entries if os.path.isdir(path) or not os.path.exists(path)]
 
 
-def with_weights(folder: RunFolder, model: str | None = None) -> tuple[RunInfo, Recipe]:
-    """Record and recipe of a run that has weights. `model`: FILE.py:FUNCTION, without which a file of the user's own
-    does not run. UserError for no run, no weights, and files that contradict the record.
+def with_weights(folder: RunFolder, model: str | None = None, data: str | None = None) -> tuple[RunInfo, Recipe]:
+    """Record and recipe of a run that has weights; UserError for no run, no weights, and files that contradict it.
+
+    `model`: FILE.py:FUNCTION, without which a file of the user's own does not run. `data`: where its data lie now.
     """
     info = folder.require()
     if not folder.best.is_file():
@@ -238,12 +239,11 @@ def with_weights(folder: RunFolder, model: str | None = None) -> tuple[RunInfo, 
             f"The model of this run is made by a file, {folder.model_file}, which runs only if you name it.",
             hint=f"Read the file, and give --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
         )
-    if model is not None:
-        found = rcp.resolve(folder.recipe_file, [("model.name", model, "--model")]).recipe
-        if (found.model.label, found.model.digest) != (recipe.model.label, recipe.model.digest):
-            raise UserError(f"{model} is not what made the model of this run: the file has changed, or it is another.")
-        recipe = found
-    return info, recipe
+    given = [("model.name", model, "--model"), ("data.path", data, "--data")]
+    found = rcp.resolve(folder.recipe_file, [one for one in given if one[1] is not None]).recipe
+    if (found.model.label, found.model.digest) != (recipe.model.label, recipe.model.digest):
+        raise UserError(f"{model} is not what made the model of this run: the file has changed, or it is another.")
+    return info, found
 
 
 # --- whether the files of a run belong together -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["bench"],
-    ["evaluate", "predict", "explain", "check", "doctor"],
+    ["evaluate", "predict", "export", "explain", "check", "doctor"],
     ["run"],
     ["rehearsal"],
     ["plan", "previous"],

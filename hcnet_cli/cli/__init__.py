@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import hcnet_cli
-from hcnet_cli.cli import ablate, bench, evaluate, inspect, predict, recipes, report, runs, training
+from hcnet_cli.cli import ablate, bench, evaluate, export, inspect, predict, recipes, report, runs, training
 from hcnet_cli.cli.base import require_text
 from hcnet_cli.console import DISK_FULL, UserError, open_output, out, print_error
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 training.register(app)
 app.command()(evaluate.evaluate)
 app.command()(predict.predict)
+app.command()(export.export)
 app.command()(inspect.check)
 app.command()(ablate.ablate)
 app.command()(report.report)

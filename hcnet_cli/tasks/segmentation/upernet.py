@@ -80,10 +80,34 @@ class ConvModule(nn.Module):
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear to `size` (height, width), pixel corners not aligned; x itself where it has that size."""
-    if x.shape[2:] == torch.Size(size):
+    """Bilinear to `size` (height, width), pixel corners not aligned; x itself where it has that size.
+
+    An exported graph is for every size, so it may not depend on this shortcut; the values are the same.
+    """
+    if not torch.compiler.is_exporting() and x.shape[2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Means over scale x scale cells. An exported graph computes them as products, for ONNX has no adaptive pooling."""
+
+    def __init__(self, scale: int) -> None:
+        super().__init__(scale)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            return super().forward(x)
+        rows, columns = (self._cells(side, x) for side in x.shape[2:])  # [scale, H], [scale, W]
+        return rows @ x @ columns.T
+
+    def _cells(self, side: int, x: Tensor) -> Tensor:
+        """Weights [scale, side]: cell i is the mean from floor(i side / scale) to ceil((i + 1) side / scale)."""
+        place, cell = torch.arange(side, device=x.device), torch.arange(self.scale, device=x.device)[:, None]
+        start, end = cell * side // self.scale, ((cell + 1) * side + self.scale - 1) // self.scale
+        inside = ((place >= start) & (place < end)).to(x.dtype)
+        return inside / inside.sum(dim=1, keepdim=True)
 
 
 class SegHead(nn.Module):
@@ -127,7 +151,7 @@ class UPerHead(SegHead):
         super().__init__(channels, num_classes, dropout, init_std)
         *lower, top = in_chans
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvModule(top, channels, 1)) for scale in pool_scales
+            nn.Sequential(AveragePool(scale), ConvModule(top, channels, 1)) for scale in pool_scales
         )
         self.bottleneck = ConvModule(top + len(pool_scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvModule(chans, channels, 1) for chans in lower)

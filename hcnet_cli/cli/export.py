@@ -1,0 +1,60 @@
+"""`hcnet export`: a trained model as a file for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcnet_cli.cli import complete, options
+from hcnet_cli.console import UserError, did_you_mean
+
+ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "timm": ""}
+
+
+def export(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run with weights: its folder, or its name under results/runs/.", autocompletion=complete.runs
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="The new file, or the new folder of --format timm.")],
+    fmt: Annotated[
+        str | None, typer.Option("--format", help="onnx, pt2, torchscript or timm; else what the output's ending says.")
+    ] = None,
+    data: options.DataPath = None,
+    model: options.OwnModel = None,
+    out_dir: options.Out = Path("results"),
+) -> None:
+    """Write a run's best weights for other programs, and check that the file computes and scores as the run did.
+
+    onnx (ONNX Runtime), pt2 (torch.export), torchscript, or a folder that timm loads. Preprocessing and class names
+    travel in the file.
+    """
+    from hcnet_cli.files import check_output
+    from hcnet_cli.runs import find_run, with_weights
+
+    kind = fmt or {ending: name for name, ending in ENDINGS.items()}.get(output.suffix)
+    if kind not in ENDINGS:
+        raise UserError(
+            f'Unknown format "{kind}".{did_you_mean(kind or "", ENDINGS)}', hint=f"Known: {', '.join(ENDINGS)}."
+        )
+    if output.exists():
+        raise UserError(f"{output} exists already.", hint="Name a new one, or remove it.")
+    if ENDINGS[kind] and output.suffix != ENDINGS[kind]:
+        raise UserError(f"A file of the format {kind} ends in {ENDINGS[kind]}.")
+    if ENDINGS[kind]:
+        check_output(output)
+    folder = find_run(run, out_dir)
+    info, recipe = with_weights(folder, model, data)
+    if reason := recipe.spec.not_exported:
+        raise UserError(f"A run of {recipe.task} is not exported. {reason}")
+    from hcnet_cli import export as exporting
+
+    exporting.check_extra(kind)
+    if kind == "timm":
+        exporting.export_folder(folder, info, recipe, output)
+    else:
+        exporting.export(folder, info, recipe, kind, output)
