@@ -131,19 +131,19 @@ def _program(model: nn.Module, size: Size | None) -> Any:
 def _write_pt2(model: nn.Module, path: Path, size: Size | None, about: dict[str, Any]) -> None:
     content = {KEY: json.dumps(about)}
     with path.open("wb") as file:
-        torch.export.save(_program(model, size), file, extra_files=content)  # type: ignore[arg-type]
+        torch.export.save(_program(model, size), file, extra_files=content)
 
 
 def _load_pt2(path: Path) -> Run:
     with path.open("rb") as file:
-        module: Run = torch.export.load(file).module()  # type: ignore[arg-type]
+        module: Run = torch.export.load(file).module()
     return module
 
 
 def _write_onnx(model: nn.Module, path: Path, size: Size | None, about: dict[str, Any]) -> None:
     import onnx
 
-    made = torch.onnx.export(
+    made: Any = torch.onnx.export(
         _program(model, size),
         dynamo=True,
         input_names=["image"],
