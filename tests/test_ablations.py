@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from scipy import stats
 from synthetic_runs import make_run
 from synthetic_studies import DIGITS, SCORES, base, made, planned, study_of, with_recipe
 
+from hcnet_cli import build, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.report import FORMATS, render
 from hcnet_cli.sizes import COMPONENTS, INCLUDES
@@ -43,6 +44,67 @@ def test_shipped_arms_differ_in_what_they_say_and_in_nothing_else(name: str) -> 
     for arm in others:
         recipe = plan.recipes[arm, "pretrain"]
         assert changed(recipe, baseline) == plan.arms[arm].keys()
+
+
+def test_backbones_of_one_size_by_one_recipe() -> None:
+    """Parameters within 10 % of HcNet-pico's, counted in models of timm; maps for both heads; equal drop path."""
+    recipes = ("finetune-det/digit-scenes", "finetune-seg/digit-stuff")
+    tuned = [Base(rcp.recipe_file(name), (), "pretrain") for name in recipes]
+    plan = planned(design.read_study("backbones")[1], base(), *tuned)
+    assert list(plan.arms) == ["hcnet", "convnext", "swin", "resnet", "vit"]
+    pico = sum(p.numel() for p in timm.create_model("hcnet_pico", num_classes=10).parameters())
+    for arm in list(plan.arms)[1:]:
+        model = plan.recipes[arm, "pretrain"].model
+        sized = {"img_size": 32} if arm == "swin" else {}
+        made = timm.create_model(model.name, num_classes=10, **sized, **model.args)
+        assert abs(sum(p.numel() for p in made.parameters()) / pico - 1) < 0.1, arm
+        for task in ("finetune-det", "finetune-seg"):
+            maps = build.build_backbone(plan.recipes[arm, task], 0)
+            assert [level["reduction"] for level in maps.feature_info] == [4, 8, 16, 32]
+    for task in plan.tasks:
+        rates = {plan.recipes[arm, task].model.drop_path_rate for arm in plan.arms}
+        assert rates == {plan.recipes["hcnet", task].model.drop_path_rate} != {None}
+    assert plan.sources == {"finetune-det": "pretrain", "finetune-seg": "pretrain"}
+
+
+def test_arms_by_name(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def build(num_classes): ...")
+    short, study = design.backbones_study(f"t, swin,timm:convnext_tiny,resnet18,{mine}:build")
+    assert short == "backbones"
+    assert study.arms == {
+        "t": {"model.size": "t"},
+        "swin": design.read_study("backbones")[1].arms["swin"],
+        "convnext_tiny": {"model.name": "convnext_tiny"},
+        "resnet18": {"model.name": "resnet18"},
+        "build": {"model.name": f"{mine}:build"},
+    }
+    plan = planned(study)
+    assert {recipe.model.drop_path_rate for recipe in plan.recipes.values()} == {0.2}  # HcNet-T's
+
+
+def test_detection_is_compared_by_boxes_and_masks(tmp_path: Path) -> None:
+    """A hand-made study of two seeds: paired mean differences of both metrics, and the median of memory."""
+    cells = []
+    for arm, boxes, masks in (("full", (40.0, 42.0), (30.0, 31.0)), ("other", (41.0, 44.0), (29.0, 30.5))):
+        for seed in (0, 1):
+            folder = make_run(
+                tmp_path,
+                "digit-scenes",
+                name=f"{arm}-{seed}",
+                log=False,
+                seed=seed,
+                variant="" if arm == "full" else arm,
+                metrics={"box_AP": boxes[seed], "mask_AP": masks[seed]},
+                peak_memory_mb=100.0 + seed,
+            )
+            cells.append(Cell(arm=arm, task="finetune-det", seed=seed, state="finished", run=folder.name))
+    arms = {"full": {}, "other": {"model.mlp_ratio": 2}}
+    record = StudyRecord(name="s", title="t", arms=arms, tasks=["finetune-det"], seeds=[0, 1], cells=cells)
+    table, rows, notes = made(tmp_path, record)
+    assert (rows["other"]["box_AP_difference"], rows["other"]["mask_AP_difference"]) == (1.5, -0.75)
+    assert {"box_AP", "mask_AP", "memory_mb"} <= {column.key for column in table.columns}
+    assert (rows["full"]["memory_mb"], "mask AP (secondary)" in notes) == (100, True)
 
 
 def test_components_and_stencil_are_what_their_names_say() -> None:

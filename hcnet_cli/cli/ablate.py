@@ -30,8 +30,14 @@ def ablate(
     study_name: Annotated[
         str | None,
         typer.Option(
-            "--study", help="components, stencil, depth, pretraining, or a YAML file.", autocompletion=complete.studies
+            "--study",
+            help="components, stencil, depth, pretraining, backbones, or a YAML file.",
+            autocompletion=complete.studies,
         ),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(help="Models of --study backbones, the baseline first: t,convnext_tiny,FILE.py:FUNCTION."),
     ] = None,
     task: Annotated[
         list[str] | None,
@@ -77,6 +83,10 @@ def ablate(
     from hcnet_cli.study import analysis, design, preview, runner
     from hcnet_cli.study.table import runs_by_name, table
 
+    if arms is not None and study_name != "backbones":
+        raise UserError(
+            "--arms names models for --study backbones.", hint="hcnet ablate --study backbones --arms t,convnext_tiny"
+        )
     if bool(disable) == bool(study_name):
         raise UserError(
             "--disable makes a study of its own: leave it or --study out."
@@ -84,7 +94,10 @@ def ablate(
             else "Name components to --disable, or a --study.",
             hint=f"For example: hcnet ablate --disable refinement. Studies: {', '.join(design.shipped_studies())}.",
         )
-    short, asked = design.read_study(study_name) if study_name else design.disable_study(disable or [])
+    if study_name:
+        short, asked = design.backbones_study(arms) if arms is not None else design.read_study(study_name)
+    else:
+        short, asked = design.disable_study(disable or [])
     flags = {"test": test, "margin": margin, "until": until, "max_seeds": max_seeds}
     asked = asked.model_copy(update={"primary": analysis.with_flags(asked.primary, flags)})
     if detect is not None and not 0 < detect < float("inf"):
@@ -101,6 +114,8 @@ def ablate(
     for one in {(one.task, one.data.path): one for one in expanded.recipes.values()}.values():
         check_data(one)
     named = {value for base in bases for key, value, flag in base.overrides if key == "model.name" and flag[:2] == "--"}
+    if arms is not None:
+        named |= {one.model.name for one in expanded.recipes.values()}
     for one in expanded.recipes.values():
         require_named(one, "--model" if one.model.name in named else "")
     settings = runner.Settings(

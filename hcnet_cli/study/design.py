@@ -17,7 +17,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.schema import Line, Part, Seed
-from hcnet_cli.sizes import COMPONENTS, ordered_components
+from hcnet_cli.sizes import COMPONENTS, SIZES, ordered_components
 from hcnet_cli.study.analysis import Analysis
 from hcnet_cli.study.record import run_key
 from hcnet_cli.tasks import FIRST_TASK, TASKS
@@ -157,6 +157,27 @@ def disable_study(given: Sequence[str]) -> tuple[str, Study]:
     return f"disable-{label}", Study(title=", ".join(list(arms)[1:]), arms=arms)
 
 
+def backbones_study(given: str) -> tuple[str, Study]:
+    """The shipped study `backbones` with the arms of `given`, "A,B": its own by name, sizes of HcNet, models as --model
+    names them; "timm:" before a name of timm is allowed. The first is the baseline.
+    """
+    short, study = read_study("backbones")
+    arms: dict[str, dict[str, Any]] = {}
+    for text in filter(None, (part.strip() for part in given.split(","))):
+        model = text.removeprefix("timm:")
+        label = model.rpartition(":")[2]
+        if label in arms:
+            raise UserError(f"--arms: {label} is there twice.", hint="The name of a model is that of its arm.")
+        if text in study.arms:
+            arms[label] = study.arms[text]
+        else:
+            arms[label] = {"model.size": text} if text in SIZES else {"model.name": model}
+    try:
+        return short, Study(title=study.title, arms=arms)
+    except ValidationError as error:
+        raise UserError(f"--arms: {first_mistake(error, Study, {'arms': arms}, STUDY_KEYS).sentence}") from None
+
+
 def _ordered(disable: Sequence[str], origin: str) -> list[str]:
     """The components in one order. UserError, with the origin, for a combination without a meaning."""
     try:
@@ -262,9 +283,14 @@ def expand(
     recipes: dict[tuple[str, str], Recipe] = {}
     inits: dict[str, str] = {}
     for base in bases:
-        task = ""
+        task, drop_path = "", None
         for arm, changes in study.arms.items():
             recipe = _arm_recipe(arm, changes, base, results)
+            if not task:
+                drop_path = recipe.model.drop_path_rate
+            if recipe.model.name and recipe.model.drop_path_rate is None:  # as strong for all, where the model has one
+                model = recipe.model.model_copy(update={"drop_path_rate": drop_path})
+                recipe = recipe.model_copy(update={"model": model})
             task = recipe.task
             same = next((a for (a, t), other in recipes.items() if t == task and other == recipe), None)
             if same is not None:

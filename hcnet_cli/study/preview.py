@@ -18,6 +18,7 @@ from hcnet_cli.study.design import Design
 from hcnet_cli.study.planning import detect_seeds, find_spread, power_lines
 from hcnet_cli.study.runner import Settings, StudyProcess
 from hcnet_cli.study.table import runs_by_name
+from hcnet_cli.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) 
         f"({source})",
         "study": f"{settings.results / 'studies' / design.name}.json",
     }
+    if weights := _weights(design):
+        lines["init"] = weights
     found = runs_by_name(settings.results)
     spread = find_spread(design, record, found)
     lines |= power_lines(design, record, found, spread)
@@ -82,6 +85,18 @@ def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) 
         )
     for name, text in lines.items():
         out.print(f"{name + ':':<9}{text}")
+
+
+def _weights(design: Design) -> str:
+    """Where fine-tuning starts from; "" in a study without any."""
+    said = []
+    for task in design.tasks:
+        inits = {design.recipes[arm, task].init for arm in design.arms}
+        if task in design.sources:
+            said.append(f"{task} from the {design.sources[task]} run of the same arm and seed, trained first")
+        elif (source := TASKS[task].starts_from) and inits == {"none"}:
+            said.append(f"{task} from random weights (with --task {source} too: from the arm's own run)")
+    return "; ".join(said)
 
 
 def _speed(recipe: Recipe, results: Path) -> float | None:

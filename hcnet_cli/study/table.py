@@ -25,6 +25,7 @@ COST_COLUMNS = (
     Column("params_m", "#params (M)", "number", secondary=True),
     Column("macs_g", "MACs (G)", "number", secondary=True),
     Column("images_per_second", "images/s", "short", secondary=True),
+    Column("memory_mb", "memory (MiB)", "integer", secondary=True),
 )
 
 
@@ -156,22 +157,24 @@ def table(record: StudyRecord, found: Found) -> Table:
     forest: list[tuple[str, float, float, float]] = []
     verdicts: list[str] = []
     left_out: list[str] = []
+    metrics: list[Metric] = []
     for task in record.tasks:
-        metric = TASKS[task].primary
         counted, lines = count(record, task, found)
         left_out += lines
         if task == record.tasks[0]:
             _fill_costs(counted, values)
-        comparisons = _fill_metric(metric.key, counted, values, record)
         for arm, by_seed in counted.items():
             members[arm] += by_seed.values()
             infos += [run.info for run in by_seed.values()]
-        for arm, c in comparisons.items():
-            if c.low is not None and c.high is not None:
-                label = f"{arm}, {metric.title}" if len(record.tasks) > 1 else arm
-                forest.append((label, c.difference, c.low, c.high))
-        found_out = {arm: str(values[arm][f"{metric.key}_verdict"]) for arm in comparisons}
-        verdicts += words.verdicts(record, metric, comparisons, found_out)
+        for metric in _metrics(task, counted):
+            metrics.append(metric)
+            comparisons = _fill_metric(metric.key, counted, values, record)
+            for arm, c in comparisons.items():
+                if metric == TASKS[task].primary and c.low is not None and c.high is not None:
+                    label = f"{arm}, {metric.title}" if len(record.tasks) > 1 else arm
+                    forest.append((label, c.difference, c.low, c.high))
+            found_out = {arm: str(values[arm][f"{metric.key}_verdict"]) for arm in comparisons}
+            verdicts += words.verdicts(record, metric, comparisons, found_out)
     for arm, row in values.items():
         row |= _provenance(record, members[arm])
     rows = [
@@ -180,15 +183,22 @@ def table(record: StudyRecord, found: Found) -> Table:
     ]
     rows.sort(key=lambda row: row.kind == "unfinished")
     notes = [*verdicts, *left_out, *words.method_notes(record, values), *words.run_notes(record, infos, values)]
-    return Table("ablation", _title(record, infos), _columns(record, values), rows, notes, forest)
+    return Table("ablation", _title(record, infos), _columns(record, metrics, values), rows, notes, forest)
 
 
-def _columns(record: StudyRecord, values: Mapping[str, Mapping[str, Value]]) -> list[Column]:
+def _metrics(task: str, counted: Counted) -> list[Metric]:
+    """The primary metric of a task, and those of its others that studies show and that every counted run has."""
+    infos = [run.info for by_seed in counted.values() for run in by_seed.values()]
+    first, *others = TASKS[task].metrics
+    whole = [m for m in others if infos and all(is_number(i.metrics.get(m.key)) for i in infos)]
+    return [first, *(m for m in whole if m.in_studies)]
+
+
+def _columns(record: StudyRecord, metrics: Sequence[Metric], values: Mapping[str, Mapping[str, Value]]) -> list[Column]:
     """One task: cost, metric, difference. Several: the metrics side by side first, and then their details.
 
     At the end stand secondary figures, as far as there are any.
     """
-    metrics = [TASKS[task].primary for task in record.tasks]
     several, analysis = len(metrics) > 1, record.analysis
 
     def each(suffix: str, title: str, style: Style, secondary: bool = several) -> list[Column]:
@@ -227,17 +237,22 @@ def _title(record: StudyRecord, infos: Sequence[RunInfo]) -> str:
 
 
 def _fill_costs(counted: Counted, values: Mapping[str, dict[str, Value]]) -> None:
-    """Parameters, MACs and the median images/s of each arm; speeds only where all were measured alike."""
-    alike = timed_alike(run.info for by_seed in counted.values() for run in by_seed.values())
+    """Parameters, MACs, and the medians of images/s and of the peak of memory in training of each arm; these two only
+    where all were measured alike.
+    """
+    every = [run.info for by_seed in counted.values() for run in by_seed.values()]
+    alike, one_device = timed_alike(every), len({(i.machine, i.device) for i in every}) == 1
     for arm, by_seed in counted.items():
         infos = [run.info for run in by_seed.values()]
         if infos:
+            memory = [i.peak_memory_mb for i in infos if i.peak_memory_mb is not None]
             speeds = [i.images_per_second for i in infos if i.images_per_second is not None]
             values[arm] |= {
                 "params_m": in_units(infos[0].params, 1e6),
                 "macs_g": in_units(infos[0].macs, 1e9),
                 "macs_input": infos[0].macs_input,
                 "images_per_second": median(speeds) if alike and speeds else None,
+                "memory_mb": round(median(memory)) if one_device and memory else None,
                 "speed_notes": infos[0].speed_notes if alike else "",
             }
 

@@ -159,6 +159,9 @@ def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str
         jobs = max(cell.jobs for cell in record.cells)
         shared = f", while up to {jobs} runs shared the machine" if jobs > 1 else ""
         notes.append(f"images/s: median of the runs; {speeds}{shared}.")
+    if any(is_number(row.get("memory_mb")) for row in values.values()):
+        where = "allocated on the GPU" if all(i.device.startswith("cuda") for i in infos) else "the whole process"
+        notes.append(f"memory: peak while training, {where}, median of the runs.")
     if any(session.git_dirty for i in infos for session in i.all_sessions()):
         notes.append("The code had uncommitted changes; it is taken to have been the same for runs of one commit.")
     machines = joined([i.machine for i in infos])

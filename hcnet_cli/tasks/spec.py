@@ -34,11 +34,15 @@ class Column:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score in per cent, by its key in run.json. `published`: its column in published.csv, where that differs."""
+    """A score in per cent, by its key in run.json.
+
+    `published`: its column in published.csv, where that differs. `in_studies`: it is compared beside the primary one.
+    """
 
     key: str
     title: str
     published: str = ""
+    in_studies: bool = False
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ SPEC = Spec(
         Metric("box_AP", "box AP"),
         Metric("box_AP50", "box 50"),
         Metric("box_AP75", "box 75"),
-        Metric("mask_AP", "mask AP"),
+        Metric("mask_AP", "mask AP", in_studies=True),
         Metric("mask_AP50", "mask 50"),
         Metric("mask_AP75", "mask 75"),
     ),
