@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
 from test_engine import Regression, make_job
-from test_other_models import TASKS, arguments, data, here, stopped_at_step_2, untimed
+from test_other_models import MY_NET, TASKS, arguments, data, here, stopped_at_step_2, untimed
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.ops import sigmoid_focal_loss
@@ -443,3 +444,39 @@ def test_what_has_no_effect_or_is_a_slip_is_said(data: dict[str, Path], here: Pa
         "train.freeze backbone keeps random weights",
     ):
         assert words_ in said, said
+
+
+# --- docs/finetuning.md -----------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs/finetuning.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def own_net() -> str:
+    """A model of the user's own, with the methods that the page shows."""
+    (methods,) = re.findall(r"```python\nclass .*?\n(.*?)```", PAGE, flags=re.DOTALL)
+    return MY_NET.replace("    def forward(self, x):", f"{methods}\n    def forward(self, x):")
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_of_the_page_runs(
+    line: str, data: dict[str, Path], here: Path, hcnet: Hcnet, own_net: str
+) -> None:
+    """As far as its plan, on small data and, where the command names no model, with a small HcNet."""
+    (here / "my_net.py").write_text(own_net)
+    _, task, *rest = shlex.split(line)
+    start = words("pretrain", "", data, "--name", "start", "--set", "schedule.length=1", "--set", "train.eval_every=1")
+    if "results/runs/start" in rest:
+        assert hcnet(*start).code == 0
+    rest = [word for word in rest if word != "--dry-run"]
+    more = () if "--model" in rest else HCNET
+    small = ("--recipe", "digits", "--set", "train.batch_size=4") if task == "ablate" else TASKS[task]
+    folder = data["pretrain" if task == "ablate" else task]
+    none = ("--init", "none") if task.startswith("finetune") else ()
+    done = hcnet(task, *small, *more, *none, *rest, "--data", folder, "--dry-run")
+    assert done.code == 0, done.err
+    if "--freeze" in rest:
+        assert "of them trained" in done.out
+    if "--sweep" in rest:
+        assert "lr=0.003" in done.out
