@@ -181,8 +181,8 @@ def sweep_study(given: Sequence[str]) -> tuple[str, Study]:
     if len(set(short.values())) < len(axes):
         short = {key: key for key in axes}
     arms: dict[str, dict[str, Any]] = {}
-    for values in itertools.product(*axes.values()):
-        changes = dict(zip(axes, values, strict=True))
+    for combination in itertools.product(*axes.values()):
+        changes = dict(zip(axes, combination, strict=True))
         name = "+".join(f"{short[key]}={_in_a_name(value)}" for key, value in changes.items())
         if name in arms:
             raise UserError(f"--sweep: {name} is there twice.", hint="Each value makes an arm of its own.")
