@@ -37,6 +37,7 @@ from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Evaluation, Job, Predictor, Task
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
+from hcnet_cli.models import layers
 from hcnet_cli.pretrained import weights_file
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
@@ -130,6 +131,8 @@ def build_task(recipe: Recipe, data: DataSplits) -> Task:
             functools.partial(build_backbone, recipe),
             recipe.train.batch_size // recipe.train.accumulate,
         )
+    if recipe.train.freeze != "none":
+        layers.freeze(task.model, recipe.train.freeze)
     return task.to(memory_format=torch.channels_last)
 
 
@@ -298,7 +301,7 @@ def build_job(
     identity: Mapping[str, Any] = MappingProxyType({}),
 ) -> Job:
     """Everything the engine needs; `task` is moved to `device`. `identity`: of the run, for checkpoints and weights."""
-    train = recipe.train
+    train, decay = recipe.train, recipe.optim.layer_decay
     plan = steps(recipe, data)
     task.to(device)
     faster = kernels.accelerate(task.model) if train.kernels else ["no kernels: train.kernels is false"]
@@ -327,6 +330,7 @@ def build_job(
             lr=recipe.optim.lr,
             weight_decay=recipe.optim.weight_decay,
             no_decay=recipe.optim.no_decay,
+            scales=layers.learning_rate_scales(task.model, decay) if decay is not None else {},
         ),
         lr_at=functools.partial(
             optim.lr_at,
@@ -347,6 +351,7 @@ def build_job(
         device=device,
         seed=train.seed,
         ema=None if train.ema_decay is None else ModelEmaV3(task.model, decay=train.ema_decay),
+        patience=train.patience,
         describe_weights=_weights_metadata(recipe, data),
         identity=identity,
         kernels=faster,
@@ -366,6 +371,7 @@ def _weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
         "seed": recipe.train.seed,
         "data": data.info.name,
         "classes": list(data.class_names),
+        **({"ema_decay": recipe.train.ema_decay} if recipe.train.ema_decay is not None else {}),
         **task_module(recipe).describe_input(recipe.data, next(iter(recipe.evaluation.values()))),
     }
 

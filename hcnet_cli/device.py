@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import torch
@@ -11,6 +12,12 @@ from hcnet_cli import dist
 from hcnet_cli.console import UserError, warn
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and ARM processors, in /proc/cpuinfo
+
+
+def use_cores(device: torch.device) -> None:
+    """Divides the cores between the processes of a machine, unless the user has."""
+    if device.type == "cpu" and dist.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.world_size()))
 
 
 def pick_device(name: str) -> torch.device:

@@ -27,11 +27,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.info.status == "finished" and self.info.steps_done >= self.info.steps_total
+        whole = self.info.stopped_early or self.info.steps_done >= self.info.steps_total
+        return self.info.status == "finished" and whole
 
     @property
     def state(self) -> str:
-        """The status, where "finished" means that every step was done."""
+        """The status, where "finished" means that every step was done, or that patience ended it."""
         return "cut short" if self.info.status == "finished" and not self.finished else self.info.status
 
 

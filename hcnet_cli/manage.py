@@ -82,11 +82,12 @@ def shown(folder: RunFolder) -> list[tuple[str, list[str]]]:
         f"{one.started[:16].replace('T', ' ')}, from step {one.from_step:,}: {one.device}, code {one.code}"
         for one in info.all_sessions()
     ]
+    early = ", stopped early" if info.stopped_early else ""
     entries = [entry for entry in sorted(folder.path.iterdir()) if not entry.name.startswith(".")]
     files = [f"{entry.name:<18} {in_units(size_of(entry))}" for entry in entries]
     made = [
         ("run", [str(folder.path)]),
-        ("status", [f"{info.status}, step {info.steps_done:,} of {info.steps_total:,}", info.error]),
+        ("status", [f"{info.status}, step {info.steps_done:,} of {info.steps_total:,}{early}", info.error]),
         ("not believed", [runs.contradiction(folder, info)]),
         ("model", [f"{info.model or info.size} {info.variant}".strip()]),
         (

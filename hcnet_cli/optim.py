@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ FUSED_CLASSES = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 FUSED_DEVICES = ("cpu", "cuda")
 # Arguments that choose another implementation of the same update; `fused` excludes the other two.
 IMPLEMENTATION = ("fused", "foreach", "differentiable", "capturable")
+BUILT = ("params", "lr", "weight_decay", "lr_scale", *IMPLEMENTATION)  # keys of a parameter group that are no state
 
 
 # --- building ---------------------------------------------------------------------------------------------------------
@@ -32,14 +34,17 @@ def build_optimizer(
     lr: float,
     weight_decay: float,
     no_decay: str,
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> Optimizer:
     """The optimizer `name` of timm over the trainable parameters of `model`, with decay by the rule `no_decay`.
 
     `args` are the optimizer's own arguments; Muon also takes `fallback_list`, patterns of parameter names that its
-    AdamW updates. UserError for an unknown name, a wrong argument, or an optimizer that cannot be used here.
+    AdamW updates. `scales`: factors on the learning rate by parameter name, 1 for others; a group has its factor as
+    `lr_scale`, which whoever sets the rate of a step applies. UserError for an unknown name, a wrong argument, or an
+    optimizer that cannot be used here.
     """
     check_optimizer(name, args)
-    return _build(model, name, args, lr, weight_decay, no_decay)
+    return _build(model, name, args, lr, weight_decay, no_decay, scales)
 
 
 def check_optimizer(name: str, args: Mapping[str, Any]) -> None:
@@ -95,7 +100,13 @@ def reads_found_inf(optimizer: Optimizer) -> bool:
 
 
 def _build(
-    model: nn.Module, name: str, args: Mapping[str, Any], lr: float, weight_decay: float, no_decay: str
+    model: nn.Module,
+    name: str,
+    args: Mapping[str, Any],
+    lr: float,
+    weight_decay: float,
+    no_decay: str,
+    scales: Mapping[str, float] = MappingProxyType({}),
 ) -> Optimizer:
     plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
     fallback = plain.pop("fallback_list", ())
@@ -103,7 +114,7 @@ def _build(
     device = next(model.parameters()).device.type
     if optimizer_class in FUSED_CLASSES and device in FUSED_DEVICES and not plain.keys() & set(IMPLEMENTATION):
         plain["fused"] = True
-    groups = _parameter_groups(model, weight_decay, no_decay, fallback)
+    groups = _parameter_groups(model, weight_decay, no_decay, fallback, scales)
     try:
         return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=weight_decay, **plain)
     except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
@@ -116,21 +127,23 @@ def _refused(name: str, error: Exception) -> UserError:
 
 
 def _parameter_groups(
-    model: nn.Module, weight_decay: float, no_decay: str, fallback: Sequence[str]
+    model: nn.Module, weight_decay: float, no_decay: str, fallback: Sequence[str], scales: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Decayed parameters first. The order is part of the result: it changes the last bits of the gradient norm."""
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             in_fallback = any(fnmatch(name, pattern) for pattern in fallback)
-            members.setdefault((decays(name, parameter, no_decay), in_fallback), []).append(parameter)
+            decayed = decays(name, parameter, no_decay)
+            members.setdefault((not decayed, in_fallback, scales.get(name, 1.0)), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": weight_decay if decayed else 0.0,
+            "weight_decay": 0.0 if spared else weight_decay,
             **({"use_fallback": True} if in_fallback else {}),
+            **({"lr_scale": scale} if scale != 1 else {}),
         }
-        for (decayed, in_fallback), parameters in sorted(members.items(), key=lambda item: (not item[0][0], item[0][1]))
+        for (spared, in_fallback, scale), parameters in sorted(members.items(), key=lambda item: item[0])
     ]
 
 
@@ -227,7 +240,7 @@ def _changed_keys(optimizer: Optimizer, group: Mapping[str, Any]) -> list[str]:
             return False
         return bool(group[key] == optimizer.defaults[key])
 
-    return [key for key in group if key not in ("params", "lr", "weight_decay", *IMPLEMENTATION) and not as_built(key)]
+    return [key for key in group if key not in BUILT and not as_built(key)]
 
 
 # --- learning rate ----------------------------------------------------------------------------------------------------

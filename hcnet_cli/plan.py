@@ -32,6 +32,7 @@ MANY_PASSES = 1000  # over the training images: a schedule made for a larger dat
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
 MANY_IMAGES = 100_000  # training images, from which a recipe for small data is no help
 LARGEST_SMALL = 96  # pixels, the largest images that the recipe for small images is for
+MUCH_OF_THE_START = 0.1  # share of a moving average that is still what training started from
 LONG_SECONDS = 86400.0  # of training, from which the plan proposes less
 USED_BY = {  # fields of `schedule` that some kinds alone use
     "milestones": ("multistep",),
@@ -57,6 +58,7 @@ def print_plan(
     for name, text in _lines(folder, recipe, data, task, device, seconds).items():
         out.print(f"{name + ':':<15}{text}")
     steps = build.steps(recipe, data)
+    remark_on_training(recipe, task, notices=False)
     notice_many_passes(steps)
     remark_on_schedule(recipe, steps, resolved.sources)
     notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total))
@@ -70,6 +72,7 @@ def _lines(
     plan, batch, info = build.steps(recipe, data), recipe.train.batch_size, data.info
     micro = batch // (recipe.train.accumulate * dist.processes())
     params, macs = profile.count_params(task.model), build.count_macs(recipe, task, data)
+    trained = profile.count_params(task.model, trained=True)
     size = "x".join(map(str, data.img_size))
     shortened = " (shortened to half of the run)" if plan.shortened else ""
     evaluated = f"every {plan.eval_every}" if plan.eval_every < plan.total else "at the end"
@@ -78,13 +81,16 @@ def _lines(
         "data": f"{info.name}: {info.num_train} training, {info.num_val} validation images, {info.num_classes} classes "
         f"({info.path})",
         **remarks,
-        "model": f"{params / 1e6:.2f} M parameters, {macs / 1e9:.2f} G MACs at {size} (convolutions, linear layers, "
-        "matrix products)",
+        "model": f"{params / 1e6:.2f} M parameters{_trained(recipe, task)}, {macs / 1e9:.2f} G MACs at {size} "
+        "(convolutions, linear layers, matrix products)",
         "batch": f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes",
-        "steps": f"{plan.total} ({plan.epoch} an epoch), warm-up {plan.warmup}{shortened}, evaluation {evaluated}",
+        "steps": f"{plan.total} ({plan.epoch} an epoch), warm-up {plan.warmup}{shortened}, evaluation {evaluated}"
+        + (f", stops after {recipe.train.patience} without a better score" if recipe.train.patience else ""),
         "learning rate": f"peak {recipe.optim.lr:g}{_scaling_advice(recipe)}",
     }
-    state_bytes = params * 4 * 4
+    if recipe.train.ema_decay is not None:
+        lines["weights"] = _average(recipe)
+    state_bytes = (params + 3 * trained) * 4
     if activations := _activation_bytes(recipe, task, data):
         lines["memory"] = (
             f"about {(state_bytes + activations * micro) / 2**30:.1f} GiB a process in fp32: "
@@ -113,6 +119,31 @@ def _scaling_advice(recipe: Recipe) -> str:
         f" for a batch of {recipe.train.batch_size}; the recipe has {base.optim.lr:g} for {base.train.batch_size}: "
         f"linear scaling would give --lr {scaled:g}"
     )
+
+
+def remark_on_training(recipe: Recipe, task: Task, notices: bool = True) -> None:
+    """What is trained, what is kept and how classes are weighted, where that is not the usual; the first two with
+    `notices` alone, for the plan has lines of them.
+    """
+    if notices and recipe.train.freeze != "none":
+        params = profile.count_params(task.model)
+        notice(f"{params / 1e6:.2f} M parameters{_trained(recipe, task)} (train.freeze {recipe.train.freeze}).")
+    if notices and recipe.train.ema_decay is not None:
+        notice(f"Of the weights {_average(recipe)}.")
+    if recipe.train.freeze != "none" and recipe.init == "none":
+        warn(f"train.freeze {recipe.train.freeze} keeps random weights: training starts from none (--init).")
+    if weights := task.class_weights:
+        notice(f"Class weights in the loss from {min(weights):.3g} to {max(weights):.3g} (run.json has all).")
+
+
+def _trained(recipe: Recipe, task: Task) -> str:
+    """How many parameters are trained, after their number; "" where nothing is frozen."""
+    trained = profile.count_params(task.model, trained=True)
+    return "" if recipe.train.freeze == "none" else f", {trained / 1e6:.2f} M of them trained"
+
+
+def _average(recipe: Recipe) -> str:
+    return f"the moving average (train.ema_decay {recipe.train.ema_decay:g}) is evaluated and kept as best.safetensors"
 
 
 def notice_many_passes(steps: build.Steps) -> None:
@@ -159,6 +190,14 @@ def schedule_remarks(
     if steps.shortened:
         given = f"{schedule.warmup:g} {schedule.warmup_unit}"
         remarks.append(f"The warm-up ({given}) was shortened to half of the run, {steps.warmup} steps.")
+    average = recipe.train.ema_decay
+    if average is not None and (kept := average**steps.total) > MUCH_OF_THE_START:
+        remarks.append(
+            f"train.ema_decay {average:g} is for longer runs: after {steps.total} steps {kept:.0%} of the average is "
+            "what training started from."
+        )
+    if (patience := recipe.train.patience) and patience >= -(-steps.total // steps.eval_every):
+        remarks.append("train.patience has no effect: the run has no more evaluations than that.")
     if steps.eval_every > steps.total:
         remarks.append(
             f"train.eval_every ({recipe.train.eval_every} {schedule.unit}) is longer than the run ({length}): it is "
@@ -179,6 +218,10 @@ def unused(recipe: Recipe, sources: Mapping[str, str]) -> dict[str, str]:
         reasons |= dict.fromkeys(("schedule.warmup_ratio", "schedule.warmup_inside"), "schedule.warmup is 0")
     if not recipe.optim.weight_decay:
         reasons["optim.no_decay"] = "optim.weight_decay is 0"
+    if (loss := getattr(recipe.head, "loss", "focal")) != "focal":
+        reasons["head.focal_gamma"] = f"the loss is {loss}, not focal"
+    if recipe.train.freeze == "backbone":
+        reasons["optim.layer_decay"] = "train.freeze is backbone"
 
     def said(key: str) -> bool:
         section, name = key.split(".")
@@ -225,15 +268,14 @@ def saved_activations(task: Task, image: tuple[int, int]) -> int:
 
     kept: list[Tensor] = []
     model = task.model
-    was_training = model.training
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     state = {
-        name: torch.empty_like(value, device="meta").requires_grad_(value.is_floating_point())
+        name: torch.empty_like(value, device="meta").requires_grad_(value.is_floating_point() and name not in frozen)
         for name, value in [*model.named_parameters(), *model.named_buffers()]
     }
     own = {id(value.untyped_storage()) for value in state.values()}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        torch.func.functional_call(model.train(), state, (torch.zeros(1, 3, *image, device="meta"),))
-    model.train(was_training)
+        torch.func.functional_call(model, state, (torch.zeros(1, 3, *image, device="meta"),))
     return sum(size for storage, size in seen.items() if storage not in own)
 
 
@@ -244,7 +286,7 @@ def seconds_per_image(recipe: Recipe, data: DataSplits, task: Task, device: torc
     until a step takes TRIAL_SECONDS. UserError for parameters that are not trained.
     """
     most = recipe.train.batch_size // (recipe.train.accumulate * dist.processes())
-    task.to(device).train()
+    task.to(device)
 
     def step(size: int) -> float:
         indices = [n * len(data.train) // size for n in range(size)]

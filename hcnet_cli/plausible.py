@@ -10,7 +10,9 @@ from hcnet_cli.tasks import TASKS
 
 AT_LEAST = {  # smallest value of a field, where it has one
     **dict.fromkeys(("seed", "steps_done", "steps_total", "unreadable_images", "train_seconds"), 0),
-    **dict.fromkeys(("steps_per_epoch", "params", "macs", "images_per_second", "train_images_per_second"), 0),
+    **dict.fromkeys(
+        ("steps_per_epoch", "params", "params_trained", "macs", "images_per_second", "train_images_per_second"), 0
+    ),
     **dict.fromkeys(("data.num_train", "data.num_val", "data.num_classes", "best_step"), 0),
     **dict.fromkeys(("batch_size", "img_size", "processes"), 1),
 }

@@ -23,9 +23,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library speaks
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def count_params(model: nn.Module) -> int:
-    """Numbers in the model's parameters (buffers are not counted, shared parameters once)."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_params(model: nn.Module, trained: bool = False) -> int:
+    """Numbers in the model's parameters (buffers are not counted, shared parameters once). `trained`: those alone that
+    training changes.
+    """
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
 
 
 def count_macs(model: nn.Module, *inputs: Any) -> int:

@@ -107,6 +107,7 @@ class RunInfo(BaseModel):
     data: DataInfo
     steps_done: int = 0
     steps_total: int
+    stopped_early: bool = False  # by train.patience, after steps_done of steps_total
     steps_per_epoch: int | None = None
     batch_size: int
     metrics: dict[str, float] = {}
@@ -115,6 +116,8 @@ class RunInfo(BaseModel):
     best_step: int | None = None
     weights: str = ""  # digest of the tensors in best.safetensors
     params: int | None = None
+    params_trained: int | None = None  # without those that are frozen
+    class_weights: list[float] = []  # in the loss, in the order of the classes; empty: none
     macs: int | None = None
     macs_input: str = ""  # "3x224x224"
     img_size: int | None = None

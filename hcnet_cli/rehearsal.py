@@ -95,7 +95,7 @@ def unchanged(task: nn.Module) -> Iterator[None]:
     """Puts weights, buffers, gradients, the mode and all random generators back as they were, byte for byte."""
     tensors = [*task.parameters(), *task.buffers()]
     before = [tensor.detach().clone() for tensor in tensors]
-    training = task.training
+    modes = {module: module.training for module in task.modules()}
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
@@ -105,7 +105,8 @@ def unchanged(task: nn.Module) -> Iterator[None]:
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
                 tensor.grad = None
-        task.train(training)
+        for module, mode in modes.items():
+            module.training = mode
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)

@@ -155,6 +155,12 @@ def epochs(info: RunInfo) -> float | None:
     return round(info.steps_total / per_epoch, 1) if per_epoch and info.steps_total else None
 
 
+def stopped_early(infos: Sequence[RunInfo]) -> str:
+    """Where train.patience ended runs, for people; "" where it ended none."""
+    at = joined([f"{i.steps_done:,}" for i in infos if i.stopped_early])
+    return f"stopped early at step {at} of {infos[0].steps_total:,}" if at else ""
+
+
 def metric_notes(info: RunInfo) -> str:
     return "; ".join(f"{name}: {text}" for name, text in sorted(info.metric_notes.items()))
 
@@ -182,7 +188,7 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "split": info.data.split,
         "protocol": published_protocol(info) or f"{info.protocol} on {info.data.name}",
         "recipe": info.protocol,
-        "changes": changes_text(info),
+        "changes": ", ".join(filter(None, [changes_text(info), stopped_early(infos)])),
         "init": init_label(info),
         "model": model_name(info),
         "size": info.size,

@@ -20,7 +20,7 @@ from hcnet_cli import build, dist, engine, files, optim, own_model, plan, pretra
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
-from hcnet_cli.device import pick_device, pick_precision
+from hcnet_cli.device import pick_device, pick_precision, use_cores
 from hcnet_cli.engine import Evaluation, Task
 from hcnet_cli.models import hub
 from hcnet_cli.previous import check_finished, identity, previous_record
@@ -78,12 +78,6 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
             return setup.folder.path, _evaluate_only(setup, info), 0
         with dist.on_main(setup.folder.lock):  # what goes wrong on the main process, goes wrong on all
             return _train_in(setup, info, options)
-
-
-def use_cores(device: torch.device) -> None:
-    """Divides the cores between the processes of a machine, unless the user has."""
-    if device.type == "cpu" and dist.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.world_size()))
 
 
 def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[RunSetup, str]:
@@ -169,6 +163,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info = with_progress(info, state)
     info.peak_memory_mb = round(profile.peak_memory_mb(run.device), 1)
     info.status = "interrupted" if stopped_by else "finished"
+    info.stopped_early = not stopped_by and state.step < info.steps_total
     if not stopped_by:
         info.metrics |= further
         _note_changed_data(info, run)
@@ -226,6 +221,8 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         steps_per_epoch=steps.epoch,
         batch_size=recipe.train.batch_size,
         params=profile.count_params(task.model),
+        params_trained=profile.count_params(task.model, trained=True),
+        class_weights=list(task.class_weights),
         macs=build.count_macs(recipe, task, data),
         macs_input="x".join(map(str, (3, *data.img_size))),
         img_size=data.img_size[0],
@@ -271,6 +268,7 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
     plan.remark_on_schedule(run.recipe, build.steps(run.recipe, run.data))
     for line in str(run.init).splitlines() if run.init else ():
         notice(line)
+    plan.remark_on_training(run.recipe, run.task)
     if state.step:
         notice(f"Going on from step {state.step}.")
 
@@ -344,6 +342,8 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
         notice(f"Stopped at step {info.steps_done} of {info.steps_total}; everything is saved.")
         notice("The same command goes on from there.")
         return
+    if info.stopped_early:
+        notice(f"Stopped early at step {info.steps_done} of {info.steps_total}: no better score (train.patience).")
     notice(f"Finished in {duration(info.train_seconds)} of training. Best at step {info.best_step}: {shown}.")
     if info.train_seconds > 60 and (info.data_wait_share or 0) > WAITING_TOO_LONG:
         warn(f"{info.data_wait_share:.0%} of the training time went into waiting for data; more --workers may help.")

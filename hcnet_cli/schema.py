@@ -50,6 +50,7 @@ def _odd(value: int) -> int:
 # Ranges hold every value that published recipes have, and an order of magnitude around them; what lies outside is a
 # slip of the hand. They refuse alone: no value is changed.
 Line = Annotated[str, AfterValidator(_line)]
+ClassWeights = Literal["none", "balanced"] | tuple[Annotated[float, Field(gt=0, le=10_000)], ...]
 Triple = tuple[float, float, float]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Deviation = Annotated[float, Field(ge=0.001, le=1)]
@@ -239,6 +240,13 @@ class Optim(Part):
     clip_grad: Annotated[float, Field(gt=0, le=1e6)] | None = field(
         None, "Largest norm of all gradients together; null: no clipping.", example=5.0
     )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = field(
+        None,
+        "Factor on the learning rate from each layer to the one before it: the head has `lr`, the last block "
+        "`lr` times this, the stem the smallest; null: all have `lr`.",
+        example=0.75,
+        fingerprint="changed",
+    )
     no_decay: Literal["1d", "norm"] = field(
         "1d",
         "Parameters without weight decay. `1d`: biases and all with one dimension (Swin on ImageNet); `norm`: those "
@@ -324,7 +332,23 @@ class Train(Part):
         "auto", "`auto`: bf16 on a GPU that computes it, fp16 on an older one, fp32 elsewhere."
     )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = field(
-        None, "Decay of the moving average of the weights, which is then evaluated; null: none.", example=0.9999
+        None,
+        "Decay of the moving average of the weights, which is then what is evaluated and kept; null: none.",
+        example=0.9999,
+    )
+    freeze: Literal["none", "backbone"] | Annotated[int, Field(ge=0, le=1000)] = field(
+        "none",
+        "Part of the model that is not trained: `backbone`: all but the head; a number: the stem and as many stages, "
+        "or blocks of a vision transformer. Its batch norm keeps its statistics, and nothing in it is dropped.",
+        example=2,
+        fingerprint="changed",
+    )
+    patience: Annotated[int, Field(ge=1, le=100_000)] | None = field(
+        None,
+        "Training stops early when so many evaluations in a row bring no better score; null: never.",
+        unit="evaluations",
+        example=10,
+        fingerprint="changed",
     )
     eval_every: Duration = field(1, "Interval between evaluations.", unit="schedule.unit")
     eval_batch_size: BatchSize | None = field(

@@ -39,6 +39,10 @@ def ablate(
         str | None,
         typer.Option(help="Models of --study backbones, the baseline first: t,convnext_tiny,FILE.py:FUNCTION."),
     ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm for each value of a recipe field: optim.lr=1e-3,3e-3; several make a grid."),
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(help="pretrain (default), finetune-det or finetune-seg; may repeat, for one table of all."),
@@ -62,6 +66,9 @@ def ablate(
         float | None, typer.Option(help="Points; add seeds until each arm's interval is at most ± this wide.")
     ] = None,
     max_seeds: Annotated[int | None, typer.Option(help="Seeds at most, with --until (default 20).")] = None,
+    early_stopping: Annotated[
+        bool, typer.Option("--early-stopping", help="Allow train.patience: arms then train for different steps.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; cores or GPUs are divided between them.")] = 1,
     out_dir: options.Out = Path("results"),
     device: options.Device = "auto",
@@ -87,17 +94,20 @@ def ablate(
         raise UserError(
             "--arms names models for --study backbones.", hint="hcnet ablate --study backbones --arms t,convnext_tiny"
         )
-    if bool(disable) == bool(study_name):
+    given = [flag for flag, value in (("--disable", disable), ("--study", study_name), ("--sweep", sweep)) if value]
+    if len(given) != 1:
         raise UserError(
-            "--disable makes a study of its own: leave it or --study out."
-            if disable
-            else "Name components to --disable, or a --study.",
+            f"{' and '.join(given)} each make a study of their own: leave one out."
+            if given
+            else "Name components to --disable, a --study, or a field to --sweep.",
             hint=f"For example: hcnet ablate --disable refinement. Studies: {', '.join(design.shipped_studies())}.",
         )
     if study_name:
         short, asked = design.backbones_study(arms) if arms is not None else design.read_study(study_name)
     else:
-        short, asked = design.disable_study(disable or [])
+        short, asked = design.sweep_study(sweep) if sweep else design.disable_study(disable or [])
+    if early_stopping:
+        asked = asked.model_copy(update={"early_stopping": True})
     flags = {"test": test, "margin": margin, "until": until, "max_seeds": max_seeds}
     asked = asked.model_copy(update={"primary": analysis.with_flags(asked.primary, flags)})
     if detect is not None and not 0 < detect < float("inf"):

@@ -53,6 +53,10 @@ Accumulate = Annotated[
 LearningRate = Annotated[
     float | None, typer.Option("--lr", help="Peak learning rate. It is never scaled by the batch size.")
 ]
+Freeze = Annotated[
+    str | None,
+    typer.Option("--freeze", help="What is not trained: backbone (all but the head), or the stem and N stages: 2."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
 Init = Annotated[
     str | None,
@@ -90,6 +94,7 @@ RECIPE_KEYS = {
     "batch_size": ("--batch-size", "train.batch_size"),
     "accumulate": ("--accumulate", "train.accumulate"),
     "lr": ("--lr", "optim.lr"),
+    "freeze": ("--freeze", "train.freeze"),
     "seed": ("--seed", "train.seed"),
     "init": ("--init", "init"),
     "precision": ("--precision", "train.precision"),

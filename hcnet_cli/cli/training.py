@@ -53,6 +53,7 @@ def _parameters(spec: Spec) -> Parameters:
         "batch_size": (options.BatchSize, None),
         "accumulate": (options.Accumulate, None),
         "lr": (options.LearningRate, None),
+        "freeze": (options.Freeze, None),
         "seed": (options.Seed, None),
         "init": (options.Init, None),
         "pretrained": (options.Pretrained, None),

@@ -52,6 +52,7 @@ class Task(nn.Module):
     model: nn.Module
     primary: str  # the metric that decides which weights are best; higher is better
     protocol: str = ""  # how it is made, where there are several ways
+    class_weights: Sequence[float] = ()  # in the loss, in the order of the classes, for the record; (): none
 
     def predict(self, batch: Batch) -> Predictions:
         """What the evaluator of the same task reads."""
@@ -135,6 +136,7 @@ class Job:
     device: torch.device
     seed: int
     ema: ModelEmaV3 | None = None
+    patience: int | None = None  # evaluations without a better score, after which training stops early
     describe_weights: Mapping[str, Any] = field(default_factory=dict)  # safetensors metadata of best.safetensors
     identity: Mapping[str, str] = field(default_factory=dict)  # of the run: kept in checkpoints, compared on restoring
     kernels: Sequence[str] = ()  # the faster forms of layers that were applied, in words, for the record

@@ -25,6 +25,7 @@ from hcnet_cli.engine.job import EvalBatches, Evaluation, Evaluator, Job, autoca
 from hcnet_cli.engine.state import State, save
 from hcnet_cli.engine.step import NonFiniteGuard, Stepper
 from hcnet_cli.files import optional, write_text
+from hcnet_cli.profile import evaluating
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.weights import digest
 
@@ -135,11 +136,10 @@ def predict(
     task = evaluation.task
     trained = task.model
     task.model = job.weights
-    task.eval()
     if dist.is_distributed():  # the statistics of batch norm are those of the main process, which are saved
         distribute_bn(task.model, dist.world_size(), reduce=False)
     try:
-        with torch.inference_mode():
+        with evaluating(task), torch.inference_mode():
             for number, batch in enumerate(batches, 1):
                 moved = to_device(batch, job.device)
                 with autocast(job.precision, job.device):
@@ -149,12 +149,11 @@ def predict(
                     progress.evaluating(number, len(batches))
     finally:
         task.model = trained
-        task.train()
 
 
 @watching_workers()
 def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[State], None]) -> int:
-    """Trains from `state.step` to `job.total_steps`; logs, evaluates and saves into `folder`.
+    """Trains from `state.step` to `job.total_steps`, or until patience ends; logs, evaluates and saves into `folder`.
 
     Returns 0, or the number of the signal that stopped it after saving. `on_evaluation` is called on the main process
     after each evaluation, the last one included, when the checkpoint is written. RunFailed if a loss or gradient is not
@@ -183,7 +182,7 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             _, again = evaluate(job, job.evaluations[0], progress)
             if main:
                 save_final(again, folder.path / "final")
-        while state.step < job.total_steps:
+        while state.step < job.total_steps and not out_of_patience(job, state):
             begun = time.monotonic()
             batches = [next(micro_batches) for _ in range(job.accumulate)]
             waited = time.monotonic() - begun
@@ -219,7 +218,7 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
                 progress.begin("saving predictions and pictures")
                 save_final(evaluator, folder.path / "final")
             progress.begin(f"step {state.step + 1}/{job.total_steps}")
-            if stopping and not done:
+            if stopping and not (done or out_of_patience(job, state)):
                 return stopper.received or signal.SIGTERM
     return 0
 
@@ -228,6 +227,8 @@ def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress:
     """Returns the evaluator if these weights are the best so far: its predictions are worth keeping."""
     metrics, evaluator = evaluate(job, job.evaluations[0], progress)
     value = metrics[job.task.primary]
+    if state.best is None or value > state.best:
+        state.improved_step = state.step
     is_best = state.best is None or value >= state.best  # of equal scores the later one, which has trained longer
     if is_best:
         state.best, state.best_step, state.metrics = value, state.step, metrics
@@ -241,6 +242,13 @@ def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress:
         folder.append(step=state.step, **metrics)
     progress.evaluated(state.step, metrics, state.best)
     return evaluator if is_best else None
+
+
+def out_of_patience(job: Job, state: State) -> bool:
+    """Whether training stops early here: the last `Job.patience` evaluations brought no better score."""
+    if job.patience is None or state.improved_step is None:
+        return False
+    return state.step // job.eval_every - state.improved_step // job.eval_every >= job.patience
 
 
 def mark_final_missing(final: Path) -> None:

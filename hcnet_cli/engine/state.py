@@ -20,6 +20,7 @@ class State:
     step: int = 0
     best: float | None = None
     best_step: int | None = None
+    improved_step: int | None = None  # of the first weights with the best score: `patience` counts from there
     metrics: dict[str, float] = field(default_factory=dict)  # of the best weights
     weights: str = ""  # digest of the best weights
     seconds: float = 0.0  # training time, without evaluation

@@ -79,7 +79,7 @@ class Stepper:
         # for draws that are not keyed by sample, such as the drop path of timm's models; each process has its own
         torch.manual_seed(derive(job.seed, "torch", step, *([dist.rank()] if dist.rank() else [])))
         for group in optimizer.param_groups:
-            group["lr"] = job.lr_at(step)
+            group["lr"] = job.lr_at(step) * group.get("lr_scale", 1.0)
         parts = self._losses_and_gradients(batches)
         self._check_unused()
         self.scaler.unscale_(optimizer)

@@ -219,9 +219,11 @@ def _thin(log: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
 def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
     """What run.json records, for people."""
     i = run.info
-    steps = f"{i.steps_done:,} of {i.steps_total:,}"
+    steps = f"{i.steps_done:,} of {i.steps_total:,}{', stopped early' * i.stopped_early}"
     speed = f"{number(i.images_per_second, 'short')} images/s ({i.speed_notes})" if i.images_per_second else ""
     size = f"{i.params / 1e6:.2f} M parameters" if i.params else ""
+    if i.params_trained is not None and i.params_trained != i.params:
+        size += f", {i.params_trained / 1e6:.2f} M trained"
     if i.macs:
         size += f", {number(i.macs / 1e9, 'number')} G MACs at {i.macs_input}"
     training = f"{i.train_seconds:,.0f} s" if i.train_seconds else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from hcnet_cli import pretrained
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.plain_yaml import parse_yaml
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.schema import Line, Part, Seed
 from hcnet_cli.sizes import COMPONENTS, SIZES, ordered_components
@@ -26,7 +28,7 @@ from hcnet_cli.values import as_written, first_mistake
 SHARED = frozenset(  # fields that no arm may change: budget, data and seeds
     {
         *("task", "protocol", "data.format", "data.path", "train.seed", "train.batch_size"),
-        *("schedule.length", "schedule.unit"),
+        *("schedule.length", "schedule.unit", "train.patience"),
     }
 )
 Override = tuple[str, Any, str]  # dotted key, value, where it comes from
@@ -85,7 +87,8 @@ class StudyRun(Part):
 class Study(Part):
     """A study file. `arms`: by name, the recipe fields that each sets; the first is the baseline.
 
-    Without `runs` every arm is trained once, by the recipe that the command line names.
+    Without `runs` every arm is trained once, by the recipe that the command line names. `early_stopping`: arms may
+    train for different numbers of steps (train.patience).
     """
 
     title: Line = Field(max_length=200, json_schema_extra={"example": "refinement"})
@@ -93,6 +96,7 @@ class Study(Part):
         json_schema_extra={"example": {"full": {}, "no-gate": {"model.disable": ["gate"]}}}
     )
     runs: tuple[StudyRun, ...] = ()
+    early_stopping: bool = False
     seeds: Annotated[tuple[Seed, ...], AfterValidator(_distinct)] = Field(
         default=(0, 1, 2), min_length=1, max_length=MOST_SEEDS
     )
@@ -176,6 +180,46 @@ def backbones_study(given: str) -> tuple[str, Study]:
         return short, Study(title=study.title, arms=arms)
     except ValidationError as error:
         raise UserError(f"--arms: {first_mistake(error, Study, {'arms': arms}, STUDY_KEYS).sentence}") from None
+
+
+def sweep_study(given: Sequence[str]) -> tuple[str, Study]:
+    """An arm for each value of each of `given`, "KEY=VALUE,VALUE"; of several, for each combination. The first is the
+    baseline.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in given:
+        key, separator, values = (part.strip() for part in text.partition("="))
+        found = parse_yaml(f"[{values}]", f"--sweep {key}") if separator and key else []
+        if not isinstance(found, list) or len(found) < 2:
+            raise UserError(
+                f'"--sweep {text}" is not KEY=VALUE,VALUE with two values or more.',
+                hint="For example: --sweep optim.lr=1e-3,3e-3,1e-2",
+            )
+        if key in axes:
+            raise UserError(f"--sweep {key} is there twice.", hint="Name all its values in one.")
+        axes[key] = found
+    short = {key: key.rpartition(".")[2] for key in axes}
+    if len(set(short.values())) < len(axes):
+        short = {key: key for key in axes}
+    arms: dict[str, dict[str, Any]] = {}
+    for combination in itertools.product(*axes.values()):
+        changes = dict(zip(axes, combination, strict=True))
+        name = "+".join(f"{short[key]}={_in_a_name(value)}" for key, value in changes.items())
+        if name in arms:
+            raise UserError(f"--sweep: {name} is there twice.", hint="Each value makes an arm of its own.")
+        arms[name] = changes
+    title = "sweep of " + " and ".join(axes)
+    try:
+        return f"sweep-{'-'.join(short.values())}", Study(title=title, arms=arms)
+    except ValidationError as error:
+        raise UserError(f"--sweep: {first_mistake(error, Study, {'arms': arms}, STUDY_KEYS).sentence}") from None
+
+
+def _in_a_name(value: Any) -> str:
+    """A value as a part of an arm's name: 0.001, 2-2-4-2."""
+    if isinstance(value, list):
+        return "-".join(map(_in_a_name, value))
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _ordered(disable: Sequence[str], origin: str) -> list[str]:
@@ -291,6 +335,11 @@ def expand(
             if recipe.model.name and recipe.model.drop_path_rate is None:  # as strong for all, where the model has one
                 model = recipe.model.model_copy(update={"drop_path_rate": drop_path})
                 recipe = recipe.model_copy(update={"model": model})
+            if recipe.train.patience is not None and not study.early_stopping:
+                raise UserError(
+                    "With train.patience the arms would train for different numbers of steps: their budgets differ.",
+                    hint="Leave it out, or say that it is wanted: --early-stopping (early_stopping: true in a study).",
+                )
             task = recipe.task
             same = next((a for (a, t), other in recipes.items() if t == task and other == recipe), None)
             if same is not None:

@@ -175,6 +175,8 @@ def table(record: StudyRecord, found: Found) -> Table:
                     forest.append((label, c.difference, c.low, c.high))
             found_out = {arm: str(values[arm][f"{metric.key}_verdict"]) for arm in comparisons}
             verdicts += words.verdicts(record, metric, comparisons, found_out)
+            if metric == TASKS[task].primary:
+                verdicts += words.selection_note(record, metric, values)
     for arm, row in values.items():
         row |= _provenance(record, members[arm])
     rows = [

@@ -63,6 +63,19 @@ def verdicts(
     return lines
 
 
+def selection_note(record: StudyRecord, metric: Metric, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
+    """The best arm of a sweep, a study whose arms all set the same fields, and what choosing it does to its score."""
+    keys = set(record.arms[record.baseline])
+    scores = {arm: score for arm, row in values.items() if is_number(score := row.get(metric.key))}
+    if not keys or len(scores) < 2 or any(set(changed) != keys for changed in record.arms.values()):
+        return []
+    best = max(scores, key=lambda arm: scores[arm])
+    return [
+        f"{metric.title}: the highest of {len(scores)} is {best} ({scores[best]:.2f}). Choosing it on the validation "
+        "data is a selection: its score there is too high on average. Report it on data that had no part in the choice."
+    ]
+
+
 def _more_seeds(record: StudyRecord, unresolved: Sequence[Comparison]) -> list[str]:
     """How many seeds it would take, from the spread of the arm with the largest: at most one sentence."""
     analysis = record.analysis
@@ -149,6 +162,11 @@ def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str
         for i in infos
     )
     notes = [f"Every run: {'; '.join(budgets)}; the best of its evaluations on the validation data."]
+    if early := [i.steps_done for i in infos if i.stopped_early]:
+        notes.append(
+            f"Budgets differ: {len(early)} of {len(infos)} runs were stopped early (train.patience), after "
+            f"{min(early)} to {max(early)} steps."
+        )
     notes.append(f"{'; '.join(f'{arm}: {_changes(changed)}' for arm, changed in record.arms.items() if changed)}.")
     inputs = joined([i.macs_input for i in infos if i.task == record.tasks[0]])
     notes.append(

@@ -343,6 +343,7 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
         img_size=(config.img_size, config.img_size),
         collate=collate,
         val_collate=collate,
+        class_counts=np.bincount(index.train.labels, minlength=len(index.classes)),
     )
 
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from hcnet_cli.schema import DataPart, EvaluationPart, Fraction, FromTo, Part, Side, field, in_order
+from hcnet_cli.schema import ClassWeights, DataPart, EvaluationPart, Fraction, FromTo, Part, Side, field, in_order
 from hcnet_cli.tasks.spec import Column, Format, Metric, Spec
 
 FOLDER = "hcnet_cli.tasks.classification"
@@ -18,6 +18,25 @@ class Classes(Part):
     """A linear layer on the pooled features."""
 
     kind: Literal["linear"] = "linear"
+    loss: Literal["cross-entropy", "focal", "balanced-softmax"] = field(
+        "cross-entropy",
+        "`focal`: samples that are classified well count less (Lin et al. 2017); `balanced-softmax`: the logits of "
+        "training are shifted by the logarithm of each class's training images (Ren et al. 2020).",
+        fingerprint="changed",
+    )
+    focal_gamma: float = field(2.0, "focal: the exponent of 1 - p.", fingerprint="changed", gt=0, le=10)
+    class_weights: ClassWeights = field(
+        "none",
+        "Weights of the classes in the loss: `balanced`: inverse to their training images; or a list.",
+        example="balanced",
+        fingerprint="changed",
+    )
+
+    @model_validator(mode="after")
+    def _one_correction(self) -> Classes:
+        if self.loss == "balanced-softmax" and self.class_weights != "none":
+            raise ValueError('"head.class_weights" corrects for the same skew as the loss balanced-softmax: use one')
+        return self
 
 
 # timm's names of augmentation policies: auto_augment_transform, rand_augment_transform, augment_and_mix_transform. timm

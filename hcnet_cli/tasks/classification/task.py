@@ -12,6 +12,7 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from hcnet_cli.data.balance import class_counts, class_weights
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
@@ -21,15 +22,16 @@ from hcnet_cli.rng import keyed_uniform
 from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.classification import augment, image_folder
 from hcnet_cli.tasks.classification.augment import Normalise, mix
+from hcnet_cli.tasks.classification.loss import ClassLoss
 from hcnet_cli.tasks.classification.metric import Accuracy
-from hcnet_cli.tasks.classification.spec import ClassificationEvaluation, ImageFolder
+from hcnet_cli.tasks.classification.spec import Classes, ClassificationEvaluation, ImageFolder
 
 
 class ClassificationTask(Task):
     """`model` maps images [B, 3, H, W], which `normalise` makes of a batch, to logits [B, num_classes].
 
     With `mixup` (timm's, which also smooths) the target is soft; without it plain cross-entropy with `smoothing`.
-    `sample_name` names a validation image by its number.
+    `loss` replaces both. `sample_name` names a validation image by its number.
     """
 
     primary = "top1"
@@ -43,6 +45,8 @@ class ClassificationTask(Task):
         mixup: Mixup | None,
         smoothing: float,
         sample_name: Callable[[int], str] = str,
+        loss: nn.Module | None = None,
+        class_weights: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -51,7 +55,9 @@ class ClassificationTask(Task):
         self.class_names = list(class_names)
         self.sample_name = sample_name
         self.mixup = mixup
-        self.criterion = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
+        usual = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
+        self.criterion = loss or usual
+        self.class_weights = tuple(class_weights)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, target = self.normalise(batch), batch["target"]
@@ -78,6 +84,7 @@ def build_task(
 ) -> ClassificationTask:
     """See hcnet_cli/build.py."""
     assert isinstance(config, ImageFolder)
+    assert isinstance(head, Classes)
     mixup = augment.make_mixup(
         data.info.num_classes,
         mixup=config.mixup,
@@ -94,7 +101,16 @@ def build_task(
         return Path(os.path.relpath(images.sample_path(sample), data.info.path)).as_posix()
 
     normalise = Normalise(config.mean, config.std)
-    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, sample_name)
+    weights = class_weights(head.class_weights, data)
+    loss = None
+    if weights or head.loss != "cross-entropy":
+        loss = ClassLoss(
+            smoothing=config.smoothing,
+            gamma=head.focal_gamma if head.loss == "focal" else 0.0,
+            weights=weights,
+            counts=class_counts(data).tolist() if head.loss == "balanced-softmax" else (),
+        )
+    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, sample_name, loss, weights)
 
 
 def build_evaluation(

@@ -52,6 +52,7 @@ class SceneFolder:
     labels: dict[str, NDArray[np.str_]]
     table: LabelTable
     max_pixels: int
+    class_counts: NDArray[np.int64]  # [num_classes], labelled pixels of the training split
 
     @property
     def num_classes(self) -> int:
@@ -149,6 +150,7 @@ def open_folder(
         labels=label_files,
         table=table,
         max_pixels=max_pixels,
+        class_counts=scan.class_counts("training", table, count),
     )
 
 

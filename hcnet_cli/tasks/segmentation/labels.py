@@ -107,6 +107,12 @@ class LabelScan:
         values = np.flatnonzero(self.pixels[split])
         return sorted({int(table.classes[value]) for value in values} - {ignore_index})
 
+    def class_counts(self, split: str, table: LabelTable, num_classes: int) -> NDArray[np.int64]:
+        """Pixels of each class in a split; those that are ignored do not count. Zeros without a scan."""
+        counts = np.zeros(256, dtype=np.int64)
+        np.add.at(counts, table.classes, np.array(self.pixels.get(split, [0] * 256)))
+        return counts[:num_classes]
+
     def share_of_zeros(self) -> float:
         """Part of all pixels whose value is 0."""
         pixels = np.sum(list(self.pixels.values()), axis=0)

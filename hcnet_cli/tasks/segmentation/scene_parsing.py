@@ -197,6 +197,7 @@ def open_data(config: spec.SceneParsing, head: Part, root: Path) -> SceneSplits:
         class_names=list(folder.class_names),
         img_size=(512, 2048),
         val_collate=collate_scenes,
+        class_counts=folder.class_counts,
         folder=folder,
     )
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from hcnet_cli.schema import (
     Channels,
+    ClassWeights,
     DataPart,
     EvaluationPart,
     Factor,
@@ -35,6 +36,12 @@ class UPerNet(Part):
     )
     dropout: float = field(0.1, "Dropout of channels before the classifiers.", ge=0, lt=1)
     aux_weight: float = field(0.4, "Weight of the auxiliary loss.", ge=0, le=10)
+    class_weights: ClassWeights = field(
+        "none",
+        "Weights of the classes in the loss: `balanced`: inverse to their pixels in the training labels; or a list.",
+        example="balanced",
+        fingerprint="changed",
+    )
     init_std: float = field(
         0.01, "Standard deviation of the classifiers' first weights; narrow heads want more.", gt=0, le=10
     )

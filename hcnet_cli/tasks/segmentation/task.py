@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hcnet_cli import profile
 from hcnet_cli.console import UserError
+from hcnet_cli.data.balance import class_weights
 from hcnet_cli.data.images import read_image
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
@@ -44,6 +45,7 @@ class SegmentationTask(Task):
     """
 
     primary = "mIoU"
+    weights: Tensor | None
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class SegmentationTask(Task):
         class_names: Sequence[str],
         *,
         aux_weight: float = 0.4,
+        class_weights: Sequence[float] = (),
         ignore_index: int = 255,
         mode: Literal["whole", "slide"] = "whole",
         crop_size: int = 512,
@@ -64,6 +67,8 @@ class SegmentationTask(Task):
         self.model: Any = model
         self.class_names = tuple(class_names)
         self.aux_weight = aux_weight
+        self.class_weights = tuple(class_weights)
+        self.register_buffer("weights", torch.tensor(self.class_weights) if class_weights else None, persistent=False)
         self.ignore_index = ignore_index
         self.mode = mode
         self.crop_size = crop_size
@@ -87,10 +92,11 @@ class SegmentationTask(Task):
     def pixel_loss(self, logits: Tensor, label: Tensor) -> Tensor:
         """Cross-entropy averaged over all pixels, ignored ones counting as zero (the reference's default).
 
-        So the mean over micro-batches is the mean over the batch, however much of each is ignored.
+        So the mean over micro-batches is the mean over the batch, however much of each is ignored, and however the
+        classes are weighted.
         """
         logits = resize(logits.float(), label.shape[1:])  # [B, K, S/4, S/4] -> [B, K, S, S]
-        total = F.cross_entropy(logits, label.long(), ignore_index=self.ignore_index, reduction="sum")
+        total = F.cross_entropy(logits, label.long(), self.weights, ignore_index=self.ignore_index, reduction="sum")
         return total / label.numel()
 
     def predict(self, batch: dict[str, Any]) -> list[Tensor]:
@@ -244,7 +250,10 @@ def build_task(
             hint="Choose a larger --batch-size or fewer micro-batches (--accumulate).",
         )
     model = UPerNet(backbone(0), data.info.num_classes, **head.model_dump())
-    return scoring_task(model, head.aux_weight, config, evaluation, evaluation, data.class_names, data.info.bits)
+    weights = class_weights(head.class_weights, data)
+    return scoring_task(
+        model, head.aux_weight, config, evaluation, evaluation, data.class_names, data.info.bits, weights
+    )
 
 
 def build_evaluation(
@@ -272,6 +281,7 @@ def scoring_task(
     first: EvaluationPart,
     class_names: Sequence[str],
     bits: int | None = None,
+    weights: Sequence[float] = (),
 ) -> SegmentationTask:
     """The task that scores as `entry` says; what it leaves open is as in the first evaluation."""
     assert isinstance(config, SceneParsing)
@@ -287,6 +297,7 @@ def scoring_task(
         model,
         class_names,
         aux_weight=aux_weight,
+        class_weights=weights,
         ignore_index=config.ignore_index,
         read=functools.partial(read_image, bits=bits, max_pixels=config.max_pixels),
         protocol=protocol(config.img_scale, ratios=entry.scales, **how),
