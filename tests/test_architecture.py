@@ -49,8 +49,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
-    *("own_model", "model_names", "cache", "finished", "evaluation_request", "bench.choices", "published", "statistics"),
-    *("results", "manage", "study.design", "study.runner", "study.table", "report"),
+    *("own_model", "model_names", "cache", "finished", "evaluation_request", "bench.choices", "published"),
+    *("statistics", "results", "manage", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most
 
