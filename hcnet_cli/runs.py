@@ -126,7 +126,7 @@ class RunFolder:
         info = self.require()
         if not self.best.is_file():
             hint = "Training writes it at the first evaluation: go on with it."
-            raise UserError(f"{self.path} has no best.safetensors yet.", hint=hint)
+            raise UserError(f"{self.path} has no best.safetensors.", hint=hint)
         return info
 
     def write(self, info: RunInfo) -> None:

@@ -292,7 +292,7 @@ def test_check_and_training_agree_on_what_cannot_be_used(hcnet: Hcnet, tmp_path:
     [
         (("nowhere",), "nowhere does not exist"),
         (("digits", "--output", "found.csv"), "does not end in .json"),
-        (("digits", "--recipe", "coco-1x"), "There is no recipe"),
+        (("digits", "--recipe", "coco-1x"), "is for finetune-det, not for pretrain"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], words: str, hcnet: Hcnet) -> None:
