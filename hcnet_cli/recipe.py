@@ -163,9 +163,10 @@ def recipe_file(name: str, task: str = "") -> Path:
             return recipes_dir() / f"{candidate}.yaml"
     others = [full for full in shipped() if task and name in (full, full.split("/", 1)[1])]
     if others:
+        its = others[0].split("/", 1)[0]
         raise UserError(
-            f"The recipe {name} is for {others[0].split('/', 1)[0]}, not for {task}.",
-            hint=f"hcnet {others[0].split('/', 1)[0]} --recipe {name}",
+            f"The recipe {name} is for {its}, not for {task}.",
+            hint=f"Type hcnet {its} --recipe {name}, or, in an ablation, --task {its}.",
         )
     known = [full for full in shipped() if not task or full.startswith(f"{task}/")]
     short = {**{full: full for full in known}, **{full.split("/", 1)[1]: full for full in known}}

@@ -243,7 +243,7 @@ def test_a_detector_without_masks(hcnet: Hcnet, data: dict[str, Path], tmp_path:
         (("finetune-seg", "--steps", "0"), "it takes a whole number from 1 to 100,000,000."),
         (("finetune-seg", "--eval-mode", "half"), "--eval-mode"),
         (("finetune-det", "--eval-backend", "mine"), "--eval-backend"),
-        (("finetune-det", "--recipe", "digits"), "There is no recipe"),
+        (("finetune-det", "--recipe", "digits"), "The recipe digits is for pretrain, not for finetune-det."),
         (("finetune-det", "--recipe", "pretrain/digits"), "is for pretrain"),
     ],
 )
