@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,26 +22,13 @@ from hcnet_cli.inputs import check_folder, layouts
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report.escape import to_json
 from hcnet_cli.table import Column, Row, Style, Table, Value
-from hcnet_cli.tasks import FIRST_TASK, TASKS
+from hcnet_cli.tasks import TASKS
 
 CHUNK = 512  # images read between two status lines
 STATUS_SECONDS = 2.0  # at least, between two status lines
 CLASSES_SHOWN = 20  # at most, in the table of classes
-PROBLEMS_SHOWN = 20  # at most, a line each
-
-
-def task_of(data: str) -> str:
-    """The command whose data a folder looks like, or whose embedded set has this name.
-
-    A folder that no fine-tuning task recognises is taken as the data of the task that starts from no other.
-    """
-    for spec in TASKS.values():
-        if data == spec.embedded:
-            return spec.name
-    for spec in TASKS.values():
-        if spec.name != FIRST_TASK and any(form.recognise(Path(data)) for form in spec.formats.values()):
-            return spec.name
-    return FIRST_TASK
+PROBLEMS_SHOWN = 20  # causes at most, a line each
+OTHERS_SHOWN = 3  # at most, of the problems of one cause after the first
 
 
 def check(recipe: Recipe) -> Audit:
@@ -185,12 +172,32 @@ def _class_table(audit: Audit) -> Table:
 
 def lines(audit: Audit) -> list[str]:
     """The problems and findings, a line each, and the verdict."""
-    shown = [f"WRONG: {problem}" for problem in audit.problems[:PROBLEMS_SHOWN]]
-    if len(audit.problems) > PROBLEMS_SHOWN:
-        shown.append(f"WRONG: and {len(audit.problems) - PROBLEMS_SHOWN:,} more problems; --output FILE.json has all.")
+    causes = list(by_cause(audit.problems).values())
+    shown = [f"WRONG: {_with_others(found)}" for found in causes[:PROBLEMS_SHOWN]]
+    if left := sum(map(len, causes[PROBLEMS_SHOWN:])):
+        shown.append(f"WRONG: and {left:,} more problems; --output FILE.json has all.")
     wrong = len(audit.problems) + sum(finding.wrong for finding in audit.findings)
     verdict = f"Correct what is WRONG ({wrong:,}) before training." if wrong else "Nothing is wrong."
     return [*shown, *map(str, audit.findings), verdict]
+
+
+def by_cause(problems: Sequence[UserError]) -> dict[str, list[str]]:
+    """The sentences of problems, those that differ in numbers, names and quoted values alone together."""
+    causes: dict[str, list[str]] = defaultdict(list)
+    for problem in map(str, problems):
+        causes[re.sub(r"'[^']*'|\S*/\S*|[-+\w.]*\d[\w.]*", "#", problem)].append(problem)
+    return causes
+
+
+def _with_others(found: Sequence[str]) -> str:
+    """The first sentence of a cause, and of the next ones what is other in them."""
+    first, *others = found
+    if not others:
+        return first
+    words = first.split()
+    named = [" ".join(w for w in other.split() if w not in words).strip(".,:") for other in others[:OTHERS_SHOWN]]
+    more = ", ..." if len(others) > OTHERS_SHOWN else ""
+    return f"{first} And {len(others):,} more of the kind: {', '.join(named)}{more}."
 
 
 def json_text(audit: Audit) -> str:

@@ -168,26 +168,41 @@ def is_main_process() -> bool:
 def notice(message: str) -> None:
     """One line for people, on standard error, from the main process only."""
     if is_main_process():
-        err.print(message)
+        _print_line(message)
 
 
 def warn(message: str) -> None:
     if is_main_process():
-        err.print(f"warning: {message}", style="yellow")
+        _print_line(f"warning: {message}", style="yellow")
 
 
 def print_error(message: str, hint: str = "") -> None:
     """A mistake, and what to do next."""
     if is_main_process():
-        err.print(Text.assemble(("error:", "bold red"), " ", visible(message)))
+        _print_line(Text.assemble(("error:", "bold red"), " ", visible(message)))
         if hint:
-            err.print(hint)
+            _print_line(hint)
+
+
+def _print_line(line: str | Text, style: str = "") -> None:
+    """Broken between words where a terminal ends; left to the terminal where a word, such as a path, is longer."""
+    whole = not err.is_terminal or any(len(word) >= err.width for word in str(line).split())
+    err.print(line, style=style or None, soft_wrap=whole)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean "x"?' or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """As `did_you_mean`, for dotted keys: a name that is initials ("wd") stands for the words they begin."""
+    keys = list(known)
+    section, _, last = key.rpartition(".")
+    initials = [one for one in keys if last == "".join(word[:1] for word in one.rpartition(".")[2].split("_"))]
+    initials.sort(key=lambda one: one.rpartition(".")[0] != section)
+    return f' Did you mean "{initials[0]}"?' if initials and len(last) > 1 else did_you_mean(key, keys)
 
 
 def duration(seconds: float) -> str:
@@ -205,6 +220,14 @@ def about(seconds: float) -> str:
         if seconds >= 2 * size or (unit == "min" and seconds >= 90):
             return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}".replace(".0 ", " ")
     return f"{max(1, round(seconds))} s"
+
+
+def main_metrics(metrics: Iterable[str], most: int = 6) -> list[str]:
+    """The names to show where a line has room for few: the first of each kind (box_, mask_) before further ones."""
+    names = list(metrics)
+    kinds = [name.partition("_")[0] if "_" in name else "" for name in names]
+    rank = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: (rank[i] // 3, i))][:most]
 
 
 class Progress:
@@ -291,7 +314,7 @@ class Progress:
     def evaluated(self, step: int, metrics: Mapping[str, float], best: float | None) -> None:
         self.best = best
         if not self.live:
-            shown = " · ".join(f"{name} {value:.2f}" for name, value in list(metrics.items())[:6])
+            shown = " · ".join(f"{name} {metrics[name]:.2f}" for name in main_metrics(metrics))
             self._line(f"step {step}/{self.total} · evaluated: {shown}")
 
 

@@ -10,6 +10,7 @@ import torch
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError, warn
+from hcnet_cli.inputs import DEVICES, NO_CUDA, NO_CUDA_HINT
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and ARM processors, in /proc/cpuinfo
 
@@ -27,10 +28,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f'There is no device "{name}".', hint="Known: auto, cpu, cuda, cuda:N, mps.") from None
+        raise UserError(f'There is no device "{name}".', hint=DEVICES) from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("PyTorch sees no CUDA device here.", hint="Use --device cpu, or install a CUDA build.")
+            raise UserError(NO_CUDA, hint=NO_CUDA_HINT)
         device = torch.device("cuda", device.index if device.index is not None else dist.local_rank())
         if device.index >= torch.cuda.device_count():
             raise UserError(f"There is no device {device}: PyTorch sees {torch.cuda.device_count()}.")
@@ -38,7 +39,7 @@ def pick_device(name: str) -> torch.device:
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("This machine has no MPS device.", hint="Use --device cpu.")
     elif device.type not in ("cpu", "mps"):
-        raise UserError(f'The device "{name}" is not supported.', hint="Known: auto, cpu, cuda, cuda:N, mps.")
+        raise UserError(f'The device "{name}" is not supported.', hint=DEVICES)
     return device
 
 

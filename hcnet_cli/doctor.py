@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from PIL import Image, features
 
 from hcnet_cli import __version__, device, runs
+from hcnet_cli.cache import cache_dir
 from hcnet_cli.console import UserError
-from hcnet_cli.data.folders import cache_dir
 from hcnet_cli.files import check_output, existing_parent
 from hcnet_cli.privacy import home, mask
 from hcnet_cli.study.machine import cores

@@ -26,6 +26,10 @@ class Run:
         return self.folder.name
 
     @property
+    def has_weights(self) -> bool:
+        return (self.folder / "best.safetensors").exists()
+
+    @property
     def finished(self) -> bool:
         whole = self.info.stopped_early or self.info.steps_done >= self.info.steps_total
         return self.info.status == "finished" and whole

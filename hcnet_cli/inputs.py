@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
+import re
+import sys
 from pathlib import Path
 
+from hcnet_cli import model_names
 from hcnet_cli.console import UserError
 from hcnet_cli.own_model import is_own
 from hcnet_cli.pretrained import TIMM, find_init, weights_file
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks import FIRST_TASK, TASKS
 
 EMBEDDED = frozenset(spec.embedded for spec in TASKS.values())
 
@@ -16,6 +22,7 @@ EMBEDDED = frozenset(spec.embedded for spec in TASKS.values())
 def check_inputs(recipe: Recipe, results: Path) -> None:
     """UserError for data, or weights to start from, that are not there or are plainly of another kind."""
     check_data(recipe)
+    check_model(recipe)
     if recipe.init == TIMM:
         if not recipe.model.name or is_own(recipe.model.name):
             raise UserError(
@@ -26,6 +33,12 @@ def check_inputs(recipe: Recipe, results: Path) -> None:
         weights_file(recipe.init)
     elif recipe.init == "auto" and recipe.data.path not in EMBEDDED:
         find_init(recipe, results)
+
+
+def check_model(recipe: Recipe) -> None:
+    """UserError for a model that timm does not have."""
+    if recipe.model.name and model_names.is_unknown(recipe.model.name):
+        raise model_names.unknown_model(recipe.model.name)
 
 
 def check_data(recipe: Recipe) -> None:
@@ -46,6 +59,20 @@ def check_data(recipe: Recipe) -> None:
     )
 
 
+def task_of(data: str) -> str:
+    """The command whose data a folder looks like, or whose embedded set has this name.
+
+    A folder that no fine-tuning task recognises is taken as the data of the task that starts from no other.
+    """
+    for spec in TASKS.values():
+        if data == spec.embedded:
+            return spec.name
+    for spec in TASKS.values():
+        if spec.name != FIRST_TASK and any(form.recognise(Path(data)) for form in spec.formats.values()):
+            return spec.name
+    return FIRST_TASK
+
+
 def check_folder(path: str, hint: str = "") -> None:
     """UserError unless this is a folder, or an embedded set's name."""
     if path not in EMBEDDED and not Path(path).is_dir():
@@ -57,3 +84,38 @@ def layouts() -> str:
     """What a data folder may hold, for a hint."""
     known = [f"{spec.name}: {form.layout}" for spec in TASKS.values() for form in spec.formats.values()]
     return "A data folder holds, for " + "; for ".join(known) + "."
+
+
+# --- the device -------------------------------------------------------------------------------------------------------
+
+DEVICES = "Known: auto, cpu, cuda, cuda:N, mps."
+NO_CUDA, NO_CUDA_HINT = "PyTorch sees no CUDA device here.", "Use --device cpu, or install a CUDA build."
+
+
+def check_device(name: str) -> None:
+    """UserError for a device that PyTorch cannot have, as far as its build and the system's driver show."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f'There is no device "{name}".', hint=DEVICES)
+    if name.startswith("cuda") and has_no_cuda():
+        raise UserError(NO_CUDA, hint=NO_CUDA_HINT)
+
+
+@functools.cache
+def has_no_cuda() -> bool:
+    """Whether PyTorch surely has no CUDA device: it is built without, or the driver's library cannot be loaded."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    try:
+        version = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    built = {key: not re.search(rf"^{key}\b.*= None$", version, re.MULTILINE) for key in ("cuda", "hip")}
+    if built["hip"]:
+        return False
+    if built["cuda"] and sys.platform == "linux":
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return True
+    return not built["cuda"]

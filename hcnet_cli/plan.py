@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import rich.box
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import about, duration, notice, out, warn
+from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.data import loader
 from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
@@ -248,6 +249,18 @@ def disk_need(recipe: Recipe, task: Task) -> int:
     """Bytes of a run's folder at its largest: three checkpoints while one is written, and the best weights."""
     weights = profile.count_params(task.model) * 4
     return weights * (3 * (4 if recipe.train.ema_decay is not None else 3) + 1)
+
+
+def check_disk(folder: Path, recipe: Recipe, task: Task) -> None:
+    """UserError before hours of training whose result could not be kept."""
+    need, there = disk_need(recipe, task), sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + there < need:
+        raise UserError(
+            f"The disk has too little space for this run: its checkpoints need about {(need - there) / 2**20:.0f} MiB "
+            f"in {folder}, {free / 2**20:.0f} MiB are free.",
+            hint="Free some space, or choose another place with --out.",
+        )
 
 
 def _activation_bytes(recipe: Recipe, task: Task, data: DataSplits) -> int:

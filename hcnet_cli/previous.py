@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hcnet_cli import build, checkpoint, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, warn
+from hcnet_cli.console import UserError, notice, warn
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
 
@@ -27,6 +27,23 @@ def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo
             hint="Choose another --name, or give --fresh to replace it.",
         )
     return earlier
+
+
+def notice_unfinished(folder: RunFolder, info: RunInfo, recipe: Recipe) -> None:
+    """Says so where a run of this very recipe was stopped, which this one does not go on with: its data, or the
+    weights it started from, were others.
+    """
+    for path, other in runs.find_runs(folder.path.parent.parent)[0]:
+        if path == folder.path or other.status == "finished" or not other.steps_done or other.task != info.task:
+            continue
+        theirs = rcp.resolve(path / "recipe.yaml").recipe
+        if rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)):
+            continue
+        changed = "the data are" if other.data.digest != info.data.digest else "the weights to start from are"
+        notice(
+            f"{path} was stopped at step {other.steps_done} of {other.steps_total}. This is a new run, since {changed} "
+            "other ones now. To go on with the old run, restore what it began with and give the same command."
+        )
 
 
 def identity(info: RunInfo) -> dict[str, str]:

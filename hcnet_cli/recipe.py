@@ -15,7 +15,7 @@ from typing import Annotated, Any, Union
 import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
-from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.console import UserError, did_you_mean, nearest_key
 from hcnet_cli.files import read_text
 from hcnet_cli.own_model import is_own, read_source, source_digest
 from hcnet_cli.plain_yaml import parse_yaml
@@ -159,8 +159,15 @@ def recipe_file(name: str, task: str = "") -> Path:
             raise UserError(f"There is no recipe file {name}.", hint="`hcnet recipes ls` lists the shipped ones.")
         return Path(name)
     for candidate in (name, f"{task}/{name}"):
-        if candidate in shipped():
+        if candidate in shipped() and candidate.startswith(f"{task}/" if task else ""):
             return recipes_dir() / f"{candidate}.yaml"
+    others = [full for full in shipped() if task and name in (full, full.split("/", 1)[1])]
+    if others:
+        its = others[0].split("/", 1)[0]
+        raise UserError(
+            f"The recipe {name} is for {its}, not for {task}.",
+            hint=f"Type hcnet {its} --recipe {name}, or, in an ablation, --task {its}.",
+        )
     known = [full for full in shipped() if not task or full.startswith(f"{task}/")]
     short = {**{full: full for full in known}, **{full.split("/", 1)[1]: full for full in known}}
     hint = f"Shipped: {', '.join(known)}."
@@ -230,7 +237,7 @@ def resolve(file: Path, overrides: Iterable[tuple[str, Any, str]] = ()) -> Resol
         key, value = translate(key, value, task)
         if key not in known and not f"{key}.".startswith(tuple(f"{name}." for name in DICTIONARIES)):
             section = [k for k in known if k.startswith(f"{key}.")]
-            tip = f" It is a section: set one of {', '.join(section)}." if section else did_you_mean(key, known)
+            tip = f" It is a section: set one of {', '.join(section)}." if section else nearest_key(key, known)
             raise UserError(
                 f'{source}: unknown recipe key "{key}".{tip}',
                 hint="`hcnet recipes show NAME` prints a recipe, `hcnet recipes explain KEY` tells what a key means.",

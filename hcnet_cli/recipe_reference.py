@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.console import UserError, nearest_key
 from hcnet_cli.recipe import Recipe, sections
 from hcnet_cli.schema import Part
 from hcnet_cli.tasks import TASKS
@@ -90,7 +90,7 @@ def explain_field(key: str) -> list[str]:
     found = [entry for entry in every if entry.key == key or entry.key.startswith(f"{key}.")]
     if not found:
         known = [entry.key for entry in every]
-        raise UserError(f'There is no recipe field "{key}".{did_you_mean(key, known)}')
+        raise UserError(f'There is no recipe field "{key}".{nearest_key(key, known)}')
     return [line for entry in found for line in entry.lines()]
 
 

@@ -88,6 +88,9 @@ def collect(results: Iterable[Path], published: Iterable[Path] = (), public: boo
         if counted[0].finished:
             values |= _difference(values, published_values)
         rows.append(_row(values, counted))
+    if lost := [run.name for run in kept if run.finished and run.info.weights and not run.has_weights]:
+        more = ", ..." if len(lost) > 3 else ""
+        notes.append(f"Without best.safetensors, counted by their records alone: {', '.join(lost[:3])}{more}.")
     found = Results(tuple(rows), tuple(kept), tuple(broken), tuple(notes), public)
     return dataclasses.replace(found, broken=privacy.public(found.broken)) if public else found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,28 @@ import timm
 import torch
 import torchvision
 
-from hcnet_cli import build, dist, engine, files, optim, own_model, plan, pretrained, profile, rehearsal, runs
+from hcnet_cli import (
+    build,
+    dist,
+    engine,
+    files,
+    finished,
+    optim,
+    own_model,
+    plan,
+    pretrained,
+    profile,
+    reading,
+    rehearsal,
+    runs,
+)
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, about, duration, notice, out, warn
+from hcnet_cli.console import UserError, about, duration, main_metrics, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision, use_cores
 from hcnet_cli.engine import Evaluation, Task
 from hcnet_cli.models import hub
-from hcnet_cli.previous import check_finished, identity, previous_record
+from hcnet_cli.previous import check_finished, identity, notice_unfinished, previous_record
 from hcnet_cli.privacy import home, host_id
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo, Session
@@ -57,6 +70,7 @@ class RunSetup:
     task: Task
     device: torch.device
     init: LoadReport | None
+    fingerprint: str
     source: str  # of the file of the user's own that makes the model, "" for another model
 
 
@@ -68,26 +82,26 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
     device = pick_device(options.device)
     use_cores(device)
     with dist.process_group(device):
-        setup, fingerprint = _setup(resolved, options, device)
+        setup = _setup(resolved, options, device)
         if options.dry_run:
             if dist.is_main():
                 plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved)
             return setup.folder.path, None, 0
-        info = _describe(setup, fingerprint, options)
+        info = _describe(setup, options)
         if options.eval_only:
             return setup.folder.path, _evaluate_only(setup, info), 0
         with dist.on_main(setup.folder.lock):  # what goes wrong on the main process, goes wrong on all
             return _train_in(setup, info, options)
 
 
-def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[RunSetup, str]:
+def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSetup:
     precision = pick_precision(resolved.recipe.train.precision, device)
     train_part = resolved.recipe.train.model_copy(update={"precision": precision})
     recipe = resolved.recipe.model_copy(update={"train": train_part})
     own = recipe.model.digest
     source = own_model.read_source(recipe.model.name, own) if own else ""
     optim.check_optimizer(recipe.optim.name, recipe.optim.args)
-    data = build.open_data(recipe)
+    data = reading.open_data(recipe)
     task = build.build_task(recipe, data)
     recipe = recipe.model_copy(update={"init": dist.from_main(lambda: _find_init(recipe, options.results))})
     init = build.load_init(task, *build.read_init(recipe.init)) if recipe.init != "none" else None
@@ -96,7 +110,8 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[
     fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
     recipe = _with_short_paths(recipe)
-    return RunSetup(RunFolder(options.results / "runs" / name), recipe, data, task, device, init, source), fingerprint
+    folder = RunFolder(options.results / "runs" / name)
+    return RunSetup(folder, recipe, data, task, device, init, fingerprint, source)
 
 
 def _find_init(recipe: Recipe, results: Path) -> str:
@@ -124,10 +139,11 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
         dist.from_main(lambda: check_finished(folder, earlier))
-        notice(f"This run is finished: {folder.path}")
-        notice("Start it over with --fresh; `hcnet report` prints the table.")
+        finished.notice_finished(folder)
         return folder.path, earlier, 0
-    dist.from_main(lambda: _check_disk(run))
+    dist.from_main(lambda: plan.check_disk(folder.path, recipe, run.task))
+    if earlier is None and dist.is_main():
+        notice_unfinished(folder, info, recipe)
     job = build.build_job(recipe, run.data, run.task, run.device, identity(info))
     job.describe_weights = {**job.describe_weights, "config": info.config}
     state = engine.restore(job, folder.path)
@@ -187,20 +203,7 @@ def _write_recipe(run: RunSetup, info: RunInfo) -> None:
 # --- before -----------------------------------------------------------------------------------------------------------
 
 
-def _check_disk(run: RunSetup) -> None:
-    """UserError before hours of training whose result could not be kept."""
-    folder = run.folder.path
-    need, there = plan.disk_need(run.recipe, run.task), sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    free = shutil.disk_usage(folder).free
-    if free + there < need:
-        raise UserError(
-            f"The disk has too little space for this run: its checkpoints need about {(need - there) / 2**20:.0f} MiB "
-            f"in {folder}, {free / 2**20:.0f} MiB are free.",
-            hint="Free some space, or choose another place with --out.",
-        )
-
-
-def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
+def _describe(run: RunSetup, options: Options) -> RunInfo:
     recipe, data, task, device = run.recipe, run.data, run.task, run.device
     commit, dirty = runs.git_state()
     steps = build.steps(recipe, data)
@@ -214,7 +217,7 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         model_file=recipe.model.digest,
         variant=rcp.variant(recipe),
         seed=recipe.train.seed,
-        fingerprint=fingerprint,
+        fingerprint=run.fingerprint,
         config=rcp.config_digest(recipe, data.info.digest, (run.init.config or run.init.digest) if run.init else ""),
         data=data.info.model_copy(update={"path": home(data.info.path)}),
         steps_total=steps.total,
@@ -306,11 +309,7 @@ def with_progress(info: RunInfo, state: engine.State) -> RunInfo:
 
 def _note_changed_data(info: RunInfo, run: RunSetup) -> None:
     """Says in the record, and so under every table, that the data folder is no longer what training began with."""
-    try:
-        digest = build.open_data(run.recipe).info.digest
-    except UserError:
-        digest = "that of no data set"
-    if digest != info.data.digest:
+    if reading.current_digest(run.recipe) != info.data.digest:
         note = f"The data folder {info.data.path} changed while the run {run.folder.path.name} trained."
         warn(f"{note} Its scores belong to no one state of the data.")
         info.data.notes.append(note)
@@ -337,7 +336,7 @@ def _measure_speed(info: RunInfo, run: RunSetup) -> None:
 
 
 def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in list(info.metrics.items())[:6])
+    shown = ", ".join(f"{name} {info.metrics[name]:.2f}" for name in main_metrics(info.metrics))
     if stopped_by:
         notice(f"Stopped at step {info.steps_done} of {info.steps_total}; everything is saved.")
         notice("The same command goes on from there.")

@@ -121,6 +121,14 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run: it has no run.json.", hint="Runs lie in results/runs/.")
         return info
 
+    def require_weights(self) -> RunInfo:
+        """The record; UserError for a folder without one, or without weights."""
+        info = self.require()
+        if not self.best.is_file():
+            hint = "Training writes it at the first evaluation: go on with it."
+            raise UserError(f"{self.path} has no best.safetensors.", hint=hint)
+        return info
+
     def write(self, info: RunInfo) -> None:
         write_text(self.record, record_text(info))
 
@@ -226,11 +234,7 @@ def with_weights(folder: RunFolder, model: str | None = None, data: str | None =
 
     `model`: FILE.py:FUNCTION, without which a file of the user's own does not run. `data`: where its data lie now.
     """
-    info = folder.require()
-    if not folder.best.is_file():
-        raise UserError(
-            f"{folder.path} has no best.safetensors.", hint="Training writes it at the first evaluation: go on with it."
-        )
+    info = folder.require_weights()
     if reason := contradiction(folder, info):
         raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
     recipe = rcp.resolve(folder.recipe_file).recipe

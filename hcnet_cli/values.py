@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from hcnet_cli.console import did_you_mean
+from hcnet_cli.console import did_you_mean, nearest_key
 
 NOUNS = {  # one, several
     int: ("a whole number", "whole numbers"),
@@ -98,7 +98,7 @@ def first_mistake(error: ValidationError, model: type[BaseModel], data: Any, kno
     reason = first["msg"].removeprefix("Value error, ") if kind == "value_error" else ""
     if kind == "extra_forbidden":
         *above, last = key.split(".")
-        nested = f" Write {last} below {'.'.join(above)}." if key in known else did_you_mean(key, known)
+        nested = f" Write {last} below {'.'.join(above)}." if key in known else nearest_key(key, known)
         return Mistake(key, f'unknown key "{key}".{nested}')
     if kind in ("missing", "union_tag_not_found") and len(place) >= len(first["loc"]):
         return Mistake(key, f'the key "{key}" is missing.', example(field) if field else None)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, visible
 from hcnet_cli.files import open_regular
 from hcnet_cli.header import read_metadata
 
@@ -42,6 +42,7 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 SHARED = 16  # times that tensors of several names may show the same bytes of a file (tied weights)
+LONGEST_SHOWN = 100  # characters of a file's own text in a message
 NAME_LENGTH = 300  # characters; the longest names of timm have 80
 HEADROOM = 2**30  # bytes that reading may take beyond copies of the file
 
@@ -88,7 +89,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         read_metadata(path)
         return load_file(path)
     except Exception as error:  # whatever a damaged or hostile file provokes
-        raise UserError(f"{path} is not a readable safetensors file: {printable(str(error)).rstrip('.')}.") from None
+        raise UserError(
+            f"{path} is not a readable safetensors file: {visible(str(error)[:LONGEST_SHOWN]).rstrip('.')}."
+        ) from None
 
 
 def _read_checkpoint(path: Path, num_bytes: int) -> Any:
@@ -110,7 +113,7 @@ def _read_checkpoint(path: Path, num_bytes: int) -> Any:
     except Exception as error:  # whatever a damaged or hostile file provokes; nothing of it has run
         if culprit := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path} was refused: its pickle asks for {printable(culprit[1])}, which could run code.",
+                f"{path} was refused: its pickle asks for {visible(culprit[1][:LONGEST_SHOWN])}, which could run code.",
                 hint="Only tensors and plain containers are read. Ask its author for a .safetensors file.",
             ) from None
         raise UserError(f"{path} is damaged or not a PyTorch checkpoint of tensors.") from None
@@ -155,7 +158,7 @@ def plain_tensors(found: Mapping[Any, Any], num_bytes: int, path: Path) -> dict[
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     for name, value in tensors.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > NAME_LENGTH:
-            raise UserError(f"{path}: {printable(repr(name))} cannot be the name of a tensor.")
+            raise UserError(f"{path}: {visible(repr(name)[:LONGEST_SHOWN])} cannot be the name of a tensor.")
         if kind := _special_kind(value):
             raise UserError(
                 f"{path}: {name} is a {kind} tensor; weights are plain numbers.",
@@ -180,11 +183,6 @@ def _special_kind(value: Tensor) -> str:
     if value.dtype not in DTYPES:
         return str(value.dtype).removeprefix("torch.")
     return "" if type(value) in (Tensor, nn.Parameter) else "wrapped"
-
-
-def printable(text: str, length: int = 100) -> str:
-    """Text from a file, cut, on one line, without characters that a terminal obeys."""
-    return "".join(char if char.isprintable() else "?" for char in text[:length])
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

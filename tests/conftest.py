@@ -91,6 +91,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def run_here(*arguments: str | Path) -> None:
+    """The program in this process, for fixtures that several tests share: a process of its own takes seconds to start.
+
+    What is drawn before must not matter (rng.py), so a run that comes after others is the run of a fresh process.
+    """
+    from hcnet_cli.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["hcnet", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert not stopped.value.code
+
+
 def only_run(results: Path) -> Path:
     (folder,) = (results / "runs").iterdir()
     return folder

@@ -13,8 +13,8 @@ from PIL import Image
 
 from hcnet_cli import build
 from hcnet_cli import recipe as rcp
-from hcnet_cli.check import task_of
 from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.inputs import task_of
 from hcnet_cli.tasks import TASKS
 
 CATEGORIES = [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}]

@@ -390,7 +390,7 @@ def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
         (("--disable", "gate", "--set", "optim.lrr=1"), 'Did you mean "optim.lr"?'),
         (("--disable", "gate", "--set", "train.seed=1"), "--set train.seed cannot be set in an ablation"),
         (("--disable", "gate", "--set", "model.disable=[refinement]"), "the arm no-gate sets model.disable too"),
-        (("--disable", "gate", "--recipe", "coco-1x"), "no recipe"),
+        (("--disable", "gate", "--recipe", "coco-1x"), "in an ablation, --task finetune-det"),
         (("--disable", "gate", "--task", "pretrain", "--task", "finetune-det", "--epochs", "2"), "study of one task"),
         (("--disable", "gate", "--task", "finetune-seg", "--epochs", "2"), "This recipe counts steps"),
         (("--disable", "gate", "--task", "pretrain", "--task", "pretrain"), "the same recipe"),

@@ -23,7 +23,7 @@ LAYERS = [
     ["evaluate", "predict", "export", "explain", "check", "doctor"],
     ["run"],
     ["rehearsal"],
-    ["plan", "previous"],
+    ["plan", "previous", "reading"],
     ["build"],
     ["task modules"],  # tasks/*/task.py, tasks/*/predict.py
     ["task parts"],  # tasks/*/: data formats, heads, metrics
@@ -32,13 +32,14 @@ LAYERS = [
     ["models", "data", "optim", "profile", "checkpoint", "weights", "device"],
     ["dist", "rng"],
     ["report", "manage"],
+    ["finished", "evaluation_request"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
     ["published", "statistics", "grouping", "pictures"],
     ["table", "runs"],
     ["recipe", "record"],
     ["plausible"],
-    ["declarations", "header"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
+    ["declarations", "header", "model_names", "cache"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
     ["schema", "plain_json", "own_model"],
     ["values", "plain_yaml"],
     ["files", "privacy"],
@@ -48,17 +49,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
-    *(
-        "own_model",
-        "published",
-        "statistics",
-        "results",
-        "manage",
-        "study.design",
-        "study.runner",
-        "study.table",
-        "report",
-    ),
+    *("own_model", "model_names", "cache", "finished", "evaluation_request", "bench.choices", "published"),
+    *("statistics", "results", "manage", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most
 

@@ -20,9 +20,9 @@ from PIL import Image
 from timm.data import create_dataset
 
 from hcnet_cli import device, profile
+from hcnet_cli.bench import choices, tables, turns
 from hcnet_cli.bench import data as bench_data
 from hcnet_cli.bench import models as bench
-from hcnet_cli.bench import tables, turns
 from hcnet_cli.bench.models import Contender, Measurement, Settings
 from hcnet_cli.bench.turns import take_turns
 
@@ -46,7 +46,7 @@ def contender(model: str, rates: list[float], **values: Any) -> Contender:
 
 
 def measurement(*contenders: Contender, **values: Any) -> Measurement:
-    matmul = {mode: {precision: [50.0, 100.0] for precision in profile.DTYPES} for mode in bench.MODES}
+    matmul = {mode: {precision: [50.0, 100.0] for precision in profile.DTYPES} for mode in choices.MODES}
     return Measurement(Settings(8, 224, 3, CPU), list(contenders), matmul, **values)
 
 
@@ -359,8 +359,9 @@ def test_ctrl_c_prints_the_finished_rounds(hcnet: Hcnet, monkeypatch: pytest.Mon
     assert "reference" in done.out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "rounds"), [(signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGTERM, 0), (signal.SIGHUP, 2)]
+)
 def test_a_signal_prints_the_finished_rounds_and_says_what_is_missing(
     number: int, rounds: int, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

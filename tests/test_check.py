@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from conftest import Done
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from hcnet_cli import check
+from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded
 from hcnet_cli.data.audit import Audit, Item
+from hcnet_cli.inputs import task_of
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.detection.coco import CocoDataset
 from hcnet_cli.tasks.detection.folder import load_split
@@ -164,6 +167,48 @@ def test_a_coco_folder(hcnet: Hcnet, tmp_path: Path) -> None:
     assert "different categories" in done.err
 
 
+def test_boxes_that_are_corners_are_said(hcnet: Hcnet, tmp_path: Path) -> None:
+    """[x1, y1, x2, y2] instead of [x, y, width, height], of polygons and of run lengths; a slip of a pixel is none."""
+    content = coco(tmp_path / "c")
+    objects = content["train"]["annotations"]
+    objects[0]["bbox"] = [5, 6, 11, 10]
+    mask = np.zeros((36, 40), dtype=np.uint8)
+    mask[10:20, 2:12] = 1
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    objects[1] |= {"segmentation": {"size": [36, 40], "counts": rle["counts"].decode()}, "bbox": [2, 10, 10, 10]}
+
+    def write() -> Path:
+        for split, one in content.items():
+            (tmp_path / f"c/annotations/instances_{split}2017.json").write_text(json.dumps(one))
+        return tmp_path / "c"
+
+    assert not [what for what in findings(hcnet, write(), code=0) if "not around" in what]
+    objects[1]["bbox"], objects[2]["bbox"] = [2, 10, 12, 20], [20, 5, 30, 15]
+    found = findings(hcnet, write(), code=1)
+    (what,) = [what for what in found if "not around" in what]
+    assert what.startswith("train boxes not around their masks, 2 of 4: ")
+    assert found[what] == {"what": what, "files": ["annotation id 1", "annotation id 2"], "wrong": True}
+
+
+def test_problems_of_one_cause_are_one_line() -> None:
+    problems = [UserError(f"a/b.json: annotation id {i} is of image id {i + 50}, which it lacks.") for i in range(30)]
+    problems += [UserError("a/b.json has no images."), UserError('a/c.json: the bbox of annotation id 7 is ["x"].')]
+    shown = check.lines(Audit("x", Path("x"), "COCO", "objects", [], {}, problems=problems))
+    assert len(shown) == 4
+    assert shown[0].startswith("WRONG: a/b.json: annotation id 0 is of image id 50, which it lacks. And 29 more of")
+    assert "Correct what is WRONG (32) before training." in shown[-1]
+
+
+def test_classes_that_only_validation_has_are_a_finding(tmp_path: Path) -> None:
+    made = Audit("x", tmp_path, "ADE20K", "% of the pixels", [], {name: {} for name in ("sky", "sea", "land")})
+    made.note_pixels({"training": np.array([5, 0, 0, 1]), "validation": np.array([5, 2, 0, 1])})
+    assert {finding.what: finding.files for finding in made.findings} == {
+        "classes in no training label": ["sea", "land"],
+        "classes in no validation label": ["land"],
+        "classes in validation labels that no training label has, so that they cannot be learned": ["sea"],
+    }
+
+
 def test_a_folder_of_scenes(hcnet: Hcnet, tmp_path: Path) -> None:
     """Shares of pixels as counted by hand; an unreadable image; what no label can be stops it with a sentence."""
     root, random = tmp_path / "s", np.random.RandomState(0)
@@ -214,13 +259,13 @@ def test_classes_of_one_name_stay_apart(hcnet: Hcnet, tmp_path: Path) -> None:
 def test_the_layout_tells_the_task(file: str, task: str, tmp_path: Path) -> None:
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text("")
-    assert check.task_of(str(tmp_path)) == task
+    assert task_of(str(tmp_path)) == task
 
 
 @pytest.mark.parametrize("spec", TASKS.values(), ids=TASKS)
 def test_embedded_sets_have_their_task_by_name_and_by_layout(spec: Spec) -> None:
-    assert check.task_of(spec.embedded) == spec.name
-    assert check.task_of(str(embedded.ensure(spec.embedded))) == spec.name
+    assert task_of(spec.embedded) == spec.name
+    assert task_of(str(embedded.ensure(spec.embedded))) == spec.name
 
 
 def test_check_and_training_agree_on_what_cannot_be_used(hcnet: Hcnet, tmp_path: Path) -> None:
@@ -247,7 +292,7 @@ def test_check_and_training_agree_on_what_cannot_be_used(hcnet: Hcnet, tmp_path:
     [
         (("nowhere",), "nowhere does not exist"),
         (("digits", "--output", "found.csv"), "does not end in .json"),
-        (("digits", "--recipe", "coco-1x"), "There is no recipe"),
+        (("digits", "--recipe", "coco-1x"), "is for finetune-det, not for pretrain"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], words: str, hcnet: Hcnet) -> None:

@@ -157,6 +157,10 @@ def test_a_file_that_holds_no_predictions_is_one_sentence(content: bytes, tmp_pa
 def test_the_command(hcnet: Callable[..., Done], tmp_path: Path) -> None:
     first, second = two_runs(tmp_path)
     picture = tmp_path / "new" / "which.png"
+    before = sorted(tmp_path.rglob("*"))
+    done = hcnet("report", "--compare", first, second)
+    assert "--output FILE.png draws" in done.err
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written that was not asked for"
     done = hcnet("report", "--compare", first, second, "--output", picture)
     assert done.code == 0, done.err
     assert [line.split(":")[0] for line in done.out.splitlines()][:5] == [

@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from hcnet_cli import cache
 from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded
 from hcnet_cli.data.embedded import digits, scenes
@@ -222,7 +223,7 @@ def test_making_a_set_twice_gives_the_same_bytes(
 
 def test_the_folder_is_named_by_set_and_version() -> None:
     folder = embedded.ensure("digits")
-    assert folder == embedded.cache_dir() / f"embedded-v{embedded.VERSION}" / "digits"
+    assert folder == cache.cache_dir() / f"embedded-v{cache.EMBEDDED_VERSION}" / "digits"
 
 
 def test_a_stopped_maker_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +234,7 @@ def test_a_stopped_maker_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(embedded.EMBEDDED, "digits", stopped)
     with pytest.raises(KeyboardInterrupt):
         embedded.ensure("digits")
-    assert list((embedded.cache_dir() / f"embedded-v{embedded.VERSION}").iterdir()) == []
+    assert list((cache.cache_dir() / f"embedded-v{cache.EMBEDDED_VERSION}").iterdir()) == []
 
 
 def _make(barrier: Any) -> None:
@@ -254,7 +255,7 @@ def test_two_processes_at_once_are_fine() -> None:
     for process in processes:
         process.join(30)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert [p.name for p in (embedded.cache_dir() / f"embedded-v{embedded.VERSION}").iterdir()] == ["digits"]
+    assert [p.name for p in (cache.cache_dir() / f"embedded-v{cache.EMBEDDED_VERSION}").iterdir()] == ["digits"]
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +274,6 @@ def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HCNET_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", os.path.join(os.sep, "x"))
-    assert embedded.cache_dir() == Path("/x/hcnet")
+    assert cache.cache_dir() == Path("/x/hcnet")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert embedded.cache_dir() == Path.home() / ".cache" / "hcnet"
+    assert cache.cache_dir() == Path.home() / ".cache" / "hcnet"

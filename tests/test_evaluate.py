@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_MODEL, Done, only_run
+from conftest import SMALL_MODEL, Done, only_run, run_here
 
 from hcnet_cli import runs
 from hcnet_cli.console import UserError
@@ -19,13 +19,10 @@ Hcnet = Callable[..., Done]
 
 @pytest.fixture(scope="module")
 def classifier(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import subprocess
-    import sys
-
     results = tmp_path_factory.mktemp("evaluate")
-    line = [sys.executable, "-m", "hcnet_cli", "pretrain", "--recipe", "digits", *SMALL_MODEL, "--batch-size", "8"]
-    line += ["--epochs", "1", "--set", "data.img_size=16", "--workers", "0"]
-    subprocess.run([*line, "--data", str(folder_of_images), "--out", str(results)], check=True, capture_output=True)
+    line = ["pretrain", "--recipe", "digits", *SMALL_MODEL, "--batch-size", "8", "--epochs", "1"]
+    line += ["--set", "data.img_size=16", "--workers", "0"]
+    run_here(*line, "--data", folder_of_images, "--out", results)
     return only_run(results)
 
 

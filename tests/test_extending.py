@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small_data import coco
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "extending.md").read_text()
@@ -54,8 +56,18 @@ def apply(body: str, source: Path, folder: Path) -> set[str]:
     return touched
 
 
-def run_commands(body: str, source: Path, folder: Path) -> str:
-    """The output of the example's commands."""
+def with_polygons(split: str, content: dict[str, Any]) -> None:
+    for one in content["annotations"]:
+        one["segmentation"] = [[4, 4, 13, 4, 13, 13, 4, 13]]
+
+
+def run_commands(body: str, source: Path, folder: Path, images: Path) -> str:
+    """The output of the example's commands, those on embedded data on a few images instead."""
+    scenes = coco(folder / "scenes", change=with_polygons)
+    few = {
+        "pretrain": ["--data", str(images), "--recipe", "digits"],
+        "finetune-det": ["--data", str(scenes), "--recipe", "digit-scenes", "--batch-size", "2"],
+    }
     said = ""
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     for language, _, content in blocks(body):
@@ -63,6 +75,7 @@ def run_commands(body: str, source: Path, folder: Path) -> str:
             words = shlex.split(line)
             assert words[0] == "hcnet"
             command = [sys.executable, "-m", "hcnet_cli", *words[1:], *ADDED.get(words[1], [])]
+            command += few.get(words[1], []) if "--data" not in words else []
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
             said += done.stdout + done.stderr
@@ -88,7 +101,7 @@ def test_example(name: str, tmp_path: Path, folder_of_images: Path) -> None:
             with (listed / f"{split}.csv").open("w", newline="") as file:
                 images = sorted((listed / split).rglob("*.png"))
                 csv.writer(file).writerows((image.relative_to(listed), image.parent.name) for image in images)
-    said = run_commands(EXAMPLES[name], source, folder)
+    said = run_commands(EXAMPLES[name], source, folder, folder_of_images)
     expected = {
         "A component": "no-source",
         "A backbone": "MyNet",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, Done, environment, only_run, outcome
+from conftest import SMALL_MODEL, Done, environment, only_run, outcome, run_here
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
@@ -78,8 +78,7 @@ def finished(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     results = {}
     for task in TASKS:
         folder = tmp_path_factory.mktemp(task)
-        done = subprocess.run(command(task, data, folder), env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_here(*command(task, data, folder)[3:])
         results[task] = only_run(folder)
     return results
 
@@ -88,6 +87,7 @@ def finished(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def test_killed_and_started_again_is_never_interrupted(
     task: str, data: dict[str, Path], finished: dict[str, Path], tmp_path: Path
 ) -> None:
+    """A process of its own is killed; this one, with a past of other runs, goes on with its run."""
     arguments = command(task, data, tmp_path, "--workers", "1")
     process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
     deadline, log = time.monotonic() + 200, None
@@ -98,8 +98,7 @@ def test_killed_and_started_again_is_never_interrupted(
             break
         time.sleep(0.002)
     assert process.wait() in (-signal.SIGKILL, 0)
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_here(*arguments[3:])
     assert outcome(only_run(tmp_path)) == outcome(finished[task])
 
 
@@ -134,7 +133,7 @@ def test_detection_in_micro_batches_equals_two_processes_bit_for_bit(
     two = [*torchrun, *command("finetune-det", data, tmp_path / "two")[1:]]
     subprocess.run(two, env=environment(), check=True, capture_output=True)
     one = command("finetune-det", data, tmp_path / "one", "--accumulate", "2")
-    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    run_here(*one[3:])
     a, b = outcome(only_run(tmp_path / "two")), outcome(only_run(tmp_path / "one"))
     assert a["last"] == b["last"]
     assert a["metrics"] == b["metrics"]
@@ -244,7 +243,7 @@ def test_a_detector_without_masks(hcnet: Hcnet, data: dict[str, Path], tmp_path:
         (("finetune-seg", "--steps", "0"), "it takes a whole number from 1 to 100,000,000."),
         (("finetune-seg", "--eval-mode", "half"), "--eval-mode"),
         (("finetune-det", "--eval-backend", "mine"), "--eval-backend"),
-        (("finetune-det", "--recipe", "digits"), "There is no recipe"),
+        (("finetune-det", "--recipe", "digits"), "The recipe digits is for pretrain, not for finetune-det."),
         (("finetune-det", "--recipe", "pretrain/digits"), "is for pretrain"),
     ],
 )

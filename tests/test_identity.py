@@ -16,8 +16,8 @@ from PIL import Image
 from small_data import MAKERS, classes, coco, opened, save, scenes
 
 from hcnet_cli import runs
+from hcnet_cli.cache import cache_dir
 from hcnet_cli.data import embedded, identity
-from hcnet_cli.data.folders import cache_dir
 
 
 @pytest.fixture(autouse=True)
@@ -178,8 +178,13 @@ def test_mended_data_are_another_run(tmp_path: Path, hcnet: Hcnet) -> None:
 
     train()
     assert "This run is finished" in train()
+    folder = runs.RunFolder(only_run(tmp_path / "o"))
+    folder.write(folder.require().model_copy(update={"status": "interrupted"}))
     in_place(root / "val/a/0.bmp", flip_last)
-    assert "This run is finished" not in train()
+    said = train()
+    assert "This run is finished" not in said
+    assert f"{folder.path} was stopped at step" in said
+    assert "the data are other ones now" in said
     assert len(list((tmp_path / "o/runs").iterdir())) == 2
 
 

@@ -118,6 +118,8 @@ SHARED = """
 --batch-size 0 | --batch-size: "train.batch_size" cannot be 0
 --workers -1 | --workers: "train.workers" cannot be -1
 --precision fp8 | --precision: "train.precision" cannot be "fp8"
+--device gpu | There is no device "gpu".
+--model resnet5o | Did you mean "resnet50"?
 --size xl | --size: "model.size" cannot be "xl"
 --data-trust no | it takes content or names
 --name ../x | is not the name of a folder
@@ -137,7 +139,10 @@ PRETRAIN = """
 --epochs 0 | --epochs: "schedule.length" cannot be 0
 --epochs one | it takes a whole number.
 --recipe small --epochs 3 | This recipe counts steps, not epochs.
---recipe coco-1x | There is no recipe "coco-1x"
+--recipe coco-1x | hcnet finetune-det --recipe coco-1x
+--recipe finetune-seg/digit-stuff | is for finetune-seg, not for pretrain
+--steps 3 | Use --set schedule.length=...
+--set optim.wd=0.1 | Did you mean "optim.weight_decay"?
 --set data.auto_augment=none | for none, write null
 --set data.auto_augment=rand-m9-mstd | a policy of timm
 --set data.mixup=-1 | from 0 to 100
@@ -182,6 +187,9 @@ ablate --disable gate --study stencil | leave it or --study out
 ablate --disable gate --seeds 0,0 | names a seed twice
 ablate --disable gate --seeds one | is not a list of whole numbers
 ablate --disable gate --seeds 99999999999 | is not a list of whole numbers
+ablate --disable gate --margin -1 | --margin cannot be -1.0: it takes a number above 0
+ablate --disable gate --test wilcoxon | --test cannot be "wilcoxon": it takes paired-t or sign-flip.
+ablate --disable gate --batch-size 8 | Use --set train.batch_size=...
 ablate --disable gate --jobs 0 | it takes numbers of at least 1.
 ablate --disable gate --set optim.lr=-1 | "optim.lr" cannot be -1
 ablate --disable gate --set train.seed=1 | cannot be set in an ablation
@@ -201,6 +209,9 @@ ablate --study latin.yaml | is not UTF-8 text
 report --format pdf | pdf
 report --results nowhere | There is no results folder nowhere.
 report --watch | --watch refreshes a page in a file.
+report --compare run | hcnet report --compare results/runs/RUN results/runs/OTHER
+report --compare run run | are one run
+report --compare run other --format csv | --format has no place
 report --check tables --format csv | has no place
 report --published nowhere.csv | nowhere.csv
 report --table imagenett | imagenett
@@ -375,3 +386,12 @@ def test_a_long_recipe_is_refused_at_once(tmp_path: Path, hcnet: Hcnet) -> None:
         assert done.code == 2
         assert words in done.err
         assert time.process_time() - begun < 10
+
+
+def test_an_option_given_twice_is_said(hcnet: Hcnet) -> None:
+    """Of an option that takes one value the last counts, as in other programs; others may be repeated."""
+    done = hcnet("report", "--table", "coco", "--table=all", "--results", "nowhere")
+    assert "warning: --table: given 2 times; the last one counts." in done.err
+    done = hcnet("finetune-det", "--masks", "--no-masks", "--lr", "-1")
+    assert "warning: --masks and --no-masks: given 2 times" in done.err
+    assert "given" not in hcnet("pretrain", "--set", "optim.lr=1", "--set", "optim.lrr=1").err

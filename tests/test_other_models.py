@@ -444,8 +444,9 @@ def test_maps_that_are_not_those_promised() -> None:
 
 
 def test_bench_and_pretrain_build_the_same_model() -> None:
+    from hcnet_cli.bench import choices
     from hcnet_cli.bench import models as bench
 
     ours = backbone.create("vit_tiny_patch16_224", 1000, {}, img_size=64)
-    timed = bench.create(bench.model_name("vit_tiny_patch16_224"), 64, "")
+    timed = bench.create(choices.model_name("vit_tiny_patch16_224"), 64, "")
     assert {n: v.shape for n, v in ours.state_dict().items()} == {n: v.shape for n, v in timed.state_dict().items()}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import SMALL_MODEL, Done, environment, only_run, outcome
+from conftest import SMALL_MODEL, Done, environment, only_run, outcome, run_here
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -39,10 +39,7 @@ def command(*arguments: str | Path) -> list[str]:
 def finished(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with mixing and drop path that nothing disturbed."""
     results = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(
-        command(*MIXED, "--data", folder_of_images, "--out", results), env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_here(*command(*MIXED, "--data", folder_of_images, "--out", results)[3:])
     return only_run(results)
 
 
@@ -103,21 +100,20 @@ def test_killed_and_started_again_is_never_interrupted(
     if number == signal.SIGTERM:
         assert "everything is saved" in err
         assert runs.read_record(only_run(tmp_path) / "run.json").status == "interrupted"
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_here(*arguments[3:])
     assert outcome(only_run(tmp_path)) == outcome(finished)
 
 
-def test_two_processes_are_one_run_and_one_result(finished: Path, folder_of_images: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one_run_and_one_result(
+    hcnet: Hcnet, finished: Path, folder_of_images: Path, tmp_path: Path
+) -> None:
     """Two processes = one process with two micro-batches, bit for bit; and = one batch but for rounding."""
     arguments = command(*MIXED, "--data", folder_of_images, "--out")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = [*torchrun, *arguments[1:], str(tmp_path / "two")]
     done = subprocess.run(two, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    subprocess.run(
-        [*arguments, str(tmp_path / "one"), "--accumulate", "2"], env=environment(), check=True, capture_output=True
-    )
+    run_here(*arguments[3:], tmp_path / "one", "--accumulate", "2")
     a, b = only_run(tmp_path / "two"), only_run(tmp_path / "one")
     assert a.name == b.name == finished.name
     assert runs.read_record(a / "run.json").processes == 2
@@ -128,8 +124,7 @@ def test_two_processes_are_one_run_and_one_result(finished: Path, folder_of_imag
     for name, value in load_file(a / "last" / "model.safetensors").items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=2e-5)
     # and the finished run of one process is the finished run of two
-    again = subprocess.run([*arguments, str(tmp_path / "two")], env=environment(), capture_output=True, text=True)
-    assert "This run is finished" in again.stderr
+    assert "This run is finished" in hcnet(*arguments[3:], tmp_path / "two").err
 
 
 def test_same_command_again_says_finished_and_fresh_starts_over(

@@ -386,6 +386,15 @@ def test_broken_folders_are_listed_and_the_rest_is_read(tmp_path):
     assert all("\n" not in reason for _, reason in found.broken)
 
 
+def test_a_run_whose_weights_are_gone_is_said(tmp_path):
+    kept, lost = (make_run(tmp_path, seed=seed, weights="0" * 16) for seed in (0, 1))
+    make_run(tmp_path, seed=2, done=0.5, status="interrupted")
+    (kept / "best.safetensors").touch()
+    (note,) = [note for note in collect([tmp_path]).notes if "best.safetensors" in note]
+    assert lost.name in note
+    assert kept.name not in note
+
+
 def test_no_torch_behind_any_report():
     """Tables and the page are made on a laptop without torch."""
     code = (

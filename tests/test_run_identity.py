@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, Hcnet, environment, only_run
+from conftest import SMALL_MODEL, Hcnet, only_run, run_here
 from PIL import Image
 from safetensors import safe_open
 
@@ -34,9 +32,7 @@ def command(data: Path, results: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = tmp_path_factory.mktemp("identity")
-    line = [sys.executable, "-m", "hcnet_cli", *command(folder_of_images, results)]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_here(*command(folder_of_images, results))
     return results
 
 

@@ -44,12 +44,12 @@ def test_an_analysis_is_fixed_before_the_first_run_and_not_changed_after_it() ->
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"margin": -1.0}, "--margin: Input should be greater than 0"),
+        ({"margin": -1.0}, "--margin cannot be -1.0: it takes a number above 0 and of at most 100."),
         ({"margin": math.nan}, "--margin"),
         ({"until": math.inf}, "--until"),
         ({"max_seeds": 5}, "Max_seeds is for a study with until"),
         ({"until": 0.5, "test": "sign-flip"}, "must be paired-t"),
-        ({"test": "wilcoxon"}, "--test: Input should be 'paired-t' or 'sign-flip'"),
+        ({"test": "wilcoxon"}, '--test cannot be "wilcoxon": it takes paired-t or sign-flip.'),
     ],
 )
 def test_flags_that_make_no_analysis_are_one_sentence(flags: dict[str, Any], words: str) -> None:

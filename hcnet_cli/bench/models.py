@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
@@ -20,20 +19,16 @@ import torch.nn.functional as F
 from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
-from hcnet_cli import files, kernels, optim, profile, rng
+from hcnet_cli import kernels, model_names, optim, profile, rng
+from hcnet_cli.bench.choices import PLAIN, REFERENCE, choices, unknown
 from hcnet_cli.bench.turns import Stopped, cores_of_others, stoppable, take_turns
-from hcnet_cli.console import UserError, about, did_you_mean, status_line, warn
+from hcnet_cli.console import UserError, about, status_line, warn
 from hcnet_cli.device import pick_device, pick_precision, warn_of_emulation
 from hcnet_cli.models import HcNet, backbone, remap_official_state_dict
 from hcnet_cli.models.literal import ReferenceHcNet
 from hcnet_cli.own_model import is_own
 from hcnet_cli.sizes import SIZES
 
-REFERENCE = "reference"  # the literal form; the word "literal" is understood too
-PLAIN = ":plain"  # after the name of an HcNet: without hcnet_cli.kernels
-NAMES = {size.timm_name for size in SIZES.values()}
-MODES = ("infer", "train")
-ENDINGS = (".md", ".json")
 Turn = Callable[[], "tuple[float, float | None] | None"]  # images/s, ms at batch 1 in inference; None once it failed
 SECONDS = {"rate": 0.5, "latency": 0.15}  # about what a contender gets of a round, but one pass at least
 WARM_UP = 3  # passes: compilation, choice of kernels, the optimizer's state
@@ -102,48 +97,13 @@ class Measurement:
 
 def contenders(models: str, modes: str, precisions: str, compiled: bool) -> list[Contender]:
     """The cross product of comma lists; with `compiled` each form twice. UserError for a name nobody knows."""
-    names = [model_name(word) for word in _words(models)]
-    for what, given, known in (("mode", modes, MODES), ("precision", precisions, tuple(profile.DTYPES))):
-        for word in _words(given):
-            if word not in known:
-                hint = f"Known: {', '.join(known)}."
-                raise UserError(f'Unknown {what} "{word}".{did_you_mean(word, known)}', hint=hint)
-    forms = itertools.product(
-        _words(modes), dict.fromkeys(names), _words(precisions), (False, True) if compiled else (False,)
-    )
+    asked = choices(models, modes, precisions)
+    for name in asked.models:
+        plain = name.removesuffix(PLAIN)
+        if plain != REFERENCE and not timm.is_model(plain) and not is_own(plain):
+            raise unknown(plain)
+    forms = itertools.product(asked.modes, asked.models, asked.precisions, (False, True) if compiled else (False,))
     return [Contender(model, mode, precision, form) for mode, model, precision, form in forms]
-
-
-def _words(text: str) -> list[str]:
-    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    if not words:
-        raise UserError("A list of models, modes or precisions is empty.", hint="Names are separated by commas.")
-    return words
-
-
-def model_name(word: str) -> str:
-    """The name in timm's registry of a typed word (that name itself, or a size), with ":plain" kept; or "reference"."""
-    name, plain = word.removesuffix(PLAIN), word.endswith(PLAIN)
-    if name in SIZES:
-        name = SIZES[name].timm_name
-    elif name == "literal":
-        name = REFERENCE
-    if name != REFERENCE and not timm.is_model(name) and not is_own(name):
-        hint = f"Known: {REFERENCE}, the sizes {', '.join(SIZES)}, every model of timm, and FILE.py:FUNCTION."
-        like = did_you_mean(name, [REFERENCE, *SIZES, *timm.list_models()])
-        raise UserError(f'Unknown model "{name}".{like}', hint=hint)
-    if plain and name not in NAMES:
-        raise UserError(f"{word}: only HcNets have kernels to leave out.", hint=f"Write {name} without {PLAIN}.")
-    return name + PLAIN if plain else name
-
-
-def check_output(output: Path | None) -> None:
-    """UserError, before anything is timed, for a file that cannot be written in the end."""
-    if output is None:
-        return
-    if output.suffix not in ENDINGS:
-        raise UserError(f"{output} ends in neither {' nor '.join(ENDINGS)}.", hint="The ending chooses the format.")
-    files.check_output(output)
 
 
 # --- one contender ----------------------------------------------------------------------------------------------------
@@ -306,7 +266,7 @@ def measure(asked: list[Contender], settings: Settings) -> Measurement:
     """
     made = Measurement(settings, asked)
     names = (contender.model.removesuffix(PLAIN) for contender in asked)
-    literal_of = next((name for name in names if name in NAMES), SIZES["t"].timm_name)
+    literal_of = next((name for name in names if name in model_names.OURS), SIZES["t"].timm_name)
     used: list[tuple[float, float]] = []  # by others, in how many seconds
     if any(contender.precision == "bf16" for contender in asked):
         warn_of_emulation(settings.device)

@@ -18,7 +18,8 @@ import torch
 
 import hcnet_cli
 from hcnet_cli import report, runs
-from hcnet_cli.bench.models import REFERENCE, Contender, Measurement
+from hcnet_cli.bench.choices import REFERENCE
+from hcnet_cli.bench.models import Contender, Measurement
 from hcnet_cli.bench.turns import other_load_notes, ratio
 from hcnet_cli.report.escape import in_markdown, markdown_code, to_json
 from hcnet_cli.table import Column, Row, Table

@@ -5,14 +5,28 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 import hcnet_cli
-from hcnet_cli.cli import ablate, bench, evaluate, export, inspect, predict, recipes, report, runs, training
+from hcnet_cli.cli import (
+    ablate,
+    bench,
+    evaluate,
+    export,
+    inspect,
+    options,
+    predict,
+    recipes,
+    report,
+    runs,
+    training,
+)
 from hcnet_cli.cli.base import require_text
-from hcnet_cli.console import DISK_FULL, UserError, open_output, out, print_error
+from hcnet_cli.console import DISK_FULL, UserError, open_output, out, print_error, warn
+from hcnet_cli.tasks import TASKS
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # of every mistake in flags; Typer has no public name for it
 
@@ -60,13 +74,15 @@ def main() -> None:
         try:
             for word in sys.argv[1:]:
                 require_text(word, "An argument")
-            code = app(prog_name="hcnet", standalone_mode=False)
+            program = typer.main.get_command(app)
+            warn_of_repeated(program, sys.argv[1:])
+            code = program(prog_name="hcnet", standalone_mode=False)
         finally:
             sys.stdout.flush()
     except USAGE_ERROR as error:  # a flag, or the value of one
         if message := error.format_message():  # empty: the help was printed instead
             command = error.ctx.command_path if error.ctx else "hcnet"
-            print_error(usage_sentence(message), hint=f"See {command} --help.")
+            print_error(usage_sentence(message), hint=option_hint(message, command) or f"See {command} --help.")
         code = UserError.exit_code
     except UserError as error:
         if os.environ.get("HCNET_TRACEBACK"):
@@ -95,6 +111,44 @@ def usage_sentence(message: str) -> str:
     )
     message = re.sub(r"Input should be greater than or equal to (.*)", r"it takes numbers of at least \1", message)
     return message if message.endswith((".", "?")) else f"{message}."
+
+
+def warn_of_repeated(command: Any, words: Sequence[str]) -> None:
+    """Says so where an option that takes one value is given several times: the last one counts."""
+    while words and (inner := getattr(command, "commands", {}).get(words[0])):
+        command, words = inner, words[1:]
+    for option in command.params:
+        names = {*option.opts, *option.secondary_opts}
+        given = [word.partition("=")[0] for word in words if word.partition("=")[0] in names]
+        if len(given) > 1 and not getattr(option, "multiple", True):
+            warn(f"{' and '.join(dict.fromkeys(given))}: given {len(given)} times; the last one counts.")
+
+
+def option_hint(message: str, command: str) -> str:
+    """What to type instead of an option that a command does not have, or that lacks a value; "" if unknown."""
+    if "--compare" in message and "requires 2 arguments" in message:
+        return "For example: hcnet report --compare results/runs/RUN results/runs/OTHER"
+    found = re.search(r"No such option: (--[\w-]+)", message)
+    fields = dict(options.RECIPE_KEYS.values())
+    if not found or found[1] not in fields or command.split()[-1] not in (*TASKS, "ablate"):
+        return ""
+    unit = " (in the unit that the recipe counts)" if fields[found[1]] == "schedule.length" else ""
+    return f"Use --set {fields[found[1]]}=...{unit}"
+
+
+def _unwrap_help(one: typer.Typer) -> None:
+    """Makes a line of each paragraph of the help texts, so that they are broken where the terminal ends."""
+    registered = [info.callback for info in (*one.registered_commands, one.registered_callback) if info]
+    for callback in registered:
+        if callback is not None and callback.__doc__:
+            paragraphs = re.split(r"\n\s*\n", callback.__doc__.strip())
+            callback.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for group in one.registered_groups:
+        if group.typer_instance is not None:
+            _unwrap_help(group.typer_instance)
+
+
+_unwrap_help(app)
 
 
 def _close_output() -> None:

@@ -85,11 +85,12 @@ def ablate(
     so that two arms and three seeds end within minutes. Fine-tuning starts from the same arm's own pretraining when
     pretrain is among the tasks, else from random weights.
     """
-    from hcnet_cli.inputs import check_data
+    from hcnet_cli.inputs import check_data, check_device, check_model
     from hcnet_cli.report import render
     from hcnet_cli.study import analysis, design, preview, runner
     from hcnet_cli.study.table import runs_by_name, table
 
+    check_device(device)
     if arms is not None and study_name != "backbones":
         raise UserError(
             "--arms names models for --study backbones.", hint="hcnet ablate --study backbones --arms t,convnext_tiny"
@@ -122,6 +123,7 @@ def ablate(
     bases = [_study_base(kind, one, ctx.params) for kind, one in wanted]
     expanded = design.expand(short, asked, bases, design.parse_seeds(seeds) if seeds is not None else (), out_dir)
     for one in {(one.task, one.data.path): one for one in expanded.recipes.values()}.values():
+        check_model(one)
         check_data(one)
     named = {value for base in bases for key, value, flag in base.overrides if key == "model.name" and flag[:2] == "--"}
     if arms is not None:

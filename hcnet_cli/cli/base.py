@@ -50,7 +50,10 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
         raise UserError(f"--size is for HcNet, {named[0]} for other models.", hint="Give one of them.")
     found = rcp.resolve(file, overrides).recipe
     if found.task != task:
-        raise UserError(f"The recipe {file} is for {found.task}, not for {task}.")
+        raise UserError(
+            f"The recipe {file} is for {found.task}, not for {task}.",
+            hint=f"hcnet {found.task} --recipe {name or file}",
+        )
     for parameter in ("epochs", "steps"):
         if given.get(parameter) is not None and parameter != found.schedule.unit:
             raise UserError(

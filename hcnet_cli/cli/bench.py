@@ -46,12 +46,17 @@ def bench(
                 hint=f"See hcnet bench {ctx.invoked_subcommand} --help.",
             )
         return
+    from hcnet_cli.bench.choices import check_output, choices
+    from hcnet_cli.inputs import check_device
+
+    check_output(output)
+    choices(models, mode, precision)  # before PyTorch is loaded, which takes seconds
+    check_device(device)
     from hcnet_cli.bench import models as timing
     from hcnet_cli.bench import tables
     from hcnet_cli.files import write_output
     from hcnet_cli.report import render
 
-    timing.check_output(output)
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
     known = tables.facts(settings.device, command_line(), settings.threads)
     made = timing.measure(timing.contenders(models, mode, precision, compile_models), settings)
@@ -75,14 +80,15 @@ def bench_data(
     output: options.Output = None,
 ) -> None:
     """Time the training input pipeline alone, beside timm's on the same folder with the same augmentation."""
+    from hcnet_cli.bench.choices import check_output
+
+    check_output(output)  # before PyTorch is loaded, which takes seconds
     from hcnet_cli.bench import data as bench_data
-    from hcnet_cli.bench import models as bench
     from hcnet_cli.bench import tables
     from hcnet_cli.device import pick_device
     from hcnet_cli.files import write_output
     from hcnet_cli.report import render
 
-    bench.check_output(output)
     bench_data.read_recipe(recipe, data or SPEC.embedded, img_size)  # before pictures are made for it
     known = tables.facts(pick_device("cpu"), command_line(), threads=1)
     with bench_data.folder(data) as (root, name):

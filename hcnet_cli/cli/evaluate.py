@@ -35,14 +35,17 @@ def evaluate(
     --set evaluation.tiles.mode=slide. Scores are added to the run's record, with their protocol; none is replaced.
     """
     from hcnet_cli import recipe as rcp
+    from hcnet_cli.evaluation_request import read_request
+    from hcnet_cli.inputs import check_device
     from hcnet_cli.runs import find_run
 
     given = [("data.path", data, "--data"), ("model.name", model, "--model"), ("train.workers", workers, "--workers")]
     settings = [(key, value, source) for key, value, source in given if value is not None]
     settings += [(key, value, f"--set {key}") for key, value in map(rcp.parse_override, overrides or [])]
     folder = find_run(run, out_dir)
-    folder.require()  # before PyTorch is loaded, which takes seconds
+    names = [name.strip() for name in on.split(",")] if on is not None else []
+    request = read_request(folder, settings, names)  # before PyTorch is loaded, which takes seconds
+    check_device(device)
     from hcnet_cli.evaluate import evaluate as score
 
-    names = [name.strip() for name in on.split(",")] if on is not None else []
-    score(folder, settings, names, device, command_line())
+    score(folder, request, device, command_line())

@@ -27,7 +27,7 @@ def check(
     and validation or in two classes.
     """
     from hcnet_cli.files import check_output, write_output
-    from hcnet_cli.inputs import check_folder, layouts
+    from hcnet_cli.inputs import check_data, check_folder, layouts, task_of
 
     data = os.path.expanduser(data)
     check_folder(data, layouts())
@@ -35,10 +35,12 @@ def check(
         if output.suffix != ".json":
             raise UserError(f"{output} does not end in .json.")
         check_output(output)
+    resolved = resolve(task_of(data), {"data": data, "recipe": recipe, "overrides": overrides})
+    if output is None:  # before PyTorch is loaded, which takes seconds
+        check_data(resolved.recipe)
     from hcnet_cli import check as checking
     from hcnet_cli.report import render
 
-    resolved = resolve(checking.task_of(data), {"data": data, "recipe": recipe, "overrides": overrides})
     made = checking.check(resolved.recipe)
     sys.stdout.write(render(checking.tables(made), "rich", checking.lines(made)))
     if output is not None:
@@ -56,9 +58,13 @@ def explain(
     ] = None,
 ) -> None:
     """Draw what the heat layers of a run do: stencils, conduction rates, transfer functions, receptive fields."""
+    from hcnet_cli.files import open_regular
     from hcnet_cli.runs import RunFolder
 
-    RunFolder(run).require()  # before PyTorch is loaded, which takes seconds
+    RunFolder(run).require_weights()  # before PyTorch is loaded, which takes seconds
+    if image is not None:
+        with open_regular(image):
+            pass
     from hcnet_cli.explain import explain as draw
 
     for path in draw(run, image, out_dir):

@@ -33,6 +33,7 @@ def predict(
     with 1 if an image could not be read.
     """
     from hcnet_cli.files import check_output, writing
+    from hcnet_cli.inputs import check_device
     from hcnet_cli.runs import find_run, with_weights
 
     for path in images:
@@ -46,6 +47,7 @@ def predict(
                 raise UserError(f"{output} exists already.", hint="Name a new folder, or remove this one.")
     folder = find_run(run, out_dir)
     info, recipe = with_weights(folder, model)
+    check_device(device)  # before PyTorch is loaded, which takes seconds
     from hcnet_cli import predict as predicting
 
     photos = predicting.find_photos(images)

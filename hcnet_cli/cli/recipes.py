@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 from rich.text import Text
 
 from hcnet_cli.console import UserError, notice, out
@@ -20,9 +21,14 @@ def ls() -> None:
     from hcnet_cli import recipe as rcp
     from hcnet_cli.study.design import shipped_studies
 
+    table = Table.grid(padding=(0, 2, 0, 0))  # broken where a terminal ends, a line each elsewhere
     for name in [*(f"ablate/{study}" for study in shipped_studies()), *rcp.shipped()]:
         first = _file(name).read_text(encoding="utf-8").splitlines()[0]
-        out.print(f"{name:<34}{first.lstrip('# ')}")
+        table.add_row(Text(name, no_wrap=True), Text(first.lstrip("# ")))
+        if not out.is_terminal:
+            out.print(f"{name:<34}{first.lstrip('# ')}")
+    if out.is_terminal:
+        out.print(table, soft_wrap=False)
 
 
 @app.command("show")

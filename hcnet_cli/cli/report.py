@@ -30,7 +30,7 @@ def report(
     ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Two classifiers image by image; --output names the picture of images on which they differ."),
+        typer.Option(help="Two classifiers image by image; --output FILE.png draws images on which they differ."),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
 ) -> None:
@@ -45,7 +45,10 @@ def report(
             raise UserError(f"There is no results folder {folder}.")
     where, more = results or [Path("results")], published or []
     if compare is not None:
-        _compare(*compare, output or where[0] / "compare.png")
+        for flag, given in (("--format", fmt), ("--check", check), ("--watch", watch)):
+            if given:
+                raise UserError(f"--compare prints lines of text; {flag} has no place beside it.")
+        _compare(*compare, output)
         return
     studies, unreadable = tables(where)
     for line in unreadable:
@@ -84,16 +87,18 @@ def report(
         studies, _ = tables(where)
 
 
-def _compare(first: Path, second: Path, output: Path) -> None:
+def _compare(first: Path, second: Path, output: Path | None) -> None:
     from hcnet_cli.files import check_output, replacing, writing
     from hcnet_cli.report.compare import compare_runs
 
-    if output.suffix.lower() != ".png":
+    if output is not None and output.suffix.lower() != ".png":
         raise UserError(f"{output} cannot be the picture of a comparison.", hint="Its name must end in .png.")
     lines, picture = compare_runs(first, second)
     for line in lines:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
-    if picture is not None:
+    if picture is not None and output is None:
+        notice("--output FILE.png draws the images on which they differ most.")
+    elif picture is not None and output is not None:
         check_output(output)
         with writing(output), replacing(output) as temporary:
             picture.save(temporary, format="png")

@@ -73,7 +73,8 @@ def _parameters(spec: Spec) -> Parameters:
 
 def train_task(task: str, given: dict[str, Any]) -> None:
     """Runs a training command with the parameters that were given."""
-    from hcnet_cli.inputs import check_inputs
+    from hcnet_cli.finished import finished_run, notice_finished
+    from hcnet_cli.inputs import check_device, check_inputs
 
     name = given["name"]
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
@@ -82,7 +83,12 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         other = "fresh" if given["fresh"] else "dry-run"
         raise UserError(f"--eval-only trains nothing: it cannot be combined with --{other}.")
     resolved = resolve(task, given)
-    check_inputs(resolved.recipe, given["out_dir"])  # before PyTorch is loaded, which takes seconds
+    check_device(given["device"])  # this and what follows before PyTorch is loaded, which takes seconds
+    check_inputs(resolved.recipe, given["out_dir"])
+    started = not (given["dry_run"] or given["eval_only"] or given["fresh"])
+    if started and (found := finished_run(resolved.recipe, given["out_dir"], name or "", given["device"])):
+        notice_finished(found)
+        return
     from hcnet_cli.run import Options, train
 
     chosen = Options(

@@ -103,7 +103,14 @@ class Audit:
 
     def note_pixels(self, counts: Mapping[str, NDArray[np.int64]]) -> None:
         """Adds each class's share of the pixels, from the sums of `count_pixels` over each split."""
+        first = next(iter(counts), "")  # the one that is trained on
         for split, pixels in counts.items():
+            strange = [
+                name
+                for name, own, trained in zip(self.classes, pixels[:-1], counts[first][:-1], strict=False)
+                if own and not trained
+            ]
+            self.note(f"classes in {split} labels that no {first} label has, so that they cannot be learned", strange)
             shares = 100 * pixels / pixels.sum()
             for name, share in zip(self.classes, shares.tolist(), strict=False):  # the last is no class
                 self.classes[name][split] = share

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -106,20 +105,3 @@ def is_image(name: bytes) -> bool:
 def counted(left_out: LeftOut) -> dict[str, int]:
     """How many files or objects are left out for each reason."""
     return {reason: len(names) for reason, names in left_out.items() if names}
-
-
-def cache_dir() -> Path:
-    """`$HCNET_CACHE`, else `$XDG_CACHE_HOME/hcnet`, else `~/.cache/hcnet`; for a user without a home folder, one of
-    his own among the temporary files.
-    """
-    if own := os.environ.get("HCNET_CACHE"):
-        return Path(os.path.expanduser(own))
-    home = os.path.expanduser("~")  # "~" where there is neither $HOME nor an entry for the user
-    if base := os.environ.get("XDG_CACHE_HOME") or (home != "~" and os.path.join(home, ".cache")):
-        return Path(base) / "hcnet"
-    folder = Path(tempfile.gettempdir()) / f"hcnet-{os.getuid()}"
-    with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.lstat().st_uid != os.getuid():
-            raise UserError(f"{folder} belongs to another user.", hint="Set HCNET_CACHE to a folder of your own.")
-    return folder

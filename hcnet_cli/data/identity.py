@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hcnet_cli import dist
+from hcnet_cli.cache import DIGEST_VERSION, UNSETTLED_SECONDS, cache_dir
 from hcnet_cli.console import UserError, notice, status_line
-from hcnet_cli.data.folders import cache_dir
 from hcnet_cli.data.images import deep_peak, may_be_deep
 from hcnet_cli.files import replacing
 
 Trust = Literal["content", "names"]
-PREFIXES: dict[Trust, str] = {"content": "v2-", "names": "v2n-"}  # 2: raise it when the digest covers something else
+PREFIXES: dict[Trust, str] = {"content": f"v{DIGEST_VERSION}-", "names": f"v{DIGEST_VERSION}n-"}
 NAMES_NOTE = "The data were told apart by names and sizes alone (--data-trust names): changes in place are not seen."
 CACHE_MAGIC = b"hcnet identity 2\n"
 DIGEST = 16  # bytes
@@ -35,7 +35,6 @@ STAT = struct.Struct("<qqqQ")  # size, times of modification and of change, inod
 HEAD = 64  # bytes of a file that tell its format
 THREADS = min(32, 4 * (os.cpu_count() or 1))  # reading waits for the disk more than for the processor
 CHUNK = 256  # files handed to a thread at a time
-UNSETTLED_SECONDS = 2.0  # a file changed this recently may change again within one tick of a coarse clock: not kept
 STATUS_AFTER, STATUS_EVERY = 2.0, 5.0  # seconds
 
 

@@ -77,10 +77,7 @@ def _rounded(value: Any) -> Any:
 def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
     """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data are not needed."""
     folder = RunFolder(run)
-    info = folder.require()
-    if not folder.best.is_file():
-        hint = "Training writes it at the first evaluation: go on with it."
-        raise UserError(f"{run} has no best.safetensors yet.", hint=hint)
+    info = folder.require_weights()
     recipe = rcp.resolve(folder.recipe_file).recipe
     if recipe.model.name:
         raise UserError(f"{run} is of {recipe.model.name}: only HcNet has heat layers to explain.")

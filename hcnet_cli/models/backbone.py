@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hcnet_cli import own_model
-from hcnet_cli.console import UserError, did_you_mean, notice
+from hcnet_cli import model_names, own_model
+from hcnet_cli.console import UserError, notice
 from hcnet_cli.models import own
 from hcnet_cli.models.simple_pyramid import SimplePyramid
 
@@ -124,10 +124,7 @@ def create(
         make = functools.partial(timm.create_model, name)
         optional |= size_argument(name, img_size) if num_classes else {"dynamic_img_size": True}
     else:
-        like = did_you_mean(name, timm.list_models())
-        raise UserError(
-            f'There is no model "{name}" in timm.{like}', hint="A file of your own: --model FILE.py:FUNCTION."
-        )
+        raise model_names.unknown_model(name)
     try:
         model = _call(make, {"num_classes": num_classes, **args}, optional)
     except (Exception, SystemExit) as error:

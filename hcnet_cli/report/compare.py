@@ -45,8 +45,10 @@ Predictions = Mapping[str, Prediction]  # by the image's name
 def compare_runs(first: Path, second: Path) -> tuple[list[str], Image.Image | None]:
     """Lines of text, and a picture of the images on which the two differ most; None where they give the same answers.
 
-    UserError for runs that have other validation images or no predictions.
+    UserError for a run and itself, and for runs that have other validation images or no predictions.
     """
+    if first.resolve() == second.resolve():
+        raise UserError(f"{first} and {second} are one run.", hint="Compare two: hcnet report --compare RUN OTHER")
     infos = [_read_info(folder) for folder in (first, second)]
     data = [(info.data.digest, info.data.split) for info in infos]
     if data[0] != data[1]:

@@ -11,6 +11,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.schema import Part
 from hcnet_cli.statistics import MOST_SIGN_FLIPS, SIGNIFICANT
 from hcnet_cli.tasks import TASKS
+from hcnet_cli.values import as_typed, first_mistake
 
 MAX_SEEDS = 20  # of --until
 Points = Annotated[float, Field(gt=0, le=100)]
@@ -90,10 +91,13 @@ def with_flags(analysis: Analysis, flags: Mapping[str, Any]) -> Analysis:
     try:
         return Analysis.model_validate({**analysis.model_dump(exclude_unset=True), **given})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = f"--{str(first['loc'][0]).replace('_', '-')}: " if first["loc"] else ""
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{name}{message[0].upper()}{message[1:]}.") from None
+        if not error.errors()[0]["loc"]:  # of several fields
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise UserError(f"{message[0].upper()}{message[1:]}.") from None
+        key, sentence, example = first_mistake(error, Analysis, given, ())
+        flag = f"--{key.replace('_', '-')}"
+        hint = "" if example is None else f"For example: {as_typed(key, example, flag)}"
+        raise UserError(sentence.replace(f'"{key}"', flag, 1).replace(", or null", ""), hint=hint) from None
 
 
 def fix(analysis: Analysis, seeds: Sequence[int], before: Fixed | None, finished: int) -> Fixed:

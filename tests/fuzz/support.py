@@ -12,6 +12,7 @@ from types import FrameType
 
 from hypothesis import HealthCheck, settings
 
+WAITING = 6  # times the processor's time, where a program waits
 MOST_BYTES = 2**30  # that all examples of a process may add to its memory
 _grown = 0
 
@@ -34,20 +35,30 @@ def examples(default: int = 40) -> settings:
 
 @contextlib.contextmanager
 def watched(seconds: float = 10) -> Iterator[None]:
-    """Around one example: it ends within `seconds`, and memory does not grow by more than MOST_BYTES in sum."""
+    """Around one example: it ends within `seconds`, and memory does not grow by more than MOST_BYTES in sum.
+
+    Seconds are those of the processor: other programs may leave little of it. What waits, and computes nothing, has
+    WAITING times as long.
+    """
     global _grown
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Hang(f"an example takes more than {seconds} s")
 
     before = _peak()
-    earlier = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = (
+        (signal.ITIMER_PROF, signal.SIGPROF, seconds),
+        (signal.ITIMER_REAL, signal.SIGALRM, WAITING * seconds),
+    )
+    before_signals = [signal.signal(number, stop) for _, number, _ in timers]
+    for timer, _, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, earlier)
+        for (timer, number, _), handler in zip(timers, before_signals, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
     _grown += _peak() - before
     assert _grown < MOST_BYTES, f"the examples added {_grown / 2**20:.0f} MiB"
 

@@ -20,14 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hcnet_cli import dist
+from hcnet_cli.cache import cache_dir, embedded_folder
 from hcnet_cli.console import UserError, did_you_mean, notice
 from hcnet_cli.data import identity
 from hcnet_cli.data.embedded.digits import make_digits
 from hcnet_cli.data.embedded.scenes import make_digit_scenes, make_digit_stuff
-from hcnet_cli.data.folders import cache_dir
 from hcnet_cli.files import read_text, remove_stale, write_text
-
-VERSION = 4  # raise it when a byte of any set changes: the sets are then made again, in a new folder
 
 EMBEDDED: dict[str, Callable[[Path], None]] = {
     "digits": make_digits,
@@ -35,7 +33,7 @@ EMBEDDED: dict[str, Callable[[Path], None]] = {
     "digit-stuff": make_digit_stuff,
 }
 
-DIGESTS = {  # of the contents of all files, for VERSION, with Pillow 13
+DIGESTS = {  # of the contents of all files, for EMBEDDED_VERSION, with Pillow 13
     "digits": "v2-4534e38f2406a676",
     "digit-scenes": "v2-be3a3bb50f100f52",
     "digit-stuff": "v2-913aef62a2dcb702",
@@ -65,7 +63,7 @@ def _ensure(name: str) -> Path:
         raise UserError(
             f'There is no embedded data set "{name}".{did_you_mean(name, EMBEDDED)}', hint=f"Known: {known}."
         )
-    folder = cache_dir() / f"embedded-v{VERSION}" / name
+    folder = embedded_folder(name)
     temporary = folder.with_name(f".{name}-{uuid.uuid4().hex}")
     broken = temporary.with_suffix(".broken")
     try:

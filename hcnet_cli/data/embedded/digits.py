@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from hcnet_cli.data.embedded.drawing import TEXTURES, Floats, color, texture
 
-SEED = 2  # of everything drawn here and in the scenes; not VERSION, which changes with any of the sets
+SEED = 2  # of everything drawn here and in the scenes; not cache.EMBEDDED_VERSION, which changes with any of the sets
 SIDE = 32  # pixels of an image
 COPIES = {"train": 10, "val": 6}  # images of each digit
 

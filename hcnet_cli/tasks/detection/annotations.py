@@ -70,6 +70,7 @@ class Annotations:
     first: NDArray[np.int64]  # [N + 1]
     boxes: NDArray[np.float32]  # [A, 4], inside the image
     labels: NDArray[np.int64]  # [A]
+    ids: NDArray[np.int64]  # [A], of the annotations
     segments: Packed | None  # [A], see masks.py
     dropped: dict[str, list[int]] = field(default_factory=dict)
     clipped: list[int] = field(default_factory=list)
@@ -88,6 +89,26 @@ class Annotations:
         assert self.segments is not None
         height, width = self.sizes[i].tolist()
         return mask_bytes.decode(mask_bytes.unpack(self.segments[row], height, width), height, width)
+
+    def off_mask(self, most: int | None = None) -> tuple[list[int], int]:
+        """(ids of the annotations whose box is not around their mask, how many were looked at: all, or about `most`).
+
+        The box and the mask's bounds have an IoU below 0.5, and a side is off by more than 2 pixels. ([], 0) without
+        masks.
+        """
+        total = len(self.segments) if self.segments is not None else 0
+        rows = np.arange(0, total, max(1, total // most) if most else 1)
+        images = np.searchsorted(self.first, rows, side="right") - 1
+        around = [
+            mask_bytes.bounds(self.segments[row], *self.sizes[i].tolist())  # type: ignore[index]
+            for row, i in zip(rows.tolist(), images.tolist(), strict=True)
+        ]
+        ours, theirs = self.boxes[rows].astype(np.float64), np.array(around, dtype=np.float64).reshape(-1, 4)
+        shared = np.minimum(ours, theirs)[:, 2:] - np.maximum(ours, theirs)[:, :2]
+        overlap = shared.clip(0).prod(axis=1)
+        union = sum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (ours, theirs)) - overlap
+        off = (overlap < 0.5 * union) & (np.abs(ours - theirs).max(axis=1, initial=0) > 2)
+        return self.ids[rows[off]].tolist(), len(rows)
 
     def coco(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
         """The ground truth as COCOeval needs it, of all images or of some.
@@ -218,6 +239,7 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False, r
         first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes=np.array([one.inside for one in kept], dtype=np.float32).reshape(-1, 4),
         labels=np.array([one.label for one in kept], dtype=np.int64),
+        ids=np.array([one.id for one in kept], dtype=np.int64),
         segments=Packed([one.mask for one in kept]) if masks else None,
         dropped=dropped,
         clipped=clipped,

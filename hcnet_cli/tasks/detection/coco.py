@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hcnet_cli import rng
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import UserError, notice, warn
 from hcnet_cli.data.audit import Audit, Item, distinct
 from hcnet_cli.data.folders import counted, dataset_name
 from hcnet_cli.data.images import Size, first_usable, normalise, read_image, rescale, to_tensor
@@ -34,6 +34,10 @@ from hcnet_cli.tasks.detection import spec
 from hcnet_cli.tasks.detection.annotations import NO_MASKS_HINT, Annotations
 from hcnet_cli.tasks.detection.folder import check_sizes, open_folder
 from hcnet_cli.tasks.detection.geometry import Scene, crop, flip, random_window, resize
+
+MOST_COMPARED = 2000  # boxes with their masks, of a split, before training; `hcnet check` compares all
+FEW_OFF = 0.01  # share of the boxes: fewer that are not around their masks are slips of single annotations
+BOXES = "COCO's boxes are [x, y, width, height], not two corners."
 
 # --- images and their objects -----------------------------------------------------------------------------------------
 
@@ -201,6 +205,12 @@ def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
     for found in (train, val):
         if found.num_as_text:
             notice(f"{found.file}: {found.num_as_text:,} annotations have iscrowd or ignore as text; read as 0 or 1.")
+        off, seen = found.off_mask(MOST_COMPARED)
+        if len(off) > FEW_OFF * seen:
+            warn(
+                f"{found.file}: {len(off) / seen:.0%} of {seen:,} boxes are not around their masks, the first is that "
+                f"of annotation id {off[0]}. {BOXES}"
+            )
     if folder.linked:
         notice(f"{root}: {len(folder.linked):,} images are links out of the folder, the first is {folder.linked[0]}.")
     given = config.model_dump(exclude={"format", "path", "trust"}) | {"bits": folder.identity.bits}
@@ -272,6 +282,10 @@ def audit(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> Audit:
             what = f"{split} annotations left out" if reason != "crowd" else f"{split} annotations not learned from"
             made.note(f"{what} ({reason})", [f"annotation id {i}" for i in ids])
         made.note(f"{split} boxes clipped to their image", [f"annotation id {i}" for i in found.clipped])
+        off, seen = found.off_mask()
+        many = len(off) > FEW_OFF * seen
+        what = f"{split} boxes not around their masks, {len(off):,} of {seen:,}"
+        made.note(f"{what}: {BOXES}" if many else what, [f"annotation id {i}" for i in off], wrong=many)
         bare = [made.relative(file) for file, has in zip(files, found.annotated, strict=True) if not has]
         made.note(f"{split} images without annotations", bare)
         made.note(f"classes without {split} objects", [n for n in names if not made.classes[n].get(split)])

@@ -72,6 +72,16 @@ def decode(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     return np.asarray(rle.decode(segmentation))
 
 
+def bounds(mask: bytes, height: int, width: int) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 of what a checked mask covers of its image; zeros for one that covers nothing."""
+    if mask[:1] == b"R":
+        x, y, w, h = rle.toBbox(unpack(mask, height, width)).tolist()
+        return x, y, x + w, y + h
+    points = _parts(mask)[1].reshape(-1, 2).clip(0, (width, height))
+    (x1, y1), (x2, y2) = points.min(axis=0).tolist(), points.max(axis=0).tolist()
+    return x1, y1, x2, y2
+
+
 # --- polygons ---------------------------------------------------------------------------------------------------------
 
 

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from hcnet_cli import rng
+from hcnet_cli.cache import cache_dir
 from hcnet_cli.console import UserError, warn
 from hcnet_cli.data.audit import Audit, Item, distinct
-from hcnet_cli.data.folders import cache_dir, counted, dataset_name
+from hcnet_cli.data.folders import counted, dataset_name
 from hcnet_cli.data.images import first_usable, normalise, rescale
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.data.problems import Report, refuse, reported

@@ -1,0 +1,112 @@
+"""What `hcnet evaluate` is asked for, checked against the run before PyTorch is loaded."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from hcnet_cli import recipe as rcp
+from hcnet_cli import runs
+from hcnet_cli.console import UserError, warn
+from hcnet_cli.inputs import check_data
+from hcnet_cli.recipe import Recipe
+from hcnet_cli.runs import RunFolder, RunInfo
+
+ALLOWED = ("evaluation.", "data.path", "train.workers", "train.eval_batch_size")  # what may be set for an evaluation
+
+
+class EvaluationRequest(NamedTuple):
+    """A finished run's record and recipe, with what the command line sets, and the names of the evaluations to make."""
+
+    info: RunInfo
+    recipe: Recipe
+    wanted: list[str]
+
+
+def read_request(
+    folder: RunFolder, overrides: Sequence[tuple[str, Any, str]], names: Sequence[str]
+) -> EvaluationRequest:
+    """The evaluations `names` of the run's recipe; those that have no score yet, if none are named.
+
+    UserError for a run that is not finished, for data that are not there, and for an entry whose score is there and
+    was made with other settings.
+    """
+    info, recipe = _read(folder, overrides)
+    set_now = [key.split(".")[1] for key, _, _ in overrides if key.startswith("evaluation.")]
+    wanted = _wanted(info, recipe, names, set_now)
+    _check_settings(info, recipe, wanted)
+    _check_record(folder, info, adding=wanted != [next(iter(recipe.evaluation))])
+    check_data(recipe)
+    return EvaluationRequest(info, recipe, wanted)
+
+
+def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple[RunInfo, Recipe]:
+    """Record and recipe of a finished run, the recipe with what the command line sets."""
+    info = folder.require()
+    if info.status != "finished":
+        raise UserError(
+            f"{folder.path} is not finished ({info.status} at step {info.steps_done} of {info.steps_total}).",
+            hint="The command that started it goes on with it.",
+        )
+    recipe = rcp.resolve(folder.recipe_file).recipe
+    first = next(iter(recipe.evaluation))
+    own = recipe.model.digest
+    if own and not any(key == "model.name" for key, _, _ in overrides):
+        raise UserError(
+            f"The model of this run is made by a file, {folder.model_file}, which runs only if you name it.",
+            hint=f"Read the file, and give --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
+        )
+    for key, _, source in overrides:
+        key, _ = rcp.translate(key, None, recipe.task)
+        if key.startswith(f"evaluation.{first}."):
+            raise UserError(
+                f"{source}: {first} is how the run's best weights were chosen, so it stays as it is.",
+                hint=f"Give the new score a name: --set evaluation.NAME.{key.split('.', 2)[2]}=...",
+            )
+        if not key.startswith(ALLOWED) and not (own and key == "model.name"):
+            raise UserError(f"{source}: an evaluation changes nothing but its own section, evaluation.NAME.KEY.")
+    found = rcp.resolve(folder.recipe_file, overrides).recipe
+    if (found.model.label, found.model.digest) != (recipe.model.label, own):
+        raise UserError(
+            f"{found.model.name} is not what made the model of this run: the file has changed, or it is another.",
+            hint=f"The run's own copy: --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
+        )
+    return info, found
+
+
+def _check_record(folder: RunFolder, info: RunInfo, adding: bool) -> None:
+    """UserError for files that contradict the record. A changed record is compared, but not added to."""
+    if info.altered and not adding:
+        warn(f"{folder.record} was changed after it was written: its checksum does not match.")
+    elif reason := runs.contradiction(folder, info):
+        raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
+
+
+def _wanted(info: RunInfo, recipe: Recipe, names: Sequence[str], set_now: Sequence[str]) -> list[str]:
+    """The evaluations to make: those named, else those without a score and those that the command line sets."""
+    known = list(recipe.evaluation)
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f'--on: this run has no evaluation "{name}" (known: {", ".join(known)}).',
+                hint=f"A new one: --set evaluation.{name}.KEY=VALUE",
+            )
+    first, *further = known
+    primary = recipe.spec.primary.key
+    missing = [name for name in further if f"{primary}_{name}" not in info.metrics]
+    return list(names) or list(dict.fromkeys([*missing, *set_now])) or [first]
+
+
+def _check_settings(info: RunInfo, recipe: Recipe, wanted: Sequence[str]) -> None:
+    """UserError where a recorded score was made with other settings than those of now."""
+    for one in info.evaluations:
+        name, before = str(one.get("name")), one.get("settings")
+        if name not in wanted or name not in recipe.evaluation or not isinstance(before, dict):
+            continue
+        now = recipe.evaluation[name].model_dump(mode="json")
+        if changed := [key for key in now if key != "when" and now[key] != before.get(key, now[key])]:
+            raise UserError(
+                f"The score {name} of this run was made with {changed[0]}={before[changed[0]]}, not {now[changed[0]]}.",
+                hint=f"Give the new score another name than {name}: --set evaluation.NAME.{changed[0]}=...",
+            )
