@@ -483,6 +483,35 @@ def test_a_place_that_cannot_be_written(drawn: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["$x_1^$ $", "a\nb", "\x1b[31m", "\u202e中文\ud800", "x" * 100_000])
 def test_a_label_is_drawn_whatever_it_holds(name: str) -> None:
     """Matplotlib reads $...$ as mathematics and fails where it is none."""
-    sheet = pictures._Sheet(0.5, "title", "subtitle")
+    sheet = pictures.Sheet(0.5, "title", "subtitle")
     sheet.text(0, 0, one_line(name))
     sheet.figure.savefig(io.BytesIO(), format="png", dpi=20)
+
+
+def test_receptive_fields_of_two_backbones_side_by_side(
+    folder_of_images: Path, tmp_path: Path, hcnet: Callable[..., Done]
+) -> None:
+    """HcNet's are those of its own picture; a model of timm needs no heat layers; both see the same images."""
+    runs = []
+    small_convnext = ("--model", "convnext_atto", "--set", "model.args.depths=[1,1,1,1]")
+    small_convnext += ("--set", "model.args.dims=[8,8,16,16]")
+    for name, model in (("heat", SMALL_MODEL), ("conv", small_convnext)):
+        line = ("pretrain", "--recipe", "digits", *model, "--data", folder_of_images, "--out", tmp_path, "--name", name)
+        done = hcnet(*line, "--epochs", "1", "--batch-size", "8", "--set", "data.img_size=64", "--workers", "0")
+        assert done.code == 0, done.err
+        runs.append(tmp_path / "runs" / name)
+    done = hcnet("explain", *runs, "--out", tmp_path / "both")
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "both" / "receptive-fields.png") as picture:
+        assert picture.width > 1000
+    heat, conv = json.loads((tmp_path / "both" / "receptive-fields.json").read_text())
+    assert (heat["pixels"], conv["pixels"]) == ([64, 64], [64, 64])
+    assert "convnext_atto" in conv["model"]
+    assert hcnet("explain", runs[0]).code == 0
+    alone = json.loads((runs[0] / "explain" / "explain.json").read_text())
+    assert heat["area"] == [stage["receptive_field"]["area"] for stage in alone["stages"]]
+    # 4 x 4 pixels to a token, then 7 x 7 tokens in the one block of the first stage
+    assert conv["area"][0]["99"] <= 28 * 28
+    refused = hcnet("explain", *runs)
+    assert refused.code == 2
+    assert "Name a folder: --out FOLDER" in refused.err

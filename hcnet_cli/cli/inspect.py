@@ -51,23 +51,37 @@ def check(
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(help="A run folder, such as results/runs/NAME.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run folder, such as results/runs/NAME, or several.")
+    ],
     image: Annotated[Path | None, typer.Option(help="A picture to measure on, instead of validation images.")] = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Folder for the pictures, instead of RUN/explain.")
     ] = None,
+    model: options.OwnModel = None,
 ) -> None:
-    """Draw what the heat layers of a run do: stencils, conduction rates, transfer functions, receptive fields."""
+    """Draw what the heat layers of a run do: stencils, conduction rates, transfer functions, receptive fields.
+
+    Of several runs, with any backbones, the receptive fields side by side.
+    """
     from hcnet_cli.files import open_regular
     from hcnet_cli.runs import RunFolder
 
-    RunFolder(run).require_weights()  # before PyTorch is loaded, which takes seconds
+    for run in runs:
+        RunFolder(run).require_weights()  # before PyTorch is loaded, which takes seconds
+    if len(runs) > 1 and out_dir is None:
+        raise UserError("The pictures of several runs belong to none of them.", hint="Name a folder: --out FOLDER")
     if image is not None:
         with open_regular(image):
             pass
-    from hcnet_cli.explain import explain as draw
+    from hcnet_cli import explain as explaining
 
-    for path in draw(run, image, out_dir):
+    if len(runs) == 1:
+        made = explaining.explain(runs[0], image, out_dir)
+    else:
+        assert out_dir is not None
+        made = explaining.compare(runs, image, out_dir, model)
+    for path in made:
         out.print(str(path))
 
 

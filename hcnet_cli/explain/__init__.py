@@ -6,6 +6,7 @@ the heat steps, and how far receptive fields and heat spread. Equal runs give eq
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.images import UnusableImageError, normalise, read_image, rescale, resize, to_tensor
 from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.explain import beside
 from hcnet_cli.explain.captions import captions
-from hcnet_cli.explain.heat import heat_steps, measure, receptive_field, windows
+from hcnet_cli.explain.heat import area, heat_steps, measure, receptive_field, windows
 from hcnet_cli.explain.pictures import draw
 from hcnet_cli.files import replacing, writing
 from hcnet_cli.models import HcNet
+from hcnet_cli.models.backbone import FeatureMaps
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report.escape import in_markdown, to_json
-from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.runs import RunFolder, RunInfo, with_weights
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.tasks.classification import augment
 from hcnet_cli.tasks.classification.spec import ImageFolder
@@ -59,6 +62,54 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
         del stage["receptive_field"]["field"]  # one number per pixel: the picture shows it better
     made["captions.md"] = f"# Inside the heat layers\n\n{in_markdown(label)}\n{''.join(sections)}".encode()
     made["explain.json"] = to_json(_rounded({**about, "captions": texts, **found}), indent=None).encode()
+    return _write(folder, made)
+
+
+def compare(runs: Sequence[Path], image: Path | None, out: Path, model: str | None = None) -> list[Path]:
+    """Writes receptive-fields.png and .json of the best weights of several runs, with any backbones, to `out`.
+
+    All see the same images: `image`, or validation images of the first run's data. `model`: FILE.py:FUNCTION of runs
+    whose model a file of the user's own makes.
+    """
+    rows, numbers = [], []
+    images: list[Tensor] = []
+    for run in runs:
+        folder = RunFolder(run)
+        own = model if (folder.require()).model_file else None
+        info, recipe = with_weights(folder, own)
+        if not images:
+            images, source = _one_image(recipe, image, info.data.bits) if image else _validation_images(recipe, info)
+        backbone: Any = build.build_backbone(recipe, 0)
+        state = build.read_init(str(run))[1]
+        inner = backbone.model if isinstance(backbone, FeatureMaps) else backbone
+        if isinstance(backbone, FeatureMaps) and not any("pyramid" in name for name in state):
+            backbone.pyramid = None  # of a classifier: the model's own map, not one of random weights
+        report = load_into(inner, state, str(folder.best), _without("backbone.model." if inner is not backbone else ""))
+        if lacking := [name for name in (*report.missing, *report.reinitialised) if not name.startswith("norm")]:
+            raise UserError(f"{folder.best} does not fit {folder.recipe_file}: it lacks {', '.join(lacking[:3])}.")
+        if hasattr(backbone, "set_grad_checkpointing"):
+            backbone.set_grad_checkpointing(False)
+        fields = beside.measured(backbone.eval().requires_grad_(False), images)
+        variant = f" ({info.variant})" if info.variant else ""
+        name = f"{recipe.model.label}{variant} · {info.task} on {info.data.name}, seed {info.seed}"
+        rows.append((name, fields))
+        areas = [{str(share): area(field, share / 100) for share in (50, 80, 95, 99)} for field in fields]
+        numbers.append({"run": run.resolve().name, "model": name, "pixels": list(fields[0].shape), "area": areas})
+    made = {
+        "receptive-fields.png": beside.draw(rows, f"measured on {source}"),
+        "receptive-fields.json": to_json(numbers, indent=1).encode(),
+    }
+    return _write(out, made)
+
+
+def _without(prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """State dicts with a prefix taken from the names that have it."""
+    return lambda state: {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def _write(folder: Path, made: Mapping[str, bytes]) -> list[Path]:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for name, content in made.items():  # each file whole: the report's page may read it at any time
         with writing(folder / name), replacing(folder / name) as temporary:
             temporary.write_bytes(content)
@@ -80,7 +131,10 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
     info = folder.require_weights()
     recipe = rcp.resolve(folder.recipe_file).recipe
     if recipe.model.name:
-        raise UserError(f"{run} is of {recipe.model.name}: only HcNet has heat layers to explain.")
+        raise UserError(
+            f"{run} is of {recipe.model.name}: only HcNet has heat layers to explain.",
+            hint="Receptive fields of any model: hcnet explain RUN RUN --out FOLDER",
+        )
     backbone: Any = build.build_backbone(recipe, 0)
     report = load_into(backbone, build.read_init(str(run))[1], str(folder.best))
     lacking = [name for name in (*report.missing, *report.reinitialised) if not name.startswith("norm.")]

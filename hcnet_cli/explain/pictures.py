@@ -54,7 +54,7 @@ Floats = NDArray[np.float64]
 
 def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
     """PNG files by name, each with `label` below. A model without heat steps has only the spread."""
-    sheets: dict[str, Callable[[dict[str, Any]], _Sheet]] = {"4-spread": _spread}
+    sheets: dict[str, Callable[[dict[str, Any]], Sheet]] = {"4-spread": _spread}
     if found["blocks"]:
         sheets = {"1-stencils": _stencils, "2-rates": _rates, "3-transfer": _transfer, **sheets}
     made = {}
@@ -62,13 +62,18 @@ def draw(found: dict[str, Any], label: str) -> dict[str, bytes]:
         for name, picture in sheets.items():
             sheet = picture(found)
             sheet.text(WIDTH, sheet.height + 0.05, one_line(label), ha="right", va="top", **NOTE)
-            file = io.BytesIO()
-            sheet.figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
-            made[name] = file.getvalue()
+            made[name] = png(sheet)
     return made
 
 
-class _Sheet:
+def png(sheet: Sheet) -> bytes:
+    """The file of a finished sheet; equal sheets give equal bytes."""
+    file = io.BytesIO()
+    sheet.figure.savefig(file, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+class Sheet:
     """A figure under its title. Everything is placed in inches from the upper left corner, so that nothing overlaps."""
 
     def __init__(self, height: float, title: str, subtitle: str) -> None:
@@ -132,13 +137,13 @@ def _count(number: int, what: str) -> str:
 # --- the four pictures ------------------------------------------------------------------------------------------------
 
 
-def _stencils(found: dict[str, Any]) -> _Sheet:
+def _stencils(found: dict[str, Any]) -> Sheet:
     if "anisotropy" in found["disabled"]:
         return _laplacian()
     tile, pitch, row, top = 0.8, 0.86, 1.1, 0.5
     lefts = {"patterns": 1.15, "isotropic": 4.9, "directional": 6.72, "transport": 8.54, "energy": 10.42}
     raw = "conservation" in found["disabled"]
-    sheet = _Sheet(
+    sheet = Sheet(
         top + row * len(found["stages"]) + 0.4,
         "Kernels of the heat steps (conservation disabled)" if raw else "Stencils of the heat steps",
         "What a pixel takes from its neighbours: red taps add, blue taps subtract. A blue centre among red conducts, a "
@@ -182,8 +187,8 @@ def _stencils(found: dict[str, Any]) -> _Sheet:
     return sheet
 
 
-def _laplacian() -> _Sheet:
-    sheet = _Sheet(
+def _laplacian() -> Sheet:
+    sheet = Sheet(
         1.7,
         "The stencil of the heat steps (anisotropy disabled)",
         "The 5-point Laplacian / 4, for every channel of every block: nothing was learned. A pixel takes a quarter of "
@@ -202,10 +207,10 @@ def _neighbours(stencil: Floats) -> float:
     return float(np.delete(taps, len(taps) // 2).max())
 
 
-def _rates(found: dict[str, Any]) -> _Sheet:
+def _rates(found: dict[str, Any]) -> Sheet:
     blocks = found["blocks"]
     seen = any(block["rate"]["std_over_images"] > ROUNDING for block in blocks)
-    sheet = _Sheet(
+    sheet = Sheet(
         4.9 if seen else 3.5,
         "Conduction rates r (gate disabled)" if "gate" in found["disabled"] else "Conduction rates r(u)",
         f"How fast the channels of each block conduct{', over all images' if seen else ''}. At 0 the field stands "
@@ -235,10 +240,10 @@ def _rates(found: dict[str, Any]) -> _Sheet:
     return sheet
 
 
-def _transfer(found: dict[str, Any]) -> _Sheet:
+def _transfer(found: dict[str, Any]) -> Sheet:
     stages, blocks, cycles = found["stages"], found["blocks"], found["frequencies"]
     left, pitch, side = 0.6, 2.8, 2.0
-    sheet = _Sheet(
+    sheet = Sheet(
         7.5,
         "Transfer function |1 + r S(ω)| of the heat steps",
         "What one step multiplies a wave with: below 1 (blue) it damps, above 1 (red) it amplifies. An explicit scheme "
@@ -297,13 +302,13 @@ def _transfer(found: dict[str, Any]) -> _Sheet:
     return sheet
 
 
-def _spread(found: dict[str, Any]) -> _Sheet:
+def _spread(found: dict[str, Any]) -> Sheet:
     pitch, side, conducting = 2.9, 2.3, bool(found["blocks"])
     height, width = found["stages"][0]["receptive_field"]["image"]
     low = 0.24 + side * min(1, height / width)  # where the upper pictures end
     upper = "he pixels that the centre feature (+) of each stage depends on: effective receptive field, rms gradient."
     lower = "Bottom: what the heat steps of a stage alone make of one hot pixel, on the stage's own grid."
-    sheet = _Sheet(
+    sheet = Sheet(
         low + (3.85 if conducting else 0.85),
         "Spread through depth",
         f"Top: t{upper}\n{lower}" if conducting else f"T{upper}",
