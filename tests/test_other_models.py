@@ -180,6 +180,18 @@ def test_two_processes(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
     assert "score otherwise" not in scored.err  # what two processes measured, one measures again
 
 
+@pytest.mark.parametrize("task", ["pretrain", "finetune-det"])
+def test_micro_batches_equal_one_batch(task: str, data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    """Of a model without batch norm and, as docs/backbones.md says, without drop path."""
+    model, common = "swin_tiny_patch4_window7_224", ("--set", "model.drop_path_rate=0.0", "--init", "none")
+    for name, division in (("one", ("--batch-size", "4")), ("two", ("--batch-size", "2", "--accumulate", "2"))):
+        done = hcnet(*arguments(task, model, data, *common, *division, "--name", name))
+        assert done.code == 0, done.err
+    a, b = (load_file(here / f"results/runs/{name}/last/model.safetensors") for name in ("one", "two"))
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 # --- maps -------------------------------------------------------------------------------------------------------------
 
 MAPS = {  # a model of a family: its channels in timm, or of a vision transformer's pyramid
