@@ -182,14 +182,19 @@ def test_two_processes(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune-det"])
 def test_micro_batches_equal_one_batch(task: str, data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
-    """Of a model without batch norm and, as docs/backbones.md says, without drop path."""
+    """Of a model without batch norm and, as docs/backbones.md says, without drop path; up to a hundredth of what the
+    learning rates let a weight move, for AdamW magnifies the rounding of gradients near zero.
+    """
     model, common = "swin_tiny_patch4_window7_224", ("--set", "model.drop_path_rate=0.0", "--init", "none")
-    for name, division in (("one", ("--batch-size", "4")), ("two", ("--batch-size", "2", "--accumulate", "2"))):
+    for name, division in (("one", ()), ("two", ("--accumulate", "2"))):
         done = hcnet(*arguments(task, model, data, *common, *division, "--name", name))
         assert done.code == 0, done.err
     a, b = (load_file(here / f"results/runs/{name}/last/model.safetensors") for name in ("one", "two"))
+    log = runs.read_log(here / "results/runs/one/metrics.jsonl")
+    allowed = sum(entry["lr"] for entry in log if "lr" in entry) / 100
+    assert allowed > 0
     for name, value in a.items():
-        torch.testing.assert_close(value, b[name], rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(value, b[name], rtol=0, atol=allowed, msg=name)
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------
@@ -225,9 +230,10 @@ def test_four_maps_of_any_image(name: str) -> None:
 
 def test_maps_are_timms() -> None:
     """On a size that needs no padding: the maps of timm's own feature extractor with the same weights, NHWC turned."""
-    for name in ("swin_tiny_patch4_window7_224", "resnet10t"):
+    shifts = {"always_partition": True}  # in the last stage too: see test_swin_reference.py
+    for name, args in (("swin_tiny_patch4_window7_224", shifts), ("resnet10t", {})):
         model = backbone.create(name, 0, {}).eval()
-        extractor = timm.create_model(name, features_only=True).eval()
+        extractor = timm.create_model(name, features_only=True, **args).eval()
         ours = model.model.state_dict()
         state = {key: ours.get(key, ours.get(key.replace("layers_", "layers."))) for key in extractor.state_dict()}
         extractor.load_state_dict({key: value for key, value in state.items() if value is not None}, strict=False)
