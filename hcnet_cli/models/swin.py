@@ -19,7 +19,8 @@ def _padded(x: Tensor, window: tuple[int, int]) -> Tensor:
 
 class _Block(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
-        return super()._attn(_padded(x, self.window_size))[:, : x.shape[1], : x.shape[2]]
+        found: Tensor = super()._attn(_padded(x, self.window_size))  # type: ignore[no-untyped-call]
+        return found[:, : x.shape[1], : x.shape[2]]
 
 
 class _BlockV2(SwinTransformerV2Block):
