@@ -17,19 +17,33 @@ from hcnet_cli.sizes import SIZES
 from hcnet_cli.weights import PREFIXES, strip_prefixes
 
 Translation = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-# A family of timm -> tensors that no other family has. The first that fits counts.
+# A family of timm -> tensors of which it alone has one. Where a family has those of another too, it stands above it.
 SIGNATURES = {
     "swinv2": ("layers.0.blocks.0.attn.cpb_mlp.0.weight",),
+    "swinv2_cr": ("stages.0.blocks.0.attn.meta_mlp.fc1.weight",),
     "swin": ("layers.0.blocks.0.attn.relative_position_bias_table",),
     "focalnet": ("layers.0.blocks.0.modulation.f.weight",),
     "davit": ("stages.0.blocks.0.0.cpe1.proj.weight",),
     "twins": ("pos_block.0.proj.0.weight",),
     "mambaout": ("stages.0.blocks.0.fc1.weight",),
     "pvt_v2": ("stages.0.blocks.0.attn.kv.weight",),
+    "maxvit": ("stages.0.blocks.0.conv.pre_norm.weight",),
+    "mvitv2": ("stages.0.blocks.0.attn.rel_pos_h",),
+    "edgenext": ("stages.1.blocks.1.xca.temperature", "stages.1.blocks.2.xca.temperature"),
     "convnext": ("stages.0.blocks.0.conv_dw.weight", "stages.0.0.dwconv.weight"),
     "resnet": ("layer1.0.conv1.weight",),
-    "efficientnet": ("blocks.1.0.conv_pw.weight",),
-    "hiera": ("blocks.2.proj.weight",),
+    "regnet": ("s1.b1.conv1.conv.weight",),
+    "densenet": ("features.denseblock1.denselayer1.norm1.weight",),
+    "ghostnet": ("blocks.0.0.ghost1.primary_conv.0.weight",),
+    "mobilenetv3": ("conv_head.bias",),
+    "efficientnet": ("blocks.1.0.conv_pw.weight", "blocks.1.0.conv_exp.weight"),
+    "hiera": ("blocks.1.proj.weight", "blocks.2.proj.weight"),
+    "xcit": ("blocks.0.local_mp.conv1.weight",),
+    "cait": ("blocks_token_only.0.attn.q.weight",),
+    "beit": ("blocks.0.attn.relative_position_bias_table",),
+    "samvit": ("blocks.0.attn.rel_pos_h",),
+    "eva": ("blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight"),
+    "mixer": ("blocks.0.mlp_tokens.fc1.weight",),
     "vit": ("blocks.0.attn.qkv.weight",),
 }
 

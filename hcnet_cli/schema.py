@@ -325,7 +325,9 @@ class Train(Part):
 
     batch_size: BatchSize = field(..., "Images per optimizer step, over all processes and micro-batches.", example=256)
     accumulate: BatchSize = field(
-        1, "Micro-batches per optimizer step. Results change only where batch norm is used.", fingerprint="never"
+        1,
+        "Micro-batches per optimizer step. Results change only with batch norm, and timm's drop path.",
+        fingerprint="never",
     )
     seed: Seed = field(0, "Seed of everything random.", example=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = field(

@@ -47,7 +47,8 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per 
 Accumulate = Annotated[
     int | None,
     typer.Option(
-        "--accumulate", help="Micro-batches per optimizer step. Results change only where batch norm is used."
+        "--accumulate",
+        help="Micro-batches per optimizer step. Results change only with batch norm, and timm's drop path.",
     ),
 ]
 LearningRate = Annotated[

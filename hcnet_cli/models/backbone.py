@@ -23,6 +23,7 @@ from hcnet_cli import model_names, own_model
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.models import own
 from hcnet_cli.models.simple_pyramid import SimplePyramid
+from hcnet_cli.models.swin import pad_before_shifting
 
 STRIDES = [4, 8, 16, 32]
 SUITABLE = (
@@ -30,6 +31,8 @@ SUITABLE = (
     "vit and others. `pretrain` takes any."
 )
 SIZE_HINT = "Choose a size that its patches and windows divide: --set data.img_size=N"
+# Images of any size; Swin's windows shift in every stage, whatever size it is built for, as in Swin's own code.
+ANY_SIZE = {"dynamic_img_size": True, "always_partition": True}
 TRIED = (64, 96)  # height and width of the image on which the maps are tried: its sides differ and need no padding
 
 
@@ -63,6 +66,7 @@ class FeatureMaps(nn.Module):
             raise _refused(name, f"has maps at stride{'s' * (len(set(strides)) > 1)} {at}")
         if hasattr(model, "prune_intermediate_layers"):
             model.prune_intermediate_layers(self.kept, prune_norm=True, prune_head=True)
+        pad_before_shifting(model)
         takes = inspect.signature(model.forward_intermediates).parameters
         self.format = {"output_fmt": "NCHW"} if "output_fmt" in takes else {}
         self.model = model
@@ -122,7 +126,7 @@ def create(
         make = own.load_function(name, digest)
     elif timm.is_model(name):
         make = functools.partial(timm.create_model, name)
-        optional |= size_argument(name, img_size) if num_classes else {"dynamic_img_size": True}
+        optional |= size_argument(name, img_size) if num_classes else ANY_SIZE
     else:
         raise model_names.unknown_model(name)
     try:

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_session, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hcnet_cli.console import UserError, notice
 
 WEIGHTS = "model.safetensors"
+PATIENCE = 3.0  # seconds for the hub's first answer; huggingface_hub itself asks six times, for 23 seconds
 
 
 def pretrained_weights(name: str) -> Path:
@@ -29,13 +31,22 @@ def pretrained_weights(name: str) -> Path:
     repository, _, revision = place.partition("@")
     notice(f"Weights: {repository}, from the Hugging Face hub or its cache on this machine.")
     try:
-        return Path(hf_hub_download(repository, config.hf_hub_filename or WEIGHTS, revision=revision or None))
+        return _fetch(repository, config.hf_hub_filename or WEIGHTS, revision or None)
     except Exception as error:
         raise UserError(
             f"The weights of {name} are not in the cache, and the Hugging Face hub was not reached.",
             hint=f"Where there is a network: hf download {repository} {WEIGHTS} --local-dir DIR; bring the file here "
             f"and give --init DIR/{WEIGHTS} instead of --pretrained.",
         ) from error
+
+
+def _fetch(repository: str, filename: str, revision: str | None) -> Path:
+    """From the cache, else from the hub if it answers at all."""
+    try:
+        return Path(hf_hub_download(repository, filename, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)  # raises where there is no network, or offline mode
+        return Path(hf_hub_download(repository, filename, revision=revision))
 
 
 def expected_normalisation(name: str) -> tuple[Sequence[float], Sequence[float]] | None:
