@@ -8,13 +8,14 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL_MODEL, Done
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn

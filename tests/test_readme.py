@@ -95,7 +95,7 @@ def test_every_command_runs(
         for photo in ("photo.jpg", "more/photo.png"):
             Path(photo).parent.mkdir(exist_ok=True)
             Image.new("RGB", (40, 30), "orange").save(photo)
-    if "--compare" in arguments:
+    if "OTHER" in line:
         shutil.copytree("results/runs/RUN", "results/runs/OTHER")
     if arguments[0] == "ablate":
         arguments = [*arguments, "--dry-run"]

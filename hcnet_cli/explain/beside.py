@@ -33,7 +33,8 @@ def draw(rows: Sequence[tuple[str, Sequence[Floats]]], source: str) -> bytes:
         sheet = Sheet(
             pitch * len(rows) + 0.5,
             "Receptive fields",
-            "The pixels that the centre feature (+) of each map depends on: effective receptive field, rms gradient.",
+            "The pixels that the centre feature (+) of each map depends on: effective receptive field, rms gradient. Below: "
+            "the share of pixels that holds 95 % of it.",
         )
         style: dict[str, Any] = {"cmap": HEAT, "norm": LogNorm(FLOOR, 1)}
         for i, (name, fields) in enumerate(rows):
@@ -45,7 +46,7 @@ def draw(rows: Sequence[tuple[str, Sequence[Floats]]], source: str) -> bytes:
                 axes.set_anchor("NW")
                 for colour, thickness in (("white", 3.0), (INK, 1.2)):
                     axes.plot(width // 2, height // 2, "+", color=colour, markersize=10, markeredgewidth=thickness)
-                held = f"95 % of it on {percent(area(energy, 0.95) / energy.size)} of {width} × {height} pixels"
+                held = f"map {j + 1}: 95 % on {percent(area(energy, 0.95) / energy.size)} of {width} × {height} pixels"
                 sheet.text(PITCH * j, top + 0.2 + high + 0.16, held, fontsize=8)
         ticks = [*(f"$10^{{{exponent}}}$" for exponent in range(-4, 0)), "1"]
         sheet.scale(0, sheet.height - 0.3, SIDE, style["norm"], HEAT, ticks)
