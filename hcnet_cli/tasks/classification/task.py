@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,11 +88,8 @@ def build_task(
     images = data.val
     assert isinstance(images, image_folder.ImageFolder)
 
-    def sample_name(sample: int) -> str:
-        return Path(os.path.relpath(images.sample_path(sample), data.info.path)).as_posix()
-
     normalise = Normalise(config.mean, config.std)
-    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, sample_name)
+    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, images.sample_name)
 
 
 def build_evaluation(
