@@ -104,7 +104,7 @@ def _lines(
         f"about {duration(tried.seconds * batch * plan.total)} on this {device.type} by one process "
         f"({1 / tried.seconds:.1f} images/s in a short trial), evaluation not counted"
     )
-    lines["workers"] = f"{build.workers(recipe)} processes that load data, for each of {dist.processes()}"
+    lines["workers"] = f"{build.workers(recipe)} processes load data for each process that trains"
     lines["run"] = f"{folder.path}{' (exists)' if folder.record.exists() else ''}"
     free = shutil.disk_usage(existing_parent(folder.path)).free
     lines["disk"] = f"at most {disk_need(recipe, task) / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"

@@ -50,7 +50,7 @@ def check(
 
 
 def shards(
-    folder: Annotated[Path, typer.Argument(help="An image folder, or tars of other tools.")],
+    folder: Annotated[str, typer.Argument(help="An image folder, the name of an embedded one, or tars.")],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
     size: Annotated[str, typer.Option(help="Bytes of a tar, about: 500MB, 2GB.")] = "500MB",
 ) -> None:
@@ -64,10 +64,11 @@ def shards(
     limit = int(float(parts[1]) * 1000 ** " kMGT".index(parts[2] or " ")) if parts else 0
     if limit < 1000:
         raise UserError(f"--size {size} is not a size of at least 1kB.", hint="For example: --size 500MB")
-    check_folder(str(folder.expanduser()))
+    check_folder(os.path.expanduser(folder))
+    from hcnet_cli.data.embedded import data_folder
     from hcnet_cli.tasks.classification.shards import write
 
-    write(folder.expanduser(), out_dir.expanduser(), limit)
+    write(data_folder(folder), out_dir.expanduser(), limit)
 
 
 def explain(
