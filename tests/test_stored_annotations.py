@@ -75,7 +75,7 @@ def test_another_content_is_parsed_and_damage_is_seen(file: Path) -> None:
     data = json.loads(file.read_text())
     data["categories"][0]["name"] = "another"
     file.write_text(json.dumps(data))
-    assert stored.shared_annotations(file, masks=True, scoring=False).class_names[0] == "another"
+    assert "another" in stored.shared_annotations(file, masks=True, scoring=False).class_names
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
