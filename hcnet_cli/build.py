@@ -293,6 +293,15 @@ def steps_of_schedule(recipe: Recipe, epoch: int) -> Steps:
     )
 
 
+MOST_WORKERS = 16  # that `auto` starts: each holds batches in memory
+
+
+def workers(recipe: Recipe) -> int:
+    """Processes that load data for this one. `auto`: its cores but one, which trains; at least 1."""
+    asked = recipe.train.workers
+    return max(1, min(dist.cores() - 1, MOST_WORKERS)) if asked == "auto" else asked
+
+
 def build_job(
     recipe: Recipe,
     data: DataSplits,
@@ -313,7 +322,7 @@ def build_job(
         accumulate=train.accumulate,
         total_steps=plan.total,
         seed=train.seed,
-        workers=train.workers,
+        workers=workers(recipe),
         collate=data.collate,
         groups=data.groups,
         **_rank_and_world_size(),
@@ -383,4 +392,6 @@ def _rank_and_world_size() -> dict[str, int]:
 def _eval_loader(recipe: Recipe, images: loader.RequestDataset, collate: loader.Collate | None) -> loader.EvalLoader:
     train = recipe.train
     size = train.eval_batch_size or train.batch_size // (train.accumulate * dist.processes())
-    return loader.EvalLoader(images, batch_size=size, workers=train.workers, collate=collate, **_rank_and_world_size())
+    return loader.EvalLoader(
+        images, batch_size=size, workers=workers(recipe), collate=collate, **_rank_and_world_size()
+    )

@@ -74,7 +74,7 @@ def inspect(item: Item, audit: Audit) -> Inspection:
         pixels = audit.count_pixels(item) if audit.count_pixels else None
         turned = is_turned(item.path, audit.max_pixels)
     except UserError as error:
-        if isinstance(error, UnusableImageError) and error.path == item.path:
+        if isinstance(error, UnusableImageError) and error.path == str(item.path):
             return Inspection(error=error.reason)
         return Inspection(error=str(error))  # of its label
     size = image.height, image.width

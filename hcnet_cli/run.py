@@ -164,11 +164,9 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
         folder.rewind(state.step)
         folder.write(info)
 
-    def on_evaluation(state: engine.State) -> None:
-        folder.write(with_progress(info, state))
-
     try:
-        stopped_by = engine.fit(job, folder, state, on_evaluation)
+        with plan.explaining_memory(recipe, run.device):
+            stopped_by = engine.fit(job, folder, state, lambda state: folder.write(with_progress(info, state)))
         further = {} if stopped_by else _score_best_weights(job, folder)
     except BaseException as error:
         failed = not isinstance(error, KeyboardInterrupt)

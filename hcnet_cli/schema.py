@@ -365,7 +365,11 @@ class Train(Part):
         le=10_000,
     )
     log_every: Duration = field(50, "Optimizer steps between lines of the log.", unit="steps", fingerprint="never")
-    workers: int = field(8, "Processes that load data; 0: the main process.", fingerprint="never", ge=0, le=1024)
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=1024)] = field(
+        "auto",
+        "Processes that load data; 0: the main process; `auto`: as many as there are cores for, 16 at most.",
+        fingerprint="never",
+    )
     compile: bool = field(False, "Use torch.compile.", fingerprint="never")
     kernels: bool = field(
         True,

@@ -6,6 +6,7 @@ What is measured and how: docs/speed.md.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import statistics
 import tempfile
@@ -26,12 +27,12 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli.bench import tables
 from hcnet_cli.bench.turns import Stopped, cores_of_others, other_load_notes, ratio, stoppable, take_turns
 from hcnet_cli.console import UserError, about, notice, status_line
-from hcnet_cli.data import embedded, loader
+from hcnet_cli.data import archive, embedded, loader
 from hcnet_cli.data.images import read_image
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report.escape import to_json
 from hcnet_cli.table import Column, Row, Table
-from hcnet_cli.tasks.classification import augment
+from hcnet_cli.tasks.classification import augment, shards
 from hcnet_cli.tasks.classification.spec import SPEC, ImageFolder
 
 SAMPLE = 64  # images of a turn for the parts before the loader
@@ -42,6 +43,7 @@ TIMMS_NAMES = {  # of the recipe's settings, each an argument of timm's loader b
 }
 ENDLESS = 10**9  # optimizer steps
 BICUBIC = Image.Resampling.BICUBIC
+SHARDS = ".shards"  # in the folder that is made, which does not count it as data
 PICTURES = 128  # in the folder that is made where none is named
 
 
@@ -74,6 +76,8 @@ def read_recipe(name: str, data: str, img_size: int | None) -> Recipe:
     changes: list[tuple[str, Any, str]] = [("data.path", data, "--data")]
     changes += [("data.img_size", img_size, "--img-size")] if img_size is not None else []
     recipe = rcp.resolve(rcp.recipe_file(name, SPEC.name), changes).recipe
+    if (Path(data) / archive.INFO).is_file():
+        raise UserError(f"{data} holds shards.", hint="Without --data, shards are timed beside the folder they are of.")
     if not isinstance(recipe.data, ImageFolder):
         raise UserError(f"The recipe {name} is for {recipe.task}.", hint="Only pretraining reads image folders.")
     return recipe
@@ -88,6 +92,7 @@ def folder(data: str | None) -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory(prefix="hcnet-bench-") as temporary:
         notice(f"No --data: making {PICTURES} synthetic JPEGs of 500 x 375 in a temporary folder.")
         size = make_pictures(Path(temporary), PICTURES)
+        shards.write(Path(temporary), Path(temporary) / SHARDS, 10**9)
         yield temporary, f"{PICTURES} synthetic JPEGs of 500 x 375 ({size / PICTURES / 1000:.0f} kB each)"
 
 
@@ -119,7 +124,7 @@ def make_pictures(root: Path, count: int) -> int:
 # --- the pipelines ----------------------------------------------------------------------------------------------------
 
 
-def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
+def ours(recipe: Recipe, batch_size: int, workers: int, name: str = "hcnet") -> Pipeline:
     """The pipeline of `hcnet pretrain`, up to normalised batches on this processor."""
     assert isinstance(recipe.data, ImageFolder)
     data = build.open_data(recipe)
@@ -133,12 +138,27 @@ def ours(recipe: Recipe, batch_size: int, workers: int) -> Pipeline:
             yield normalise(batch)
 
     return Pipeline(
-        "hcnet",
+        name,
         lambda index: read_image(images.sample_path(index)),
         lambda index: images[loader.SampleRequest(index, rng.derive("bench", index), 0)],
         start,
         len(images),
     )
+
+
+def timms_shards(recipe: Recipe, root: str, batch_size: int, workers: int) -> Pipeline:
+    """Timm's reader of WebDataset tars, which goes through them from their beginning, behind its default loader."""
+    options: Any = {"root": root, "split": "train", "is_training": True, "batch_size": batch_size}
+    plain, single, images = (create_dataset("wds/", **options) for _ in range(3))
+    timm_loader(single, recipe, batch_size, 0, prefetcher=True)  # gives it the transform
+    batches = timm_loader(images, recipe, batch_size, workers, prefetcher=True)
+    decoded, augmented = (itertools.chain.from_iterable(itertools.repeat(one)) for one in (plain, single))
+
+    def start(_: int) -> Iterator[Tensor]:
+        for pixels, _ in itertools.chain.from_iterable(itertools.repeat(batches)):
+            yield pixels
+
+    return Pipeline("timm, shards", lambda _: next(decoded), lambda _: next(augmented), start, len(images))
 
 
 def timms(recipe: Recipe, root: str, batch_size: int, workers: int, prefetcher: bool) -> Pipeline:
@@ -184,6 +204,11 @@ def measure(recipe: Recipe, root: str, data: str, *, batch_size: int, workers: i
     try:
         pipelines = [ours(recipe, batch_size, workers)]
         pipelines += [timms(recipe, root, batch_size, workers, prefetcher) for prefetcher in (True, False)]
+        if (tars := Path(root) / SHARDS).is_dir():
+            moved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(tars)})})
+            pipelines.append(ours(moved, batch_size, workers, "hcnet, shards"))
+            if importlib.util.find_spec("webdataset"):
+                pipelines.append(timms_shards(recipe, str(tars), batch_size, workers))
         made = Measurement(pipelines, data, batch_size, recipe.data.img_size, workers, rounds)
         for pipeline in pipelines:  # the files come from the disk once, before the clock runs
             for index in _sample(pipeline):

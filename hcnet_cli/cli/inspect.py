@@ -1,8 +1,9 @@
-"""`hcnet check`, `explain` and `doctor`: what is in a data set, in a trained model, and on this machine."""
+"""`hcnet check`, `shards`, `explain` and `doctor`: what is in data, in a trained model, and on this machine; tars."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +49,28 @@ def check(
     if made.problems:
         raise made.problems[0]
     raise typer.Exit(made.wrong)
+
+
+def shards(
+    folder: Annotated[str, typer.Argument(help="An image folder, the name of an embedded one, or tars.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    size: Annotated[str, typer.Option(help="Bytes of a tar, about: 500MB, 2GB.")] = "500MB",
+) -> None:
+    """Write an image folder as WebDataset tars with an index, for storage that is slow with many small files.
+
+    --data OUT trains the same run as --data FOLDER, bit for bit. webdataset and timm read the tars too.
+    """
+    from hcnet_cli.inputs import check_folder
+
+    parts = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([kMGT]?)B", size)
+    limit = int(float(parts[1]) * 1000 ** " kMGT".index(parts[2] or " ")) if parts else 0
+    if limit < 1000:
+        raise UserError(f"--size {size} is not a size of at least 1kB.", hint="For example: --size 500MB")
+    check_folder(os.path.expanduser(folder))
+    from hcnet_cli.data.embedded import data_folder
+    from hcnet_cli.tasks.classification.shards import write
+
+    write(data_folder(folder), out_dir.expanduser(), limit)
 
 
 def explain(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hcnet_cli.cli import complete
 from hcnet_cli.sizes import SIZES
+
+
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
+
 
 Size = Annotated[
     str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.", autocompletion=complete.sizes)
@@ -74,7 +79,15 @@ Out = Annotated[Path, typer.Option("--out", help="Results folder; runs go to OUT
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")]
 Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")]
-Workers = Annotated[int | None, typer.Option("--workers", help="Processes that load data.")]
+Workers = Annotated[
+    Any,
+    typer.Option(
+        "--workers",
+        parser=_number_or_word,
+        metavar="N|auto",
+        help="Processes that load data; auto (default): as many as there are cores for.",
+    ),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any recipe field (hcnet recipes explain): optim.weight_decay=0.1")
 ]

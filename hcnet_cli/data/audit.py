@@ -14,6 +14,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.data.folders import LeftOut
 from hcnet_cli.data.identity import Identity
 from hcnet_cli.data.images import Size
+from hcnet_cli.data.member import Source
 from hcnet_cli.schema import MAX_PIXELS
 
 FILES_SHOWN = 3  # in the line of a finding
@@ -23,7 +24,7 @@ FILES_SHOWN = 3  # in the line of a finding
 class Item:
     """An image and what its data set says of it."""
 
-    path: str
+    path: Source
     split: str
     label: str = ""  # its class, where an image has one
     size: Size | None = None  # (height, width), where the annotations give it
@@ -117,9 +118,9 @@ class Audit:
             self.note(f"classes in no {split} label", [name for name, of in self.classes.items() if not of[split]])
             self.remarks.append(f"{shares[-1]:.2f}% of the {split} pixels are ignored.")
 
-    def relative(self, file: str) -> str:
+    def relative(self, file: Source) -> str:
         """A path below the data folder, without that folder."""
-        return file.removeprefix(f"{self.root}/")
+        return str(file).removeprefix(f"{self.root}/")
 
 
 def distinct(names: Sequence[str]) -> list[str]:

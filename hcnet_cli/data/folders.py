@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hcnet_cli.console import UserError
 from hcnet_cli.data.images import EXTENSIONS
@@ -25,13 +26,21 @@ class Packed:
         for item in items:
             buffer += item
             ends.append(len(buffer))
-        self.data, self.ends = bytes(buffer), np.array(ends, dtype=np.int64)
+        self.data: bytes | NDArray[np.uint8] = bytes(buffer)
+        self.ends: NDArray[np.int64] = np.array(ends, dtype=np.int64)
+
+    @classmethod
+    def of(cls, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> Packed:
+        """From a buffer that exists, such as a file that is mapped into memory."""
+        made = cls(())
+        made.data, made.ends = data, ends
+        return made
 
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, i: int) -> bytes:
-        return self.data[self.ends[i - 1] if i else 0 : self.ends[i]]
+        return bytes(self.data[self.ends[i - 1] if i else 0 : self.ends[i]])
 
 
 def dataset_name(root: Path, benchmark: str, is_benchmark: bool) -> str:

@@ -13,7 +13,7 @@ import os
 import stat as modes
 import struct
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from hcnet_cli import dist
 from hcnet_cli.cache import DIGEST_VERSION, UNSETTLED_SECONDS, cache_dir
 from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data.images import deep_peak, may_be_deep
+from hcnet_cli.data.member import Member
 from hcnet_cli.files import replacing
 
 Trust = Literal["content", "names"]
@@ -65,16 +66,18 @@ def identify(
     facts: Mapping[str, Any],
     *,
     images: Collection[bytes] | None = None,
+    member: Callable[[int], Member | None] = lambda number: None,
     trust: Trust = "content",
     bits: int | None = None,
     verify: bool = False,
 ) -> Identity:
     """The identity of the files `names` (relative to `root`, in their order) and of `facts`, such as the class list.
 
-    One process reads, the others get its result. `images`: the names that are images, where not all are. `trust`:
-    "names" looks at names and sizes alone. `bits` replaces what would be measured. `verify` reads every file again.
+    One process reads, the others get its result. `images`: the names that are images, where not all are. `member(i)`:
+    where names[i] lies, if that is in a tar. `trust`: "names" looks at names and sizes alone. `bits` replaces what
+    would be measured. `verify` reads every file again.
     """
-    return dist.from_main(lambda: _identify(root, names, facts, images, trust, bits, verify))
+    return dist.from_main(lambda: _identify(root, names, facts, images, trust, bits, verify, member))
 
 
 def content_digest(root: Path, names: Sequence[bytes]) -> str:
@@ -90,12 +93,13 @@ def _identify(
     trust: Trust,
     bits: int | None,
     verify: bool,
+    member: Callable[[int], Member | None] = lambda number: None,
 ) -> Identity:
     reader = _Reader(root, trust, images, verify)
     total = hashlib.blake2b(json.dumps([trust, facts], sort_keys=True).encode(), digest_size=8)
     distinct: set[bytes] = set()
     peak = 0
-    for name, record in zip(names, reader.records(names), strict=True):
+    for name, record in zip(names, reader.records(names, member), strict=True):
         total.update(struct.pack("<I", len(name)) + name + record.content)
         distinct.add(record.content)
         peak = max(peak, record.peak)
@@ -128,15 +132,15 @@ class _Reader:
         self.cache = cache_dir() / "identity" / f"{key}.bin"
         self.known = _load(self.cache)
 
-    def records(self, names: Sequence[bytes]) -> Iterator[Record]:
+    def records(self, names: Sequence[bytes], member: Callable[[int], Member | None]) -> Iterator[Record]:
         """A record for each name, in order."""
         if self.images is not None and not isinstance(self.images, frozenset):
             self.images = frozenset(self.images)
-        chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+        chunks = [range(start, min(start + CHUNK, len(names))) for start in range(0, len(names), CHUNK)]
         begun = told = time.monotonic()
         done = 0
         with ThreadPoolExecutor(THREADS) as pool, status_line() as tell:
-            for chunk in pool.map(lambda part: [self._record(name) for name in part], chunks):
+            for chunk in pool.map(lambda part: [self._record(names[i], member(i)) for i in part], chunks):
                 yield from chunk
                 done += len(chunk)
                 now = time.monotonic()
@@ -145,40 +149,44 @@ class _Reader:
                     left = (now - begun) / done * (len(names) - done)
                     tell(f"Reading the data's contents: {done:,} of {len(names):,} files, about {left:.0f} s left")
 
-    def _record(self, name: bytes) -> Record:
-        path = self.base + name
+    def _record(self, name: bytes, member: Member | None) -> Record:
         try:
-            stat = os.stat(path)
-            if not modes.S_ISREG(stat.st_mode):  # a pipe would be waited for
-                raise OSError
-            numbers = STAT.pack(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            if member is None:
+                path: str | Member = os.fsdecode(self.base + name)
+                stat = os.stat(path)
+                if not modes.S_ISREG(stat.st_mode):  # a pipe would be waited for
+                    raise OSError
+                size, touched = stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)
+                numbers = STAT.pack(size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            else:
+                path, tar = member, member.tar
+                size, touched = member.size, max(tar.mtime_ns, tar.ctime_ns)
+                numbers = STAT.pack(size, tar.mtime_ns, tar.ctime_ns, tar.inode) + struct.pack("<q", member.offset)
             key = hashlib.blake2b(numbers + name, digest_size=DIGEST).digest()
             known = self.known.get(key)
             if known is not None and not self.verify:
                 self.fresh[key] = known
                 return known
-            record = self._read(name, path, stat.st_size)
+            record = self._read(name, path, size)
         except OSError:  # whatever needs the image says so; here it must only differ from a whole file
             return Record(b"unreadable".ljust(DIGEST), 0)
         if known is not None and known.content != record.content:
             self.changed.append(os.fsdecode(name))
-        if known is not None or time.time() - max(stat.st_mtime, stat.st_ctime) > UNSETTLED_SECONDS:
+        if known is not None or time.time() - touched / 1e9 > UNSETTLED_SECONDS:
             self.fresh[key] = record
         return record
 
-    def _read(self, name: bytes, path: bytes, size: int) -> Record:
+    def _read(self, name: bytes, path: str | Member, size: int) -> Record:
         image = self.images is None or name in self.images
         if self.trust == "names":
             content = struct.pack("<q", size).ljust(DIGEST)
             head = b""
             if image and may_be_deep(name):
-                with open(path, "rb") as file:
-                    head = file.read(HEAD)
+                head = _content(path, HEAD)
         else:
-            with open(path, "rb") as file:
-                whole = file.read()
+            whole = _content(path)
             content, head = hashlib.blake2b(whole, digest_size=DIGEST).digest(), whole[:HEAD]
-        return Record(content, deep_peak(os.fsdecode(path), head) if image else 0)
+        return Record(content, deep_peak(path, head) if image else 0)
 
     def save(self) -> None:
         """Keeps what was read, if anything is new. What goes wrong with the cache is not the user's concern."""
@@ -189,6 +197,14 @@ class _Reader:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.cache) as temporary:
                 temporary.write_bytes(CACHE_MAGIC + hashlib.blake2b(body, digest_size=DIGEST).digest() + body)
+
+
+def _content(path: str | Member, most: int = -1) -> bytes:
+    """The first bytes of a file or of a member of a tar; -1: all."""
+    if isinstance(path, Member):
+        return path.read()[: None if most < 0 else most]
+    with open(path, "rb") as file:
+        return file.read(most)
 
 
 def _load(cache: Path) -> dict[bytes, Record]:

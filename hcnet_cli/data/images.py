@@ -6,6 +6,7 @@ Sizes are (height, width) everywhere.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError
+from hcnet_cli.data.member import Member, Source
 from hcnet_cli.schema import MAX_PIXELS
 
 Size = tuple[int, int]  # height, width
@@ -64,16 +66,16 @@ class UnusableImageError(UserError):
 
 
 @contextlib.contextmanager
-def opened(path: str | Path, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+def opened(path: Source, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
     """An open image file; only its header is read so far. What goes wrong with it becomes an UnusableImageError.
 
     So are a file in no format of `formats`, one that declares more than `max_pixels`, and one whose numbers have no
     known range.
     """
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
-            raise UnusableImageError(str(path), "it is not a regular file")
-        with Image.open(path, formats=formats) as file:
+        if not isinstance(path, Member) and os.path.exists(path) and not os.path.isfile(path):
+            raise UnusableImageError(str(path), "it is not a regular file")  # a pipe would be waited for
+        with Image.open(_readable(path), formats=formats) as file:
             if reason := _refusal(file, max_pixels):
                 raise UnusableImageError(str(path), reason)
             yield file
@@ -85,6 +87,11 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS, formats: tuple[str, .
     except Exception as error:  # decoders raise almost anything on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnusableImageError(str(path), reason.rstrip(".")) from None
+
+
+def _readable(path: Source) -> str | Path | io.BytesIO:
+    """What Pillow opens: a path, or the bytes of a file in a tar."""
+    return io.BytesIO(path.read()) if isinstance(path, Member) else path
 
 
 def _refusal(file: Image.Image, max_pixels: int) -> str:
@@ -102,7 +109,7 @@ def _refusal(file: Image.Image, max_pixels: int) -> str:
 
 
 def read_image(
-    path: str | Path, size: Size | None = None, bits: int | None = None, max_pixels: int = MAX_PIXELS
+    path: Source, size: Size | None = None, bits: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """An image as a viewer shows it, in RGB: turned as its EXIF data says, on white where it is transparent.
 
@@ -130,7 +137,7 @@ def read_image(
         return image if image.mode == "RGB" else image.convert("RGB")  # converting RGB to RGB would copy it
 
 
-def _deep_values(path: str | Path, file: Image.Image) -> NDArray[np.integer] | None:
+def _deep_values(path: Source, file: Image.Image) -> NDArray[np.integer] | None:
     """The numbers of an image of more than 8 bits, [H, W] or [H, W, C]; None for any other.
 
     Pillow drops the lower bytes of a 16-bit PNG in colour, and with them all of a 12-bit image's dark half. Its decoder
@@ -149,9 +156,9 @@ def _deep_values(path: str | Path, file: Image.Image) -> NDArray[np.integer] | N
     return high.astype(np.uint16) << 8 | low
 
 
-def _decoded_as(path: str | Path, layout: str) -> NDArray[np.uint8]:
+def _decoded_as(path: Source, layout: str) -> NDArray[np.uint8]:
     """The pixels of a PNG file whose bytes are taken in another layout."""
-    with Image.open(path, formats=("PNG",)) as file:
+    with Image.open(_readable(path), formats=("PNG",)) as file:
         file.tile = [(*tile[:3], layout) for tile in file.tile]  # type: ignore[misc, attr-defined, unused-ignore]
         return np.asarray(file)
 
@@ -169,7 +176,7 @@ def may_be_deep(name: bytes) -> bool:
     return name.lower().endswith(DEEP_ENDINGS)
 
 
-def deep_peak(path: str | Path, head: bytes) -> int:
+def deep_peak(path: Source, head: bytes) -> int:
     """The value that all but a few hot pixels of an image of more than 8 bits do not exceed, from 1 up.
 
     0 for any other file. `head`: its first 64 bytes. Only PNG files that say so and formats whose header does not tell
@@ -194,20 +201,20 @@ def deep_peak(path: str | Path, head: bytes) -> int:
     return max(1, int(np.partition(flat, place)[place]))
 
 
-def check_size(path: str | Path, size: Size, max_pixels: int = MAX_PIXELS) -> None:
+def check_size(path: Source, size: Size, max_pixels: int = MAX_PIXELS) -> None:
     """Raises UnusableImageError where `read_image` would because of the header, which is all that is read."""
     with opened(path, max_pixels) as file:
         if size not in (_shown_size(file), (file.height, file.width)):
             raise _other_size(path, (file.height, file.width), size)
 
 
-def shown_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
+def shown_size(path: Source, max_pixels: int = MAX_PIXELS) -> Size:
     """The size of an image as `read_image` gives it, from the file's header; UnusableImageError if there is none."""
     with opened(path, max_pixels) as file:
         return _shown_size(file)
 
 
-def is_turned(path: str | Path, max_pixels: int = MAX_PIXELS) -> bool:
+def is_turned(path: Source, max_pixels: int = MAX_PIXELS) -> bool:
     """Whether EXIF data turns or mirrors the image."""
     with opened(path, max_pixels) as file:
         return _orientation(file) > 1
@@ -226,7 +233,7 @@ def _orientation(file: Image.Image) -> int:
     return 1
 
 
-def _other_size(path: str | Path, found: Size, expected: Size) -> UnusableImageError:
+def _other_size(path: Source, found: Size, expected: Size) -> UnusableImageError:
     return UnusableImageError(
         str(path),
         f"it is {found[1]} x {found[0]} pixels, its annotation file says {expected[1]} x {expected[0]}",

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hcnet_cli import rng
 from hcnet_cli.console import RunFailed, UserError, warn
+from hcnet_cli.data.member import Source
 
 
 class SampleRequest(NamedTuple):
@@ -51,7 +52,7 @@ class RequestDataset(Protocol):
 class TrainDataset(RequestDataset, Protocol):
     """A training set; it can also name the file of a sample, for the report of a non-finite loss."""
 
-    def sample_path(self, index: int) -> str: ...
+    def sample_path(self, index: int) -> Source: ...
 
 
 def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

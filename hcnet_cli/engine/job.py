@@ -122,7 +122,7 @@ class Job:
     task: Task
     train: TrainBatches
     evaluations: Sequence[Evaluation]
-    sample_path: Callable[[int], str]  # the file of a training sample
+    sample_path: Callable[[int], Any]  # the file of a training sample, by `str`
     optimizer: torch.optim.Optimizer
     lr_at: Callable[[int], float]
     total_steps: int

@@ -291,7 +291,7 @@ def _report_non_finite(
     samples = sorted(i for items in dist.gather([i for s, items in recent if s == step for i in items]) for i in items)
     report = folder.path / "nonfinite.json"
     if dist.is_main():
-        files = [job.sample_path(index) for index in samples]
+        files = [str(job.sample_path(index)) for index in samples]
         content = {"step": step, "losses": {n: str(v) for n, v in parts.items()}, "samples": samples, "files": files}
         write_text(report, json.dumps(content, indent=1))
     what = "gradient" if all(map(math.isfinite, parts.values())) else "loss"

@@ -33,8 +33,8 @@ def draw(rows: Sequence[tuple[str, Sequence[Floats]]], source: str) -> bytes:
         sheet = Sheet(
             pitch * len(rows) + 0.5,
             "Receptive fields",
-            "The pixels that the centre feature (+) of each map depends on: effective receptive field, rms gradient. Below: "
-            "the share of pixels that holds 95 % of it.",
+            "The pixels that the centre feature (+) of each map depends on: effective receptive field, rms gradient.\n"
+            "Below each: the share of its pixels that holds 95 % of it.",
         )
         style: dict[str, Any] = {"cmap": HEAT, "norm": LogNorm(FLOOR, 1)}
         for i, (name, fields) in enumerate(rows):

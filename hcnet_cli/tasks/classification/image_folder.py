@@ -2,6 +2,8 @@
 
 ROOT/train/<class>/**/*.JPEG     classes are these folders, in sorted order, and no others
 ROOT/val/<class>/**/*.JPEG
+
+A split may lie in tars instead (data/archive.py): ROOT/train-000000.tar, ...
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,13 @@ from torch.utils.data import Dataset
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean, warn
+from hcnet_cli.data import archive
 from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, is_image, reading_folder, walk
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import EXTENSIONS, first_usable, read_image
 from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.data.member import Member, Source
 from hcnet_cli.data.problems import Report, refuse, reported
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.inputs import check_folder
@@ -53,6 +57,7 @@ class Files:
 
     names: Packed  # [N], each relative to its class folder
     labels: NDArray[np.int32]  # [N], index into the classes
+    members: archive.Members | None = None  # [N], where they lie in tars
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,19 +111,33 @@ def scan(
     root = Path(root)
     left_out: LeftOut = {}
     with reading_folder(root):
-        _check_layout(root)
-        classes = tuple(_subfolders(root / "train"))
+        archives = archive.find(root) if root.is_dir() else archive.Archives(root, {})
+        _check_layout(root, archives.tars)
+        tars = {split: archive.read(archives, split) for split in SPLITS if split in archives.tars}
+        classes = tars["train"].classes if "train" in tars else tuple(_subfolders(root / "train"))
         for split in SPLITS:
             with reported(report):
-                _check_classes(root / split, classes)
-        files = {split: _files(root / split, classes, left_out, report) for split in SPLITS}
-        _leave_out_the_rest(root, left_out)
+                _check_classes(root / split, classes, tars.get(split))
+        files = {
+            split: _files_in_tars(tars[split], classes)
+            if split in tars
+            else _files(root / split, classes, left_out, report)
+            for split in SPLITS
+        }
+        _leave_out_the_rest(root, [split for split in SPLITS if split not in tars], left_out)
         names = [name for split in SPLITS for name in _names(split, classes, files[split])]
+
+    def member(number: int) -> Member | None:
+        part = files["train"] if number < len(files["train"]) else files["val"]
+        place = number if part is files["train"] else number - len(files["train"])
+        return part.members and part.members.member(place, os.fsdecode(names[number]))
+
     facts = {"layout": "image-folder", "classes": classes, "images": [len(files[split]) for split in SPLITS]}
-    identity = identify(root, names, facts, trust=trust, bits=bits, verify=verify)
+    identity = identify(root, names, facts, member=member, trust=trust, bits=bits, verify=verify)
+    archives.require_unchanged(identity.digest)
     train, val = files["train"], files["val"]
     whole = is_imagenet(classes, len(train), len(val), identity.num_distinct)
-    name = dataset_name(root, BENCHMARK, whole)
+    name = archives.name or dataset_name(root, BENCHMARK, whole)
     notes = [] if trust == "content" else [NAMES_NOTE]
     if not whole and (part := part_of_imagenet(classes, len(train), len(val))):
         name = f"{BENCHMARK}-part-{len(classes)}c-{len(train)}"
@@ -128,9 +147,9 @@ def scan(
     return Index(root, name, identity, trust, classes, train, val, left_out, tuple(notes))
 
 
-def _leave_out_the_rest(root: Path, left_out: LeftOut) -> None:
+def _leave_out_the_rest(root: Path, splits: Sequence[str], left_out: LeftOut) -> None:
     """Counts what lies in the folder beside the splits, and in a split beside the class folders."""
-    for folder in (root, *(root / split for split in SPLITS)):
+    for folder in (root, *(root / split for split in splits)):
         with os.scandir(folder) as entries:
             for entry in entries:
                 if folder == root and entry.name not in SPLITS and entry.is_dir():
@@ -152,9 +171,9 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
-def _check_layout(root: Path) -> None:
+def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]]) -> None:
     check_folder(str(root), hint=LAYOUT)
-    missing = [split for split in ("train", "val") if not (root / split).is_dir()]
+    missing = [split for split in SPLITS if split not in tars and not (root / split).is_dir()]
     if not missing:
         return
     others = [
@@ -171,9 +190,11 @@ def _check_layout(root: Path) -> None:
     raise UserError(f"The data folder {root} has no {folders} folder.", hint=hint)
 
 
-def _check_classes(folder: Path, classes: tuple[str, ...]) -> None:
+def _check_classes(folder: Path, classes: tuple[str, ...], tars: archive.Contents | None) -> None:
     """Raises UserError unless a split has class folders, all of them among the training classes."""
-    found = _subfolders(folder)
+    found = _subfolders(folder) if tars is None else list(tars.classes)
+    if not found and tars is not None:
+        raise UserError(f"The tars of {folder} hold no images.")
     if not found:
         with os.scandir(folder) as entries:
             loose = any(is_image(os.fsencode(entry.name)) for entry in entries)
@@ -215,6 +236,14 @@ def _files(folder: Path, classes: tuple[str, ...], left_out: LeftOut, report: Re
         )
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
     return Files(Packed(names), labels)
+
+
+def _files_in_tars(contents: archive.Contents, classes: tuple[str, ...]) -> Files:
+    """The images of a split in tars, class by class; classes that training lacks are reported already."""
+    contents = contents.only(classes)
+    numbers = np.array([classes.index(name) for name in contents.classes], dtype=np.int32)
+    labels = np.repeat(numbers, contents.counts)
+    return Files(contents.names, labels, contents.members)
 
 
 def is_imagenet(classes: Sequence[str], num_train: int, num_val: int, num_distinct: int) -> bool:
@@ -261,7 +290,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
     ) -> None:
         self.files: Files = {"train": index.train, "val": index.val}[split]
         self.train = split == "train"
-        self.folder = str(index.root / split)
+        self.split, self.folder = split, str(index.root / split)
         self.classes = index.classes
         self.bits, self.max_pixels = index.identity.bits, max_pixels
         self.transform = transform
@@ -275,9 +304,15 @@ class ImageFolder(Dataset[dict[str, Any]]):
         other.transform = transform
         return other
 
-    def sample_path(self, index: int) -> str:
-        """The file of a sample."""
+    def sample_path(self, index: int) -> Source:
+        """The file of a sample, or its place in a tar."""
+        if self.files.members is not None:
+            return self.files.members.member(index, self.sample_name(index))
         return os.path.join(self.folder, self.classes[self.files.labels[index]], self.files.name(index))
+
+    def sample_name(self, index: int) -> str:
+        """The file of a sample relative to the data folder, wherever it lies: val/cat/1.jpg."""
+        return f"{self.split}/{self.classes[self.files.labels[index]]}/{self.files.name(index)}"
 
     def _read(self, index: int) -> Image.Image:
         return read_image(self.sample_path(index), bits=self.bits, max_pixels=self.max_pixels)

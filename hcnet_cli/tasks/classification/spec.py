@@ -104,7 +104,8 @@ class ClassificationEvaluation(EvaluationPart):
 
 
 def is_image_folder(root: Path) -> bool:
-    return (root / "train").is_dir()
+    """Class folders, or tars of them: see data/archive.py."""
+    return (root / "train").is_dir() or (root / "_info.json").is_file() or any(root.glob("*train*.t*"))
 
 
 SPEC = Spec(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,9 +95,6 @@ def build_task(
     images = data.val
     assert isinstance(images, image_folder.ImageFolder)
 
-    def sample_name(sample: int) -> str:
-        return Path(os.path.relpath(images.sample_path(sample), data.info.path)).as_posix()
-
     normalise = Normalise(config.mean, config.std)
     weights = class_weights(head.class_weights, data)
     loss = None
@@ -110,7 +105,8 @@ def build_task(
             weights=weights,
             counts=class_counts(data).tolist() if head.loss == "balanced-softmax" else (),
         )
-    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, sample_name, loss, weights)
+    name = images.sample_name
+    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, name, loss, weights)
 
 
 def build_evaluation(

@@ -19,6 +19,7 @@ from hcnet_cli.schema import MAX_PIXELS
 from hcnet_cli.tasks.detection import spec
 from hcnet_cli.tasks.detection.annotations import Annotations, read_annotations
 from hcnet_cli.tasks.detection.categories import COCO_CATEGORIES
+from hcnet_cli.tasks.detection.stored import shared_annotations
 
 NUM_IMAGES = (118_287, 5_000)  # of COCO 2017, for training and for validation
 NUM_OBJECTS = (860_001, 36_781)  # annotations of COCO 2017, crowds included
@@ -73,7 +74,11 @@ def load_split(root: Path, split: str, *, masks: bool = True, report: Report = r
     """
     with reading_folder(root):
         file, folders = find_split(root, split)
-        annotations = read_annotations(file, masks=masks, scoring=split == "val", report=report)
+        scoring = split == "val"
+        if report is refuse:
+            annotations = shared_annotations(file, masks=masks, scoring=scoring)
+        else:  # every problem is wanted
+            annotations = read_annotations(file, masks=masks, scoring=scoring, report=report)
         if not len(annotations):
             raise UserError(f"{file} has no image that can be used.")
         return annotations, find_images(annotations, folders, report)
