@@ -10,7 +10,7 @@ from typing import Any
 from hcnet_cli import build, dist, engine, files, run, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice, out, warn
-from hcnet_cli.device import pick_device
+from hcnet_cli.device import pick_device, use_cores
 from hcnet_cli.privacy import host_id
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
@@ -34,7 +34,7 @@ def evaluate(
     _check_settings(info, recipe, wanted)
     _check_record(folder, info, adding=wanted != [first])
     where = pick_device(device)
-    run.use_cores(where)
+    use_cores(where)
     with dist.process_group(where), dist.on_main(folder.lock):
         data = build.open_data(recipe)
         if data.info.digest != info.data.digest:

@@ -20,8 +20,9 @@ from hcnet_cli import build, dist, engine, files, optim, own_model, plan, pretra
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
-from hcnet_cli.device import pick_device, pick_precision
+from hcnet_cli.device import pick_device, pick_precision, use_cores
 from hcnet_cli.engine import Evaluation, Task
+from hcnet_cli.locks import of_slurm
 from hcnet_cli.models import hub
 from hcnet_cli.previous import check_finished, identity, previous_record
 from hcnet_cli.privacy import home, host_id
@@ -78,12 +79,6 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
             return setup.folder.path, _evaluate_only(setup, info), 0
         with dist.on_main(setup.folder.lock):  # what goes wrong on the main process, goes wrong on all
             return _train_in(setup, info, options)
-
-
-def use_cores(device: torch.device) -> None:
-    """Divides the cores between the processes of a machine, unless the user has."""
-    if device.type == "cpu" and dist.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.world_size()))
 
 
 def _setup(resolved: Resolved, options: Options, device: torch.device) -> tuple[RunSetup, str]:
@@ -176,6 +171,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info.finished = runs.now()
     if dist.is_main():
         folder.write(info)
+    dist.barrier()  # torchrun ends all processes once one has ended: none ends before the record is written
     _conclude(info, folder, stopped_by)
     return folder.path, info, stopped_by
 
@@ -245,6 +241,7 @@ def _describe(run: RunSetup, fingerprint: str, options: Options) -> RunInfo:
         },
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         host=host_id(),
+        **of_slurm(),
         started=runs.now(),
     )
 
