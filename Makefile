@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz lint format clean
+.PHONY: demo test fuzz slurm lint format clean
 
 # The environment is complete when the stamp is newer than what it was made from.
 $(VENV)/.stamp: pyproject.toml
@@ -24,6 +24,10 @@ test: $(VENV)/.stamp
 # Hostile and damaged files, 10,000 random ones for each test; `make test` has 40 fixed ones.
 fuzz: $(VENV)/.stamp
 	HCNET_FUZZ=10000 $(BIN)/python -m pytest tests/fuzz --numprocesses 2 --timeout 0
+
+# All that a real Slurm on this machine does to the cells of a study; `make test` has one quick test of it.
+slurm: $(VENV)/.stamp
+	HCNET_SLURM=1 $(BIN)/python -m pytest tests/test_real_slurm.py --timeout 3000 -s
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -99,6 +99,15 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_reduce_max(*values: float) -> tuple[float, ...]:
+    """The largest of each number over processes."""
+    if is_distributed():
+        x = torch.tensor(values, dtype=torch.float64)
+        td.all_reduce(x, td.ReduceOp.MAX)
+        return tuple(x.tolist())
+    return values
+
+
 def gather(item: Any) -> list[Any]:
     """The picklable items of all processes, in rank order, on every process."""
     if not is_distributed():

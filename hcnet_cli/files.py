@@ -176,6 +176,19 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
+def write_speed(folder: Path, num_bytes: int = 8 * 2**20) -> float | None:
+    """Bytes a second that reach the disk of a folder, by a temporary file; None where none can be written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            begun = time.perf_counter()
+            file.write(os.urandom(num_bytes))
+            file.flush()
+            os.fsync(file.fileno())
+            return num_bytes / (time.perf_counter() - begun)
+    except OSError:
+        return None
+
+
 def require_space(path: Path, num_bytes: int) -> None:
     """OSError(ENOSPC) if the disk of `path` has less than `num_bytes` and a reserve of 1 MiB free."""
     if shutil.disk_usage(existing_parent(path.parent)).free < num_bytes + 2**20:

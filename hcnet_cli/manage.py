@@ -140,6 +140,7 @@ def rename(folder: RunFolder, name: str, results: Path) -> Path:
         raise UserError(f"The study {studies[0]} counts {folder.path.name} by its name, so it stays.")
     with folder.lock(), writing(target):
         os.rename(folder.path, target)
+        (target / ".lock.json").unlink(missing_ok=True)  # which names this process
     return target
 
 

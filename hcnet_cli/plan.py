@@ -23,7 +23,7 @@ from hcnet_cli.data import loader
 from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task, to_device
-from hcnet_cli.files import existing_parent
+from hcnet_cli.files import existing_parent, write_speed
 from hcnet_cli.models import hub
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
@@ -112,10 +112,28 @@ def _lines(
         f"({1 / tried.seconds:.1f} images/s in a short trial), evaluation not counted"
     )
     lines["workers"] = f"{build.workers(recipe)} processes load data for each process that trains"
+    lines["stop"] = _stop_words(folder, recipe, task, tried.seconds * batch / dist.processes())
     lines["run"] = f"{folder.path}{' (exists)' if folder.record.exists() else ''}"
     free = shutil.disk_usage(existing_parent(folder.path)).free
     lines["disk"] = f"at most {disk_need(recipe, task) / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"
     return lines
+
+
+def _stop_words(folder: RunFolder, recipe: Recipe, task: Task, step_seconds: float) -> str:
+    """How long a run takes to save after a signal, and what it is given for that."""
+    num_bytes = checkpoint_bytes(recipe, task)
+    words = f"after a signal a step of about {about(step_seconds)} ends"
+    if dist.processes() > 1:
+        words += f", agreed on within about {engine.Agreement.SECONDS:g} s"
+    words += f", then {num_bytes / 2**20:.0f} MiB are saved"
+    if speed := write_speed(existing_parent(folder.path)):
+        words += f": about {about(step_seconds + num_bytes / speed)}"
+    return f"{words} (Slurm's KillWait and torchrun give 30 s by default)"
+
+
+def checkpoint_bytes(recipe: Recipe, task: Task) -> int:
+    """Weights, two moments of the optimizer, and the moving average if there is one."""
+    return profile.count_params(task.model) * 4 * (4 if recipe.train.ema_decay is not None else 3)
 
 
 def _scaling_advice(recipe: Recipe) -> str:
@@ -257,8 +275,7 @@ def _scaled_milestones(recipe: Recipe) -> str:
 
 def disk_need(recipe: Recipe, task: Task) -> int:
     """Bytes of a run's folder at its largest: three checkpoints while one is written, and the best weights."""
-    weights = profile.count_params(task.model) * 4
-    return weights * (3 * (4 if recipe.train.ema_decay is not None else 3) + 1)
+    return 3 * checkpoint_bytes(recipe, task) + profile.count_params(task.model) * 4
 
 
 def check_disk(folder: Path, recipe: Recipe, task: Task) -> None:

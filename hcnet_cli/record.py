@@ -74,6 +74,9 @@ class Session(BaseModel):
     device: str = ""
     processes: int = 1
     versions: dict[str, str] = {}
+    job: str = ""  # of Slurm: JOB, or JOB_TASK
+    node: str = ""  # of Slurm
+    restarts: int = 0  # how often Slurm had requeued the job
     started: str = ""
     from_step: int = 0
 
@@ -139,6 +142,9 @@ class RunInfo(BaseModel):
     versions: dict[str, str] = {}
     machine: str = ""
     host: str = ""  # a digest of the computer's name (privacy.host_id)
+    job: str = ""
+    node: str = ""
+    restarts: int = 0
     started: str = ""
     finished: str = ""
     train_seconds: float = 0.0

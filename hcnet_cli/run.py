@@ -35,6 +35,7 @@ from hcnet_cli.console import UserError, about, duration, main_metrics, notice, 
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision, use_cores
 from hcnet_cli.engine import Evaluation, Task
+from hcnet_cli.locks import of_slurm
 from hcnet_cli.models import hub
 from hcnet_cli.previous import check_finished, identity, notice_unfinished, previous_record
 from hcnet_cli.privacy import home, host_id
@@ -185,6 +186,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     info.finished = runs.now()
     if dist.is_main():
         folder.write(info)
+    dist.barrier()  # torchrun ends all processes once one has ended: none ends before the record is written
     _conclude(info, folder, stopped_by)
     return folder.path, info, stopped_by
 
@@ -243,6 +245,7 @@ def _describe(run: RunSetup, options: Options) -> RunInfo:
         },
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         host=host_id(),
+        **of_slurm(),
         started=runs.now(),
     )
 

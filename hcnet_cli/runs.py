@@ -10,16 +10,16 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.files import read_text, remove_stale, sync, write_text, writing
 from hcnet_cli.header import read_metadata
+from hcnet_cli.locks import Lock
 from hcnet_cli.plain_json import parse_json, read_json
 from hcnet_cli.privacy import host_id
 from hcnet_cli.recipe import Recipe
@@ -28,6 +28,7 @@ from hcnet_cli.record import CLEARED, DataInfo, RunInfo, Session, now, read_reco
 __all__ = ["DataInfo", "RunInfo", "Session", "now", "read_record", "record_text", "text_digest"]  # with what is below
 
 WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process trains is waited for, not refused
+LINK_VARIABLE = "HCNET_LINK"  # in the environment: a path that becomes a link to the folder of the run
 WAITING = "Waiting for another process that is working"
 LOG_BYTES = 256 * 2**20  # of a metrics.jsonl; a run of 1.5 million steps writes some 10 MiB
 RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain")
@@ -65,6 +66,7 @@ class RunFolder:
         self.best = path / "best.safetensors"
         self.model_file = path / "model.py"  # a copy of the file of the user's own that the model is made by
         self.waited = False
+        self.held: Lock | None = None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -74,44 +76,61 @@ class RunFolder:
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock")
-            try:
-                lock.acquire(timeout=1)  # `is_locked` holds it for a moment
-            except Timeout:
+            lock = Lock(self.path)
+            if not lock.acquire(timeout=1):  # `is_locked` holds it for a moment
                 self.waited = bool(os.environ.get(WAIT_VARIABLE))
                 if not self.waited:
+                    owner = lock.owner()
                     raise UserError(
-                        f"Another process is working in {self.path}.",
+                        f"Another process is working in {self.path}{f' ({owner})' if owner else ''}.",
                         hint="Wait for it, stop it, or give this run another --name.",
-                    ) from None
+                    )
                 notice(f"{WAITING} in {self.path}.")
-                lock.acquire(poll_interval=0.5)
+                while not lock.acquire(timeout=0.5):
+                    time.sleep(0.5)
+        self.held = lock
         try:
             remove_stale(self.path, ".*.[0-9]*.tmp", seconds=0)  # whoever wrote them is gone
+            self._link()
             yield
         finally:
+            self.held = None
             lock.release()
+
+    def _link(self) -> None:
+        """Makes the link that LINK_VARIABLE names lead here."""
+        if name := os.environ.get(LINK_VARIABLE):
+            link = Path(name)
+            with writing(link):
+                link.parent.mkdir(parents=True, exist_ok=True)
+                fresh = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+                fresh.unlink(missing_ok=True)
+                fresh.symlink_to(os.path.relpath(self.path.resolve(), link.parent.resolve()))
+                os.replace(fresh, link)
+
+    def require_lock(self) -> None:
+        """RunFailed if the lock that this command holds was taken over by another one."""
+        if self.held is not None:
+            self.held.require()
 
     def is_locked(self) -> bool:
         """Whether a command works in the folder; True too where that cannot be found out, as on a read-only disk."""
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            return True
-        lock.release()
-        return False
+        return Lock(self.path).is_held()
 
     def read(self) -> RunInfo | None:
         """The record, or None for a folder without one. UserError for one that cannot be understood.
 
-        A run that was killed on this machine could not write so: it is "interrupted", though its record says "running".
+        A run that was killed could not write so: it is "interrupted", though its record says "running", once its
+        process is gone from this machine, or silent on another one.
         """
         if not os.path.lexists(self.record):
             return None
         info = read_record(self.record)
-        if info.status == "running" and info.host in (host_id(), platform.node()) and not self.is_locked():
-            info.status = "interrupted"
+        if info.status == "running":
+            owner = Lock(self.path).owner()
+            here = info.host in (host_id(), platform.node()) and not self.is_locked()
+            if here or (owner is not None and owner.is_gone):
+                info.status = "interrupted"
         return info
 
     def require(self) -> RunInfo:
@@ -130,6 +149,7 @@ class RunFolder:
         return info
 
     def write(self, info: RunInfo) -> None:
+        self.require_lock()
         write_text(self.record, record_text(info))
 
     def clear(self) -> None:
@@ -163,6 +183,7 @@ class RunFolder:
 
     def append(self, **entry: Any) -> None:
         """One line of metrics.jsonl."""
+        self.require_lock()
         with writing(self.log_file), self.log_file.open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
 

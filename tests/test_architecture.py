@@ -41,7 +41,7 @@ LAYERS = [
     ["plausible"],
     ["declarations", "header", "model_names", "cache"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
     ["schema", "plain_json", "own_model"],
-    ["values", "plain_yaml"],
+    ["values", "plain_yaml", "locks"],
     ["files", "privacy"],
     ["console", "sizes"],
 ]

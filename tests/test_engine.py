@@ -361,3 +361,49 @@ def test_nested_batches_reach_the_device() -> None:
     assert moved["a"].is_meta
     assert moved["b"][0][0].is_meta
     assert moved["b"][0][1] == "text"
+
+
+def test_a_signal_interrupts_an_evaluation_which_is_then_made_first(
+    tmp_path: Path, never_interrupted: dict[str, Any]
+) -> None:
+    """At the evaluations of steps 5, 10 and 12, after their first batch; nothing is evaluated or logged twice."""
+
+    class Interrupted(Regression):
+        def predict(self, batch: dict[str, Any]) -> Tensor:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().predict(batch)
+
+    for step in (5, 10, 12):
+        stopped, state, _ = run(tmp_path, Interrupted())
+        assert (stopped, state.step, state.evaluation_due) == (signal.SIGTERM, step, True)
+        assert state.best_step != step
+        until = lambda seen: os.kill(os.getpid(), signal.SIGTERM) if seen == 0 else None  # noqa: E731
+        stopped, state, job = run(tmp_path, Regression(until))
+        assert not state.evaluation_due
+    assert stopped == 0
+    assert_equal(outcome(tmp_path, state, job), dict(never_interrupted))
+
+
+def test_processes_agree_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 2 s of the slowest process's pace, however fast steps are; at once where they meet anyway."""
+    from hcnet_cli.engine import loop
+
+    now, reduced = [0.0], []
+
+    def all_reduce_max(received: float, pace: float) -> tuple[float, float]:
+        reduced.append(now[0])
+        return received, max(pace, 0.25)  # another process takes 0.25 s a step
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loop.dist, "is_distributed", lambda: True)
+    monkeypatch.setattr(loop.dist, "all_reduce_max", all_reduce_max)
+    stopper = engine.Stopper()
+    agreement = loop.Agreement(stopper)
+    for _ in range(20):
+        now[0] += 0.1
+        assert agreement() == 0
+    assert reduced == pytest.approx([0.1, 0.9, 1.7])  # after the first step, then every 2 / 0.25 = 8 steps
+    stopper.received = signal.SIGUSR1
+    now[0] += 0.1
+    assert agreement() == 0
+    assert agreement(at_once=True) == signal.SIGUSR1

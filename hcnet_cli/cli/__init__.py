@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,10 +26,11 @@ from hcnet_cli.cli import (
     recipes,
     report,
     runs,
+    studies,
     training,
 )
 from hcnet_cli.cli.base import require_text
-from hcnet_cli.console import DISK_FULL, UserError, open_output, out, print_error, warn
+from hcnet_cli.console import DISK_FULL, UserError, is_main_process, open_output, out, print_error, visible, warn
 from hcnet_cli.tasks import TASKS
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # of every mistake in flags; Typer has no public name for it
@@ -43,6 +48,7 @@ app.command()(export.export)
 app.command()(inspect.check)
 app.command()(inspect.shards)
 app.command()(ablate.ablate)
+app.command()(studies.studies)
 app.command()(report.report)
 app.command()(inspect.explain)
 app.command()(inspect.doctor)
@@ -89,6 +95,7 @@ def main() -> None:
         if os.environ.get("HCNET_TRACEBACK"):
             raise
         print_error(str(error), error.hint)
+        _report_to_torchrun(f"error: {error}", error.hint)
         code = error.exit_code
     except typer.Abort:  # Ctrl-C
         code = 130
@@ -102,6 +109,25 @@ def main() -> None:
         print_error("The disk is full: what is printed here could not be written.")
         code = 2
     sys.exit(code)
+
+
+def _report_to_torchrun(message: str, hint: str) -> None:
+    """Hands the sentence to torchrun, which ends what it prints with it, after a traceback of its own.
+
+    torchrun ends all processes once one has ended, so the others leave the main process a second to speak.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    if is_main_process():
+        with contextlib.suppress(OSError):
+            content = {
+                "message": "\n".join(filter(None, (visible(message), visible(hint)))),
+                "timestamp": int(time.time()),
+            }
+            Path(file).write_text(json.dumps(content))
+    else:
+        time.sleep(1)
 
 
 def usage_sentence(message: str) -> str:

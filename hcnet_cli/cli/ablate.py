@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hcnet_cli.cli import complete, options
+from hcnet_cli.cli import complete, options, studies
 from hcnet_cli.cli.base import base_recipe, require_named
 from hcnet_cli.console import UserError
 from hcnet_cli.privacy import command_line
@@ -77,6 +77,13 @@ def ablate(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over finished runs of another code version, and broken ones.")
     ] = False,
+    on: studies.On = None,
+    partition: studies.Partition = None,
+    gpus: studies.Gpus = None,
+    cpus: studies.Cpus = None,
+    time: studies.Time = None,
+    at_once: studies.AtOnce = None,
+    sbatch_args: studies.SbatchArgs = None,
 ) -> None:
     """Train the model with and without its parts, on the same data, budget and seeds, and print what they are worth.
 
@@ -90,7 +97,11 @@ def ablate(
     from hcnet_cli.study import analysis, design, preview, runner
     from hcnet_cli.study.table import runs_by_name, table
 
-    check_device(device)
+    cluster = studies.cluster(ctx.params)
+    if cluster is None:
+        check_device(device)
+    if cluster is not None and jobs > 1:
+        raise UserError("--jobs is for this machine.", hint="--at-once says how many runs Slurm starts at a time.")
     if arms is not None and study_name != "backbones":
         raise UserError(
             "--arms names models for --study backbones.", hint="hcnet ablate --study backbones --arms t,convnext_tiny"
@@ -133,6 +144,13 @@ def ablate(
     settings = runner.Settings(
         results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=command_line(), detect=detect
     )
+    if cluster is not None:
+        from hcnet_cli.study.submit import submit_study
+
+        finished = submit_study(expanded, settings, cluster, dry_run)
+        if finished is not None:
+            sys.stdout.write(render([table(finished, runs_by_name(out_dir))], "rich"))
+        return
     if dry_run:
         preview.preview(expanded, settings, lambda one: _cost(one, device))
         return

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hcnet_cli.cli import options
+from hcnet_cli.cli import options, studies
 from hcnet_cli.cli.base import resolve
 from hcnet_cli.console import UserError
 from hcnet_cli.privacy import command_line
@@ -68,6 +68,7 @@ def _parameters(spec: Spec) -> Parameters:
         "dry_run": (options.DryRun, False),
         "fresh": (options.Fresh, False),
         "eval_only": (options.EvalOnly, False),
+        **studies.OPTIONS,
     }
 
 
@@ -82,9 +83,18 @@ def train_task(task: str, given: dict[str, Any]) -> None:
     if given["eval_only"] and (given["dry_run"] or given["fresh"]):
         other = "fresh" if given["fresh"] else "dry-run"
         raise UserError(f"--eval-only trains nothing: it cannot be combined with --{other}.")
+    cluster = studies.cluster(given)
     resolved = resolve(task, given)
-    check_device(given["device"])  # this and what follows before PyTorch is loaded, which takes seconds
+    if cluster is None:
+        check_device(given["device"])  # this and what follows before PyTorch is loaded, which takes seconds
     check_inputs(resolved.recipe, given["out_dir"])
+    if cluster is not None:
+        from hcnet_cli.study.submit import run_label, submit_run
+
+        recipe, words = resolved.recipe, studies.ordinary_command()
+        label = name or run_label(recipe, words)
+        submit_run(label, words, recipe.train.seed, given["out_dir"], cluster, given["dry_run"])
+        return
     started = not (given["dry_run"] or given["eval_only"] or given["fresh"])
     if started and (found := finished_run(resolved.recipe, given["out_dir"], name or "", given["device"])):
         notice_finished(found)

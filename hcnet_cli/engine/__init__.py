@@ -13,12 +13,13 @@ from hcnet_cli.engine.job import (
     autocast,
     to_device,
 )
-from hcnet_cli.engine.loop import Stopper, evaluate, fit, predict, save_final
+from hcnet_cli.engine.loop import Agreement, Stopper, evaluate, fit, predict, save_final
 from hcnet_cli.engine.state import State, restore, save
 from hcnet_cli.engine.step import check_unused
 
 __all__ = [
     "BYTES",
+    "Agreement",
     "Batch",
     "EvalBatches",
     "Evaluation",

@@ -61,6 +61,41 @@ class Stopper:
         self.received = number
 
 
+class StopRequest(Exception):
+    """Ends an evaluation that a signal has interrupted, on every process; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Agreement:
+    """The number of the signal that any process has received, or 0, equal on every process.
+
+    One call is one unit of work: a step, or a batch of an evaluation. Several processes communicate only at every so
+    many calls that SECONDS pass, a number that all of them compute from the pace of the slowest.
+    """
+
+    SECONDS = 2.0
+
+    def __init__(self, stopper: Stopper) -> None:
+        self.stopper = stopper
+        self.calls, self.due_after, self.since = 0, 1, time.monotonic()
+
+    def __call__(self, at_once: bool = False) -> int:
+        """`at_once`: communicate at this call, whenever the last one was."""
+        if not dist.is_distributed():
+            return self.stopper.received
+        self.calls += 1
+        if self.calls < self.due_after and not at_once:
+            return 0
+        pace = (time.monotonic() - self.since) / self.calls
+        number, pace = dist.all_reduce_max(float(self.stopper.received), pace)
+        self.due_after = max(1, int(self.SECONDS / max(pace, 1e-6)))
+        self.calls, self.since = 0, time.monotonic()
+        return int(number)
+
+
 class Window:
     """Means since the last log line. Tensors stay on the device until `read`. `state` is kept in checkpoints."""
 
@@ -111,14 +146,16 @@ class Window:
 
 
 @watching_workers()
-def evaluate(job: Job, evaluation: Evaluation, progress: Progress | None = None) -> tuple[dict[str, float], Evaluator]:
+def evaluate(
+    job: Job, evaluation: Evaluation, progress: Progress | None = None, stopper: Stopper | None = None
+) -> tuple[dict[str, float], Evaluator]:
     """Metrics of the job's weights (`Job.weights`) by one evaluation, and the evaluator that holds the predictions.
 
-    UserError where the metric that matters is undefined on these data.
+    UserError where the metric that matters is undefined on these data; StopRequest once `stopper` got a signal.
     """
     evaluator = evaluation.task.evaluator()
     with contextlib.nullcontext(progress) if progress else Progress(len(evaluation.batches)) as shown:
-        predict(job, evaluation, evaluator, evaluation.batches, shown)
+        predict(job, evaluation, evaluator, evaluation.batches, shown, stopper)
         metrics = evaluator.compute()
     primary = evaluation.task.primary
     if not math.isfinite(metrics.get(primary, math.nan)):
@@ -130,9 +167,16 @@ def evaluate(job: Job, evaluation: Evaluation, progress: Progress | None = None)
 
 
 def predict(
-    job: Job, evaluation: Evaluation, evaluator: Evaluator, batches: EvalBatches, progress: Progress | None = None
+    job: Job,
+    evaluation: Evaluation,
+    evaluator: Evaluator,
+    batches: EvalBatches,
+    progress: Progress | None = None,
+    stopper: Stopper | None = None,
 ) -> None:
-    """Hands the predictions for `batches` to the evaluator."""
+    """Hands the predictions for `batches` to the evaluator. StopRequest once `stopper` of any process got a signal."""
+    stopping = Agreement(stopper) if stopper else None
+    common = -int(dist.all_reduce_max(-len(batches))[0]) if stopper else 0  # batches that every process has
     task = evaluation.task
     trained = task.model
     task.model = job.weights
@@ -147,6 +191,8 @@ def predict(
                 evaluator.update(predictions, moved)
                 if progress:
                     progress.evaluating(number, len(batches))
+                if stopping and number <= common and (received := stopping()):
+                    raise StopRequest(received)
     finally:
         task.model = trained
 
@@ -157,7 +203,8 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
 
     Returns 0, or the number of the signal that stopped it after saving. `on_evaluation` is called on the main process
     after each evaluation, the last one included, when the checkpoint is written. RunFailed if a loss or gradient is not
-    finite. Predictions and pictures come after the checkpoint: nothing depends on them.
+    finite. A signal interrupts an evaluation too; the run that goes on begins with it. Predictions and pictures come
+    after the checkpoint: nothing depends on them.
     """
     stepper = Stepper(job)
     if state.scaler:
@@ -174,14 +221,38 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
         state.scaler = stepper.scaler.state_dict()
         state.window = window.state()
         if main:
+            folder.require_lock()
             save(job, folder.path, state)
         dist.barrier()
+
+    def evaluate_and_save() -> int:
+        """Evaluates, saves, and keeps the predictions of the best weights. Returns 0, or the number of the signal that
+        interrupted the evaluation; then the checkpoint says that it is still to be made.
+        """
+        nonlocal last_save
+        try:
+            evaluator = _evaluate_and_keep_best(job, folder, state, progress, stopper)
+        except StopRequest as stopped:
+            save_checkpoint()
+            return stopped.number
+        state.evaluation_due = False
+        save_checkpoint()
+        last_save = time.monotonic()
+        if main:
+            on_evaluation(state)
+        if evaluator is not None and main:
+            progress.begin("saving predictions and pictures")
+            save_final(evaluator, folder.path / "final")
+        return 0
 
     with Stopper() as stopper, Progress(job.total_steps, state.step, job.task.primary) as progress:
         if dist.from_main(lambda: state.step == state.best_step and (folder.path / "final" / MISSING).exists()):
             _, again = evaluate(job, job.evaluations[0], progress)
             if main:
                 save_final(again, folder.path / "final")
+        agreement = Agreement(stopper)
+        if state.evaluation_due and (stopping := evaluate_and_save()):
+            return stopping
         while state.step < job.total_steps and not out_of_patience(job, state):
             begun = time.monotonic()
             batches = [next(micro_batches) for _ in range(job.accumulate)]
@@ -189,8 +260,7 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             recent.append((state.step, [index for batch in batches for index in batch["sample"].tolist()]))
             window.add(stepper.step(state.step, [to_device(batch, job.device) for batch in batches]))
             state.step += 1
-            done = state.step == job.total_steps
-            evaluating = done or state.step % job.eval_every == 0
+            evaluating = state.step == job.total_steps or state.step % job.eval_every == 0
             logging = evaluating or state.step % job.log_every == 0
             if (logging or guard.checked_every_step) and guard.on_any_process():
                 _report_non_finite(guard, recent, job, folder)
@@ -198,8 +268,7 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             window.add_time(seconds, waited)
             state.seconds += seconds
             state.waited += waited
-            # several processes agree to stop at log steps only; at other steps none waits for another
-            stopping = dist.any_process(bool(stopper.received)) if logging or not dist.is_distributed() else False
+            stopping = agreement(at_once=logging)
             if logging:
                 entry = window.read(job.batch_size)
                 window = Window(job.device)
@@ -208,24 +277,24 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
                 progress.step(state.step, entry)
             elif progress.due and main:
                 progress.step(state.step, window.peek(job.batch_size))
-            evaluator = _evaluate_and_keep_best(job, folder, state, progress) if evaluating else None
-            if evaluating or stopping or _save_is_due(last_save, job.save_minutes, logging):
+            if evaluating:
+                state.evaluation_due = True
+            if evaluating and not stopping:
+                stopping = evaluate_and_save()
+            elif stopping or _save_is_due(last_save, job.save_minutes, logging):
                 save_checkpoint()
                 last_save = time.monotonic()
-            if evaluating and main:
-                on_evaluation(state)
-            if evaluator is not None and main:
-                progress.begin("saving predictions and pictures")
-                save_final(evaluator, folder.path / "final")
             progress.begin(f"step {state.step + 1}/{job.total_steps}")
-            if stopping and not (done or out_of_patience(job, state)):
-                return stopper.received or signal.SIGTERM
+            if stopping:
+                return stopping
     return 0
 
 
-def _evaluate_and_keep_best(job: Job, folder: RunFolder, state: State, progress: Progress) -> Evaluator | None:
+def _evaluate_and_keep_best(
+    job: Job, folder: RunFolder, state: State, progress: Progress, stopper: Stopper
+) -> Evaluator | None:
     """Returns the evaluator if these weights are the best so far: its predictions are worth keeping."""
-    metrics, evaluator = evaluate(job, job.evaluations[0], progress)
+    metrics, evaluator = evaluate(job, job.evaluations[0], progress, stopper)
     value = metrics[job.task.primary]
     if state.best is None or value > state.best:
         state.improved_step = state.step

@@ -26,6 +26,7 @@ class State:
     seconds: float = 0.0  # training time, without evaluation
     waited: float = 0.0  # the part of it spent waiting for data
     unreadable: int = 0
+    evaluation_due: bool = False  # the weights of `step` are still to be evaluated
     scaler: dict[str, Any] = field(default_factory=dict)
     window: dict[str, Any] = field(default_factory=dict)  # loss sums since the last log line
 

@@ -402,3 +402,10 @@ def _init(arm: str, changes: Mapping[str, Any], base: Base, recipe: Recipe, resu
         return found
     lacking, first = pretrained.explain_missing_pretraining(recipe, results)
     raise UserError(f"{lacking}.", hint=f"The arm {arm} starts from one: {first} first.")
+
+
+def model_arguments(recipe: Recipe) -> dict[str, str]:
+    """For a file of the user's own, which runs only if the command line names it."""
+    if not recipe.model.digest:
+        return {}
+    return {"--model": recipe.model.name, "--set": f"model.digest={recipe.model.digest}"}

@@ -63,6 +63,13 @@ class StudyRecord(BaseModel):
             raise ValueError(f"its primary metric {self.primary.analysis.metric!r:.40} is none of its tasks'")
         return self
 
+    def stem(self, cell: Cell) -> str:
+        """The name of a cell's files in the study's folder, without the ending."""
+        return f"{self.recipe_stem(cell.arm, cell.task)}-s{cell.seed}"
+
+    def recipe_stem(self, arm: str, task: str) -> str:
+        return f"{arm}-{task}" if len(self.tasks) > 1 else arm
+
     @property
     def baseline(self) -> str:
         return next(iter(self.arms))
@@ -84,12 +91,21 @@ def read_study(file: Path) -> StudyRecord:
     if version != SCHEMA:
         raise UserError(f"{file} is of version {str(version)[:20]}; this program reads version {SCHEMA}.")
     try:
-        return StudyRecord.model_validate(data)
+        record = StudyRecord.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{file}: {f'{place}: ' if place else ''}{reason}.") from None
+    for cell in record.cells:
+        cell.run = cell.run or linked_run(file.with_suffix("") / record.stem(cell))
+    return record
+
+
+def linked_run(stem: Path) -> str:
+    """The name of the run that a cell on Slurm trains, from the link that the run has made; "" before that."""
+    link = stem.with_name(f"{stem.name}.run")
+    return Path(os.readlink(link)).name if link.is_symlink() else ""
 
 
 def read_studies(results: Path) -> tuple[list[StudyRecord], list[str]]:

@@ -16,7 +16,6 @@ from types import FrameType
 import rich.box
 import rich.live
 import rich.table
-from filelock import FileLock, Timeout
 from rich.text import Text
 
 from hcnet_cli import recipe as rcp
@@ -24,9 +23,10 @@ from hcnet_cli import runs
 from hcnet_cli.console import UserError, duration, err, launch, notice, warn
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.grouping import Run
+from hcnet_cli.locks import Lock
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.analysis import fix
-from hcnet_cli.study.design import Design
+from hcnet_cli.study.design import Design, model_arguments
 from hcnet_cli.study.machine import environment
 from hcnet_cli.study.planning import later_seeds, power_lines
 from hcnet_cli.study.record import Cell, Found, StudyRecord, find_run, read_study, same_recipe
@@ -135,10 +135,6 @@ class StudyProcess:
         task = f" {cell.task}," if self.several_tasks else ""
         return f"{cell.arm},{task} seed {cell.seed}"
 
-    def stem(self, cell: Cell) -> str:
-        """The name of its files in the study's folder, without seed and ending."""
-        return f"{cell.arm}-{cell.task}" if self.several_tasks else cell.arm
-
     def _adopt(self, before: Sequence[Cell]) -> None:
         """Enters the runs that exist already. The cells of before name runs whose data has another path since."""
         earlier = {(c.arm, c.task, c.seed): c for c in before}
@@ -185,11 +181,14 @@ class StudyProcess:
 
     # -- the loop --
 
+    def write_recipes(self) -> None:
+        for (arm, task), recipe in self.design.recipes.items():
+            file = self.folder / f"{self.record.recipe_stem(arm, task)}.yaml"
+            write_text(file, rcp.dump_yaml(recipe))
+
     def run(self) -> tuple[StudyRecord, int]:
         cells = self.record.cells
-        for (arm, task), recipe in self.design.recipes.items():
-            file = self.folder / f"{self.stem(Cell(arm=arm, task=task, seed=0))}.yaml"
-            write_text(file, rcp.dump_yaml(recipe))
+        self.write_recipes()
         self.write()
         finished = sum(cell.state == "finished" for cell in cells)
         tasks = f" x {len(self.design.tasks)} tasks" if self.several_tasks else ""
@@ -275,17 +274,16 @@ class StudyProcess:
 
     def _start(self, cell: Cell, slot: int) -> _Job:
         recipe, results = self.recipe(cell), self.settings.results
-        log = self.folder / f"{self.stem(cell)}-s{cell.seed}.log"
+        log = self.folder / f"{self.record.stem(cell)}.log"
         arguments = {
-            "--recipe": self.folder / f"{self.stem(cell)}.yaml",
+            "--recipe": self.folder / f"{self.record.recipe_stem(cell.arm, cell.task)}.yaml",
             "--data": recipe.data.path,
             "--seed": cell.seed,
             "--init": recipe.init,
             "--out": results,
             "--device": self.settings.device,
+            **model_arguments(recipe),
         }
-        if recipe.model.digest:  # a file of the user's own, which runs only if the command line names it
-            arguments |= {"--model": recipe.model.name, "--set": f"model.digest={recipe.model.digest}"}
         line = [*PROGRAM, cell.task, *(str(x) for pair in arguments.items() for x in pair)]
         if cell.run in self.start_over:
             line.append("--fresh")
@@ -423,13 +421,12 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Refuses a second command at the same study, which would start the same runs."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        lock = Lock(folder)
+        if not lock.acquire():
             raise UserError(
-                f"Another process is working at this study ({folder}).", hint="Wait for it, or stop it."
-            ) from None
+                f"Another process is working at this study ({folder}): {lock.owner() or 'unknown'}.",
+                hint="Wait for it, or stop it.",
+            )
     try:
         yield
     finally:
