@@ -74,9 +74,3 @@ def emulates_bf16(device: torch.device) -> bool:
         return BF16_FLAGS.isdisjoint(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
-
-
-def use_cores(device: torch.device) -> None:
-    """Divides the cores between the processes of a machine, unless the user has."""
-    if device.type == "cpu" and dist.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.world_size()))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,25 +16,21 @@ from torch import Tensor
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import RunFailed, UserError, about, duration, notice, out, warn
-from hcnet_cli.data import loader
+from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
-from hcnet_cli.engine import Task, to_device
+from hcnet_cli.engine import Task
 from hcnet_cli.files import existing_parent, write_speed
 from hcnet_cli.models import hub
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
+from hcnet_cli.trial import Trial, device_memory, trial
 
-QUICK_SECONDS = 2.0  # of the first step, below which it is made again for its time
-TRIAL_SECONDS = 0.3  # of a step, above which the time estimate tries no larger batch
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
 MANY_IMAGES = 100_000  # training images, from which a recipe for small data is no help
 LARGEST_SMALL = 96  # pixels, the largest images that the recipe for small images is for
 MUCH_OF_THE_START = 0.1  # share of a moving average that is still what training started from
-NEARLY_FULL = 0.8  # of the device's memory, from which the trial makes sure
-MOST_OF_MEMORY = 0.9  # of it, that advice fills: allocations leave gaps
 LONG_SECONDS = 86400.0  # of training, from which the plan proposes less
 USED_BY = {  # fields of `schedule` that some kinds alone use
     "milestones": ("multistep",),
@@ -98,7 +92,7 @@ def _lines(
     state_bytes = (params + 3 * trained) * 4
     if tried.memory:
         lines["memory"] = (
-            f"about {tried.memory / 2**30:.1f} GiB of {_device_memory(device) / 2**30:.1f} GiB on this {device.type} a "
+            f"about {tried.memory / 2**30:.1f} GiB of {device_memory(device) / 2**30:.1f} GiB on this {device.type} a "
             f"process, {tried.per_image / 2**20:.0f} MiB an image, measured"
         )
     elif activations := _activation_bytes(recipe, task, data):
@@ -317,133 +311,6 @@ def saved_activations(task: Task, image: tuple[int, int]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         torch.func.functional_call(model, state, (torch.zeros(1, 3, *image, device="meta"),))
     return sum(size for storage, size in seen.items() if storage not in own)
-
-
-def seconds_per_image(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) -> float:
-    """Forward and backward time of one training image, by a `trial`."""
-    return trial(recipe, data, task, device).seconds
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a few training steps cost. `memory`: bytes on the device at the peak of a whole step; None on a CPU."""
-
-    seconds: float  # for an image
-    memory: int | None = None
-    per_image: float = 0.0  # bytes
-
-
-def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) -> Trial:
-    """Forward and backward passes of a few batches of real data. Rough.
-
-    Starts with 2 images, twice where that is quick, for the first step takes longer; then grows, up to the micro-batch,
-    until a step takes TRIAL_SECONDS. On a GPU the memory of the whole micro-batch follows from the last two sizes; if
-    it would nearly fill the device, the micro-batch itself is tried. UserError for parameters that are not trained, and
-    for a micro-batch that does not fit, with the number of micro-batches that does.
-    """
-    most = recipe.train.batch_size // (recipe.train.accumulate * dist.processes())
-    task.to(device)
-    fitting = 0
-    peaks: dict[int, int] = {}
-
-    def step(size: int) -> float:
-        nonlocal fitting
-        indices = [n * len(data.train) // size for n in range(size)]
-        batch = loader.sample_batch(data.train, indices, recipe.train.seed, data.collate)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        begun = time.perf_counter()
-        with engine.autocast(recipe.train.precision, device):
-            losses = task(to_device(batch, device))
-        torch.stack([loss.float() for loss in losses.values()]).sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            peaks[size] = torch.cuda.max_memory_allocated(device)
-        fitting = size
-        return time.perf_counter() - begun
-
-    size = min(2, most)
-    try:
-        seconds = step(size)
-        engine.check_unused(task)
-        if seconds < QUICK_SECONDS:
-            seconds = step(size)
-        while size < most and (seconds < TRIAL_SECONDS or len(peaks) == 1):
-            size = min(4 * size, most)
-            seconds = step(size)
-        found = _with_memory(seconds / size, peaks, most, recipe, task)
-        if found.memory and size < most and found.memory > NEARLY_FULL * _device_memory(device):
-            step(most)
-    except torch.OutOfMemoryError:
-        if len(peaks) > 1:
-            fitting = images_that_fit(peaks, _room(device, recipe, task))
-        raise UserError(
-            f"A micro-batch of {most} images does not fit into the memory of this {device.type}.",
-            hint=memory_advice(recipe, min(most - 1, fitting)),
-        ) from None
-    finally:
-        task.zero_grad(set_to_none=True)
-    return found
-
-
-def _with_memory(seconds: float, peaks: Mapping[int, int], most: int, recipe: Recipe, task: Task) -> Trial:
-    """Memory is taken as linear in the images; the optimizer's state and the average come on top of a trial."""
-    if not peaks:
-        return Trial(seconds)
-    last, per_image = max(peaks), _per_image(peaks)
-    return Trial(seconds, int(peaks[last] + per_image * (most - last) + _later_state(recipe, task)), per_image)
-
-
-def _per_image(peaks: Mapping[int, int]) -> float:
-    """Bytes of one image more, from the two largest sizes."""
-    *_, before, last = [0, *sorted(peaks)]
-    return max(0.0, (peaks[last] - peaks[before]) / (last - before)) if before else 0.0
-
-
-def _later_state(recipe: Recipe, task: Task) -> int:
-    """Bytes of what a trial does not hold yet: the optimizer's two averages, and that of the weights."""
-    return profile.count_params(task.model) * 4 * (2 if recipe.train.ema_decay is None else 3)
-
-
-def _room(device: torch.device, recipe: Recipe, task: Task) -> int:
-    return int(MOST_OF_MEMORY * _device_memory(device)) - _later_state(recipe, task)
-
-
-def images_that_fit(peaks: Mapping[int, int], room: int) -> int:
-    """Images whose step takes at most `room` bytes, from the peaks of at least two numbers of images that fit."""
-    last, per_image = max(peaks), _per_image(peaks)
-    return max(last, int(last + (room - peaks[last]) / per_image)) if per_image else last
-
-
-def _device_memory(device: torch.device) -> int:
-    """Bytes that this process can have: what is free, and what PyTorch holds already."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device)
-
-
-@contextlib.contextmanager
-def explaining_memory(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Turns memory that does not suffice during training into a RunFailed with the same advice as before it."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        images = recipe.train.batch_size // (recipe.train.accumulate * dist.processes())
-        raise RunFailed(
-            f"The memory of this {device.type} did not suffice for a micro-batch of {images} images; "
-            "the last checkpoint is whole.",
-            hint=f"{memory_advice(recipe, images // 2)} The same command goes on from there.",
-        ) from None
-
-
-def memory_advice(recipe: Recipe, fitting: int) -> str:
-    """What to type where a micro-batch does not fit: the smallest --accumulate whose micro-batches are at most
-    `fitting` images, which the trial had room for; otherwise less memory for the same images.
-    """
-    share = recipe.train.batch_size // dist.processes()
-    for parts in range(recipe.train.accumulate + 1, share // 2 + 1):
-        if share % (2 * parts) == 0 and share // parts <= max(2, fitting):
-            return f"--accumulate {parts} computes the same steps in micro-batches of {share // parts} images."
-    return "Use --set model.grad_checkpointing=true, a smaller model or smaller images."
 
 
 # --- what fits the data -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hcnet_cli import checkpoint, dist, engine, plan
+from hcnet_cli import checkpoint, dist, engine, trial
 from hcnet_cli.console import UserError
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.files import writing
@@ -38,7 +38,7 @@ def rehearse(job: engine.Job, recipe: Recipe, data: DataSplits, folder: Path) ->
         shutil.rmtree(scratch, ignore_errors=True)  # of a rehearsal that was killed
     with unchanged(job.task):
         try:
-            seconds = together("A training step", lambda: plan.seconds_per_image(recipe, data, job.task, job.device))
+            seconds = together("A training step", lambda: trial.seconds_per_image(recipe, data, job.task, job.device))
             for number, evaluation in enumerate(job.evaluations):
                 _rehearse_evaluation(job, evaluation, 1 if number else SAMPLES, scratch)
             together("Saving the weights", lambda: _save(job, scratch))

@@ -29,6 +29,7 @@ from hcnet_cli import (
     reading,
     rehearsal,
     runs,
+    trial,
 )
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, main_metrics, notice, out, warn
@@ -61,16 +62,14 @@ class Options:
 
 @dataclass(frozen=True)
 class RunSetup:
-    """A run before it starts: all is read and built, nothing is written. `init`: what became of the weights that
-    `recipe.init` names.
-    """
+    """A run before it starts: all is read and built, nothing is written."""
 
     folder: RunFolder
     recipe: Recipe
     data: DataSplits
     task: Task
     device: torch.device
-    init: LoadReport | None
+    init: LoadReport | None  # what became of the weights that recipe.init names
     fingerprint: str
     source: str  # of the file of the user's own that makes the model, "" for another model
 
@@ -166,7 +165,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
         folder.write(info)
 
     try:
-        with plan.explaining_memory(recipe, run.device):
+        with trial.explaining_memory(recipe, run.device):
             stopped_by = engine.fit(job, folder, state, lambda state: folder.write(with_progress(info, state)))
         further = {} if stopped_by else _score_best_weights(job, folder)
     except BaseException as error:

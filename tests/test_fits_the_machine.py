@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, Hcnet, only_run, outcome
 
-from hcnet_cli import build, dist, plan, runs
+from hcnet_cli import build, dist, runs, trial
 from hcnet_cli import recipe as rcp
 from hcnet_cli.tasks.classification.task import ClassificationTask
 
@@ -56,15 +56,15 @@ def test_workers_follow_the_cores(
 def test_the_advice_is_the_fewest_parts_that_fit(batch: int, accumulate: int, fitting: int, advice: str) -> None:
     changes = [("train.batch_size", batch, ""), ("train.accumulate", accumulate, "")]
     recipe = rcp.resolve(rcp.recipe_file("imagenet", "pretrain"), changes).recipe
-    assert advice in plan.memory_advice(recipe, fitting)
+    assert advice in trial.memory_advice(recipe, fitting)
 
 
 def test_the_images_that_fit_lie_on_the_line_through_two_peaks() -> None:
     """100 bytes and 10 for an image: 190 images fit into 2,000 bytes."""
     peaks = {2: 120, 8: 180, 32: 420}
-    assert plan.images_that_fit(peaks, 2000) == 190
-    assert plan.images_that_fit(peaks, 425) == 32
-    assert plan.images_that_fit({2: 100, 8: 100}, 2000) == 8
+    assert trial.images_that_fit(peaks, 2000) == 190
+    assert trial.images_that_fit(peaks, 425) == 32
+    assert trial.images_that_fit({2: 100, 8: 100}, 2000) == 8
 
 
 COMMAND = (
@@ -89,7 +89,7 @@ def test_memory_that_does_not_suffice(
         return real(self, batch)
 
     for limit in ("QUICK_SECONDS", "TRIAL_SECONDS"):  # the trial goes through all its sizes, however slow the machine
-        monkeypatch.setattr(plan, limit, 1e6)
+        monkeypatch.setattr(trial, limit, 1e6)
     command = (*COMMAND, "--data", folder_of_images)
     assert hcnet(*command, "--out", tmp_path / "expected").code == 0
     monkeypatch.setattr(ClassificationTask, "forward", limited)

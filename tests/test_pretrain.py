@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import hcnet_cli.models  # noqa: F401  (registers the sizes with timm)
-from hcnet_cli import plan, runs
+from hcnet_cli import runs, trial
 
 Hcnet = Callable[..., Done]
 SMALL = (
@@ -215,21 +215,21 @@ def test_the_plan_says_where_values_come_from_and_what_linear_scaling_would_give
     assert "linear scaling would give --lr 0.000375" in plan  # 3e-3 x 8 / 64
 
 
-@pytest.mark.parametrize(("trial", "sizes"), [(1e-9, [2]), (1e9, [2, 8])])
+@pytest.mark.parametrize(("seconds", "sizes"), [(1e-9, [2]), (1e9, [2, 8])])
 def test_time_is_estimated_with_whole_batches_where_two_images_are_quick(
-    trial: float, sizes: list[int], hcnet: Hcnet, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: float, sizes: list[int], hcnet: Hcnet, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two images at a time take a small model's GPU or CPU several times as long an image as its batch does."""
     seen: list[int] = []
-    real = plan.loader.sample_batch
+    real = trial.loader.sample_batch
 
     def noting(images: Any, indices: Any, *more: Any) -> Any:
         seen.append(len(indices))
         return real(images, indices, *more)
 
-    monkeypatch.setattr(plan, "TRIAL_SECONDS", trial)
-    monkeypatch.setattr(plan, "QUICK_SECONDS", 0)
-    monkeypatch.setattr(plan.loader, "sample_batch", noting)
+    monkeypatch.setattr(trial, "TRIAL_SECONDS", seconds)
+    monkeypatch.setattr(trial, "QUICK_SECONDS", 0)
+    monkeypatch.setattr(trial.loader, "sample_batch", noting)
     assert hcnet("pretrain", *SMALL, "--data", folder_of_images, "--dry-run").code == 0
     assert seen == sizes
 

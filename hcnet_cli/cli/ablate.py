@@ -178,7 +178,7 @@ def _study_base(task: str, one: StudyRun, given: dict[str, Any]) -> Base:
 
 def _cost(recipe: Recipe, device: str) -> Cost:
     """What one run of a recipe takes; the time from a short trial."""
-    from hcnet_cli import build, plan, profile
+    from hcnet_cli import build, profile, trial
     from hcnet_cli.device import pick_device
     from hcnet_cli.study.preview import Cost
 
@@ -186,7 +186,7 @@ def _cost(recipe: Recipe, device: str) -> Cost:
     task = build.build_task(recipe, data)
     return Cost(
         images=recipe.train.batch_size * build.steps(recipe, data).total,
-        seconds=plan.seconds_per_image(recipe, data, task, pick_device(device)),
+        seconds=trial.seconds_per_image(recipe, data, task, pick_device(device)),
         params=profile.count_params(task.model),
         macs=build.count_macs(recipe, task, data),
     )

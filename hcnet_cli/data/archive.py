@@ -18,15 +18,16 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hcnet_cli import dist
+from hcnet_cli.cache import cache_dir
 from hcnet_cli.console import UserError, status_line
-from hcnet_cli.data.folders import Packed, cache_dir, is_image
+from hcnet_cli.data.folders import Packed, is_image
 from hcnet_cli.data.member import Member, Tar
 from hcnet_cli.files import read_text, replacing
 
@@ -291,13 +292,13 @@ def _files(file: BinaryIO, path: str, start: int = 0, inside: bytes = b"") -> It
                 if name.startswith(b"/") or b".." in name.split(b"/") or b"\0" in name:
                     raise UserError(f"{where} holds a file whose name leads out of it: {entry.name!r}.")
                 name = b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
-                after = tar.offset  # type: ignore[attr-defined]
+                after = tar.offset
                 if name.lower().endswith(b".tar") and not inside:
                     yield from _files(file, path, entry.offset_data, os.path.basename(name)[:-4])
                     file.seek(after)
                 else:
                     yield _File(name, entry.offset_data, entry.size, inside)
-            end = tar.offset  # type: ignore[attr-defined]
+            end = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise _damaged(where, str(error)) from None
     if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):  # tarfile takes a cut between two files as the end
@@ -375,7 +376,7 @@ def _label(content: bytes, extension: bytes) -> bytes | None:
         value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     except (ValueError, AttributeError, RecursionError):
         return None
-    return cast(str, value).encode() if isinstance(value, str) and value and "\0" not in value else None
+    return value.encode() if isinstance(value, str) and value and "\0" not in value else None
 
 
 # --- names in WebDataset's form ---------------------------------------------------------------------------------------

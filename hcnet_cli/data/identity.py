@@ -153,7 +153,7 @@ class _Reader:
         try:
             if member is None:
                 path: str | Member = os.fsdecode(self.base + name)
-                stat = os.stat(path)
+                stat = os.stat(self.base + name)
                 if not modes.S_ISREG(stat.st_mode):  # a pipe would be waited for
                     raise OSError
                 size, touched = stat.st_size, max(stat.st_mtime_ns, stat.st_ctime_ns)

@@ -130,7 +130,7 @@ def scan(
     def member(number: int) -> Member | None:
         part = files["train"] if number < len(files["train"]) else files["val"]
         place = number if part is files["train"] else number - len(files["train"])
-        return part.members and part.members.member(place, os.fsdecode(names[number]))
+        return None if part.members is None else part.members.member(place, os.fsdecode(names[number]))
 
     facts = {"layout": "image-folder", "classes": classes, "images": [len(files[split]) for split in SPLITS]}
     identity = identify(root, names, facts, member=member, trust=trust, bits=bits, verify=verify)

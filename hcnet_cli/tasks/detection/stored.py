@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from hcnet_cli import dist
+from hcnet_cli.cache import cache_dir
 from hcnet_cli.console import UserError
-from hcnet_cli.data.folders import Packed, cache_dir
+from hcnet_cli.data.folders import Packed
 from hcnet_cli.files import open_regular, replacing
 from hcnet_cli.tasks.detection.annotations import Annotations, Truth, read_annotations
 
