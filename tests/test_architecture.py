@@ -24,6 +24,7 @@ LAYERS = [
     ["run"],
     ["rehearsal"],
     ["plan", "previous", "reading"],
+    ["trial"],
     ["build"],
     ["task modules"],  # tasks/*/task.py, tasks/*/predict.py
     ["task parts"],  # tasks/*/: data formats, heads, metrics
