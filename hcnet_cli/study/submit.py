@@ -8,11 +8,12 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hcnet_cli.console import notice, visible
+from rich.text import Text
+
+from hcnet_cli.console import notice, out
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.design import Design, model_arguments
@@ -131,7 +132,7 @@ def submit_arrays(
         after = {n: dependency(n % size, jobs[sources[n]]) for n in wanted if n in sources}
         text = array.script(cluster)
         if dry_run:
-            sys.stdout.write(visible(f"# {script}\n{text}", keep="\n"))
+            out.print(Text(f"# {script}\n{text}"), end="")
         else:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,7 @@ def submit_arrays(
         for part in split(script, wanted, after, size):
             line = shlex.join(part.line(cluster))
             if dry_run:
-                sys.stdout.write(visible(f"# {line}") + "\n")
+                out.print(f"# {line}")
                 job = array.file.removesuffix(".sh").upper()  # stands for a number
             else:
                 job = submit(part, cluster)
