@@ -12,7 +12,7 @@ from types import FrameType
 
 from hypothesis import HealthCheck, settings
 
-WAITING = 6  # times the processor's time, where a program waits
+WAITING = 3  # times as long: 30 s of waiting
 MOST_BYTES = 2**30  # that all examples of a process may add to its memory
 _grown = 0
 
