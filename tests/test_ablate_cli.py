@@ -367,8 +367,11 @@ def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "Name components to --disable, or a --study"),
-        (("--disable", "gate", "--study", "stencil"), "leave it or --study out"),
+        ((), "Name components to --disable, a --study, or a field to --sweep"),
+        (
+            ("--disable", "gate", "--study", "stencil"),
+            "--disable and --study each make a study of their own: leave one out",
+        ),
         (("--disable", "all+gate"), 'unknown component "all"'),
         (("--disable", "gate", "--seeds", ""), "not a list of whole numbers"),
         (("--disable", "gat"), 'unknown component "gat". Did you mean "gate"?'),

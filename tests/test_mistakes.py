@@ -180,10 +180,10 @@ SEGMENTATION = """
 --set data.multi_scale=[1] | training, end or asked
 """
 OTHERS = """
-ablate | Name components to --disable, or a --study
+ablate | Name components to --disable, a --study, or a field to --sweep
 ablate --disable gat | Did you mean "gate"?
 ablate --disable conduction+gate | without conduction there is no gate
-ablate --disable gate --study stencil | leave it or --study out
+ablate --disable gate --study stencil | leave one out
 ablate --disable gate --seeds 0,0 | names a seed twice
 ablate --disable gate --seeds one | is not a list of whole numbers
 ablate --disable gate --seeds 99999999999 | is not a list of whole numbers
