@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -46,8 +47,8 @@ def check_data(recipe: Recipe) -> None:
     path, form = recipe.data.path or "", recipe.spec.formats[recipe.data.format]
     if path in EMBEDDED:
         return
-    check_folder(path, f"Its layout is to be {form.layout}.")
-    root = Path(path)
+    root = Path(os.path.expanduser(path))
+    check_folder(str(root), f"Its layout is to be {form.layout}.")
     if form.recognise(root):
         return
     others = [name for name, spec in TASKS.items() if any(other.recognise(root) for other in spec.formats.values())]

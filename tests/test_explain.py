@@ -442,7 +442,7 @@ def test_not_a_run(tmp_path: Path) -> None:
 def test_a_run_without_weights(drawn: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(drawn, run, ignore=shutil.ignore_patterns("best.safetensors"))
-    with pytest.raises(UserError, match=r"has no best\.safetensors yet"):
+    with pytest.raises(UserError, match=r"has no best\.safetensors"):
         explain(run)
 
 
