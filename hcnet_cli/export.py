@@ -73,7 +73,7 @@ def export_folder(folder: RunFolder, info: RunInfo, recipe: Recipe, output: Path
     about = read_metadata(folder.best)
     model = _model(folder, recipe, about)
     if hasattr(model, "backbone"):
-        raise UserError("timm loads classifiers alone.", hint="Use --format onnx or --format pt2.")
+        raise UserError("Only a classifier can be written for timm.", hint="Use --format onnx or --format pt2.")
     try:
         with writing(output):
             output.mkdir(parents=True)

@@ -154,7 +154,7 @@ def remark_on_training(recipe: Recipe, task: Task, notices: bool = True) -> None
     if notices and recipe.train.ema_decay is not None:
         notice(f"Of the weights {_average(recipe)}.")
     if recipe.train.freeze != "none" and recipe.init == "none":
-        warn(f"train.freeze {recipe.train.freeze} keeps random weights: training starts from none (--init).")
+        warn(f"Random weights are frozen (train.freeze {recipe.train.freeze}): training starts from none (--init).")
     if weights := task.class_weights:
         notice(f"Class weights in the loss from {min(weights):.3g} to {max(weights):.3g} (run.json has all).")
 

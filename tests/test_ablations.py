@@ -394,7 +394,7 @@ def test_missing_gone_and_failed_cells_are_listed(tmp_path: Path) -> None:
     record.cells[8] = Cell(arm="no-refinement", task="pretrain", seed=2, state="failed", error="It broke.", log="a.log")
     _, rows, notes = made(tmp_path, record)
     assert "Not counted: full, seed 0: its run is gone [deleted]." in notes
-    assert "Not counted: no-gate, seed 1: not run." in notes
+    assert "Not run: seed 1 of no-gate." in notes
     assert "Not counted: no-refinement, seed 2: not run; failed: It broke (log: a.log)." in notes
     assert rows["no-gate"]["top1_n"] == 1
 
@@ -419,7 +419,8 @@ def test_an_arm_or_a_study_without_a_run_is_still_a_table(tmp_path: Path) -> Non
     empty = tmp_path / "empty"
     empty.mkdir()
     table, _, notes = made(empty, record)
-    assert notes.count("Not counted") == 9
+    assert notes.count("Not counted") == 6
+    assert "Not run: seeds 0, 1, 2 of no-gate." in notes
     assert {row.kind for row in table.rows} == {"unfinished"}
 
 

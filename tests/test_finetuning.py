@@ -414,7 +414,7 @@ def test_balanced_weights_are_scikit_learns(data: dict[str, Path], tmp_path: Pat
     expected = compute_class_weight("balanced", classes=np.unique(pixels), y=pixels)
     np.testing.assert_allclose(class_weights("balanced", scenes), expected)
     assert class_weights("none", scenes) == ()
-    with pytest.raises(UserError, match=r"head.class_weights has 2 numbers; the data have 3 classes"):
+    with pytest.raises(UserError, match=r"The data have 3 classes, and head.class_weights has 2 numbers"):
         class_weights((1.0, 2.0), scenes)
 
 
@@ -441,7 +441,7 @@ def test_what_has_no_effect_or_is_a_slip_is_said(data: dict[str, Path], here: Pa
         "head.focal_gamma has no effect: the loss is cross-entropy",
         "train.ema_decay 0.9999 is for longer runs: after 3 steps 100% of the average is what training started from",
         "train.patience has no effect",
-        "train.freeze backbone keeps random weights",
+        "Random weights are frozen (train.freeze backbone)",
     ):
         assert words_ in said, said
 

@@ -226,7 +226,7 @@ recipes list | No such command
 evaluate | Missing argument
 evaluate x --set optim.lr | is not KEY=VALUE
 evaluate x --set a=[ | is not valid YAML
-evaluate x --workers one | it takes a whole number.
+pretrain --workers one | it takes auto, or a whole number
 check | Missing argument
 check nowhere | does not exist
 check nowhere.json | does not exist

@@ -27,7 +27,7 @@ def class_weights(wanted: str | Sequence[float], data: DataSplits) -> tuple[floa
     assert not isinstance(wanted, str)
     if len(wanted) != data.info.num_classes:
         raise UserError(
-            f"head.class_weights has {len(wanted)} numbers; the data have {data.info.num_classes} classes.",
+            f"The data have {data.info.num_classes} classes, and head.class_weights has {len(wanted)} numbers.",
             hint=f"Their order: {', '.join(data.class_names[:10])}{', ...' if len(data.class_names) > 10 else ''}.",
         )
     return tuple(wanted)

@@ -278,7 +278,7 @@ def submit(one: Submission, cluster: Cluster) -> str:
     """The id of the job."""
     answer = call(*one.line(cluster)).strip().partition(";")[0]  # ID, or ID;CLUSTER
     if not answer.isdigit():
-        raise UserError(f"sbatch answered {answer!r:.80}, not the number of a job.")
+        raise UserError(f"The answer of sbatch, {answer!r:.80}, is not the number of a job.")
     return answer
 
 

@@ -29,6 +29,9 @@ COST_COLUMNS = (
 )
 
 
+NOT_RUN = "not run"  # why a cell does not count: said for all such cells at once
+
+
 def tables(results: Iterable[Path]) -> tuple[list[Table], list[str]]:
     """The table of every study under the results folders, and a line for each study that cannot be read."""
     made: dict[str, Table] = {}
@@ -77,7 +80,7 @@ def count(record: StudyRecord, task: str, found: Found) -> tuple[Counted, list[s
         if isinstance(run, str):
             reasons[key] = f"its record cannot be read ({run})"
         elif run is None:
-            reasons[key] = "its run is gone" if cell.run else "started" if cell.state == "running" else "not run"
+            reasons[key] = "its run is gone" if cell.run else "started" if cell.state == "running" else NOT_RUN
         elif not run.finished:
             state = "running" if run.info.status == "running" else "unfinished"
             reasons[key] = f"{state} at {run.info.steps_done} of {run.info.steps_total} steps"
@@ -109,8 +112,16 @@ def count(record: StudyRecord, task: str, found: Found) -> tuple[Counted, list[s
     lines = [
         f"Not counted: {cell.arm}, seed {cell.seed}{several}: {reason}{f' [{cell.run}]' if cell.run else ''}."
         for cell in cells
-        if (reason := reasons.get((cell.arm, cell.seed)))
+        if (reason := reasons.get((cell.arm, cell.seed))) and reason != NOT_RUN
     ]
+    waiting = {arm: [cell.seed for cell in cells if reasons.get((arm, cell.seed)) == NOT_RUN and cell.arm == arm]
+               for arm in record.arms}  # fmt: skip
+    for seeds in dict.fromkeys(map(tuple, waiting.values())):
+        if seeds:
+            arms = [arm for arm in waiting if tuple(waiting[arm]) == seeds]
+            whose = "all arms" if len(arms) == len(waiting) else ", ".join(arms)
+            named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+            lines.append(f"Not run: {named} of {whose}{several}.")
     return counted, lines
 
 
