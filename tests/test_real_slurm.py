@@ -59,7 +59,13 @@ def assert_same_table(slurm: Slurm, ours: Path, theirs: Path) -> None:
     assert "no-gate" in tables[0]
 
 
-MEASURED = ("images_per_second", "speed_notes", "command", "finished")  # differs between two runs of one study
+MEASURED = (
+    "images_per_second",
+    "memory_mb",
+    "speed_notes",
+    "command",
+    "finished",
+)  # differs between two runs of one study
 
 
 def table(slurm: Slurm, results: Path) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_slurm
@@ -297,7 +298,7 @@ def test_every_command_of_the_page_runs(hcnet: Hcnet, fake: Path, monkeypatch: p
     def stop(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hcnet_cli.cli.studies.time.sleep", stop)
+    monkeypatch.setattr("hcnet_cli.cli.studies.time", SimpleNamespace(sleep=stop))  # its own alone: locks sleep too
     lines = [line.strip() for line in PAGE.splitlines() if line.startswith("    hcnet ")]
     assert len(lines) == 5
     for line in lines:
