@@ -52,11 +52,7 @@ def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple
     recipe = rcp.resolve(folder.recipe_file).recipe
     first = next(iter(recipe.evaluation))
     own = recipe.model.digest
-    if own and not any(key == "model.name" for key, _, _ in overrides):
-        raise UserError(
-            f"The model of this run is made by a file, {folder.model_file}, which runs only if you name it.",
-            hint=f"Read the file, and give --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
-        )
+    runs.require_own_model(folder, recipe, named=any(key == "model.name" for key, _, _ in overrides))
     for key, _, source in overrides:
         key, _ = rcp.translate(key, None, recipe.task)
         if key.startswith(f"evaluation.{first}."):

@@ -250,6 +250,15 @@ def _folders(root: Path) -> list[Path]:
     return [path for path in entries if os.path.isdir(path) or not os.path.exists(path)]
 
 
+def require_own_model(folder: RunFolder, recipe: Recipe, named: bool) -> None:
+    """UserError for a run whose model a file of the user's own makes, where the command line does not name it."""
+    if recipe.model.digest and not named:
+        raise UserError(
+            f"The model of this run is made by a file, {folder.model_file}, which runs only if you name it.",
+            hint=f"Read the file, and give --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
+        )
+
+
 def with_weights(folder: RunFolder, model: str | None = None, data: str | None = None) -> tuple[RunInfo, Recipe]:
     """Record and recipe of a run that has weights; UserError for no run, no weights, and files that contradict it.
 
@@ -259,11 +268,7 @@ def with_weights(folder: RunFolder, model: str | None = None, data: str | None =
     if reason := contradiction(folder, info):
         raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
     recipe = rcp.resolve(folder.recipe_file).recipe
-    if recipe.model.digest and model is None:
-        raise UserError(
-            f"The model of this run is made by a file, {folder.model_file}, which runs only if you name it.",
-            hint=f"Read the file, and give --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
-        )
+    require_own_model(folder, recipe, named=model is not None)
     given = [("model.name", model, "--model"), ("data.path", data, "--data")]
     found = rcp.resolve(folder.recipe_file, [one for one in given if one[1] is not None]).recipe
     if (found.model.label, found.model.digest) != (recipe.model.label, recipe.model.digest):
