@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def coco(
             objects.append(
                 {"id": i + 1, "image_id": i, "category_id": 1 + i % 2, "bbox": [4, 4, 9, 9], "area": 81, "iscrowd": 0}
             )
-        content = {"images": images, "annotations": objects, "categories": CATEGORIES}
+        content = {"images": images, "annotations": objects, "categories": copy.deepcopy(CATEGORIES)}
         change(split, content)
         (root / f"annotations/instances_{split}2017.json").write_text(json.dumps(content))
     return root
