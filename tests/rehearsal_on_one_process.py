@@ -1,4 +1,4 @@
-"""Run by torchrun from test_rehearsal.py: FOLDER. A rehearsed piece of work fails on process 1 alone.
+"""Run on two processes by test_rehearsal.py: FOLDER. A rehearsed piece of work fails on process 1 alone.
 
 Each process writes what it raised to FOLDER/rank<n>.txt.
 """

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
-from conftest import SMALL_MODEL, Done, environment
+from conftest import SMALL_MODEL, Done
 
 from hcnet_cli import runs
 from hcnet_cli.study import machine
@@ -291,14 +292,9 @@ def test_a_signal_stops_all_and_the_same_command_goes_on(
 
 def test_studies_at_once_that_share_an_arm_train_it_once(folder_of_images: Path, tmp_path: Path) -> None:
     """Two real commands; the one that comes second to the shared baseline waits for it, and both end well."""
-    line = [sys.executable, "-m", "hcnet_cli", "ablate", *map(str, SMALL), "--data", str(folder_of_images)]
-    line += ["--seeds", "0", "--out", str(tmp_path), "--disable"]
-    started = [
-        subprocess.Popen([*line, name], env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in ("refinement", "gate")
-    ]
-    ended = [process.communicate(timeout=250) for process in started]
-    assert [process.returncode for process in started] == [0, 0], ended
+    line = ("ablate", *SMALL, "--data", folder_of_images, "--seeds", "0", "--out", tmp_path, "--disable")
+    ended = [program.done() for program in [fresh.start(*line, name) for name in ("refinement", "gate")]]
+    assert [done.code for done in ended] == [0, 0], ended
     records = [json.loads(file.read_text()) for file in (tmp_path / "studies").glob("*.json")]
     assert [[cell["state"] for cell in one["cells"]] for one in records] == [["finished"] * 2] * 2
     shared = {cell["run"] for one in records for cell in one["cells"] if cell["arm"] == "full"}

@@ -8,15 +8,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import torch
-from conftest import environment
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -308,11 +306,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(what: str, name
 def test_a_loss_that_one_of_two_processes_sees_stops_both(tmp_path: Path) -> None:
     """An infinite constant in the loss of one process leaves the gradients finite; the other process must not go on."""
     script = Path(__file__).parent / "non_finite_on_one_process.py"
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*line, str(tmp_path), "adamw", "lamb"], env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    fresh.run_two(script, tmp_path, "adamw", "lamb")
     for optimizer in ("adamw", "lamb"):
         folder = tmp_path / optimizer
         assert [(folder / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["loss of step 3, unmoved"] * 2

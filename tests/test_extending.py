@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 from small_data import coco
 
@@ -69,16 +67,15 @@ def run_commands(body: str, source: Path, folder: Path, images: Path) -> str:
         "finetune-det": ["--data", str(scenes), "--recipe", "digit-scenes", "--batch-size", "2"],
     }
     said = ""
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     for language, _, content in blocks(body):
         for line in content.splitlines() if language == "bash" else ():
             words = shlex.split(line)
             assert words[0] == "hcnet"
-            command = [sys.executable, "-m", "hcnet_cli", *words[1:], *ADDED.get(words[1], [])]
+            command = [*words[1:], *ADDED.get(words[1], [])]
             command += few.get(words[1], []) if "--data" not in words else []
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-            said += done.stdout + done.stderr
+            done = fresh.run(*command, folder=folder, PYTHONPATH=str(source))
+            assert done.code == 0, f"{line}\n{done.out}{done.err}"
+            said += done.out + done.err
     return said
 
 

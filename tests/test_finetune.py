@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
-from conftest import SMALL_MODEL, Done, environment, only_run, outcome, run_here
+from conftest import SMALL_MODEL, Done, only_run, outcome, run_here
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
@@ -70,7 +69,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def command(task: str, data: dict[str, Path], results: Path, *more: str) -> list[str]:
     where = ("--data", str(data[task]), "--out", str(results))
-    return [sys.executable, "-m", "hcnet_cli", task, *SMALL[task], *where, "--init", "none", *more]
+    return [task, *SMALL[task], *where, "--init", "none", *more]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def finished(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     results = {}
     for task in TASKS:
         folder = tmp_path_factory.mktemp(task)
-        run_here(*command(task, data, folder)[3:])
+        run_here(*command(task, data, folder))
         results[task] = only_run(folder)
     return results
 
@@ -89,16 +88,16 @@ def test_killed_and_started_again_is_never_interrupted(
 ) -> None:
     """A process of its own is killed; this one, with a past of other runs, goes on with its run."""
     arguments = command(task, data, tmp_path, "--workers", "1")
-    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
+    program = fresh.start(*arguments)
     deadline, log = time.monotonic() + 200, None
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and program.running():
         log = log or next(tmp_path.glob("runs/*/metrics.jsonl"), None)
         if log and '"step": 4' in log.read_text():
-            process.send_signal(signal.SIGKILL)
+            program.send_signal(signal.SIGKILL)
             break
         time.sleep(0.002)
-    assert process.wait() in (-signal.SIGKILL, 0)
-    run_here(*arguments[3:])
+    assert program.done().code in (-signal.SIGKILL, 0)
+    run_here(*arguments)
     assert outcome(only_run(tmp_path)) == outcome(finished[task])
 
 
@@ -108,11 +107,7 @@ def test_two_processes_are_one_run(task: str, data: dict[str, Path], finished: d
 
     In detection rounding may choose another proposal after the first step; the test below is bit for bit.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, *command(task, data, tmp_path)[1:]], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    fresh.run_two(*command(task, data, tmp_path))
     folder = only_run(tmp_path)
     assert folder.name == finished[task].name
     assert runs.read_record(folder / "run.json").processes == 2
@@ -129,11 +124,8 @@ def test_detection_in_micro_batches_equals_two_processes_bit_for_bit(
     hcnet: Hcnet, data: dict[str, Path], finished: dict[str, Path], tmp_path: Path
 ) -> None:
     """Without batch norm a division into equal micro-batches is the same whoever computes them."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = [*torchrun, *command("finetune-det", data, tmp_path / "two")[1:]]
-    subprocess.run(two, env=environment(), check=True, capture_output=True)
-    one = command("finetune-det", data, tmp_path / "one", "--accumulate", "2")
-    run_here(*one[3:])
+    fresh.run_two(*command("finetune-det", data, tmp_path / "two"))
+    run_here(*command("finetune-det", data, tmp_path / "one", "--accumulate", "2"))
     a, b = outcome(only_run(tmp_path / "two")), outcome(only_run(tmp_path / "one"))
     assert a["last"] == b["last"]
     assert a["metrics"] == b["metrics"]

@@ -8,18 +8,17 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import small_data
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import Hcnet, environment, outcome
+from conftest import Hcnet, outcome
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
@@ -266,10 +265,7 @@ def test_two_processes_are_one(data: dict[str, Path], here: Path, hcnet: Hcnet) 
     """With a frozen front, rates by layer, an average and weighted classes."""
     more = ("--freeze", "1", "--set", "optim.layer_decay=0.75", "--set", "train.ema_decay=0.5")
     more += ("--set", "head.class_weights=[0.5,2]", "--set", "model.drop_path_rate=0.0")
-    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hcnet_cli"]
-    line = [sys.executable, *program, *words("pretrain", "resnet18", data, *more, "--name", "two")]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fresh.run_two(*words("pretrain", "resnet18", data, *more, "--name", "two"))
     assert hcnet(*words("pretrain", "resnet18", data, *more, "--accumulate", "2", "--name", "one")).code == 0
     two, one = (load_file(here / f"results/runs/{name}/best.safetensors") for name in ("two", "one"))
     for name, value in two.items():

@@ -11,13 +11,12 @@ difference between this curve and one computed without AVX (ONEDNN_MAX_CPU_ISA=S
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 
 from hcnet_cli.cli import main
@@ -40,8 +39,8 @@ TOLERANCE_OF_PART = {("finetune-det", "loss_cls"): 5e-3, ("finetune-det", "loss"
 def curve(task: str, results: Path) -> dict[str, list[float]]:
     """Loss part -> its value at each of the 30 steps."""
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    line = [sys.executable, "-m", "hcnet_cli", task, *COMMON.split(), *RUNS[task], *settings, "--out", str(results)]
-    subprocess.run(line, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    done = fresh.run(task, *COMMON.split(), *RUNS[task], *settings, "--out", results)
+    assert done.code == 0, done.err
     return read_curve(results)
 
 

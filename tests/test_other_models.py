@@ -6,8 +6,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import fresh
 import pytest
 import small_data
 import timm
 import torch
-from conftest import Hcnet, environment, only_run, outcome
+from conftest import Hcnet, only_run, outcome
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -157,19 +156,7 @@ def test_two_processes(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
     and drop path, which is not drawn by sample here.
     """
     model, common = "resnet18", ("--set", "model.drop_path_rate=0.0")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "hcnet_cli",
-    ]
-    two = [*torchrun, *arguments("pretrain", model, data, *common, "--name", "two")]
-    done = subprocess.run(two, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    fresh.run_two(*arguments("pretrain", model, data, *common, "--name", "two"))
     assert hcnet(*arguments("pretrain", model, data, *common, "--accumulate", "2", "--name", "one")).code == 0
     a, b = (load_file(here / f"results/runs/{name}/last/model.safetensors") for name in ("two", "one"))
     for name, value in a.items():

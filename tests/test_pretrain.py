@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 import timm
 import torch
@@ -32,14 +33,14 @@ MIXED = ("--set", "data.mixup=0.8", "--set", "data.cutmix=1.0", "--set", "model.
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "hcnet_cli", "pretrain", *SMALL, *map(str, arguments)]
+    return ["pretrain", *SMALL, *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")
 def finished(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with mixing and drop path that nothing disturbed."""
     results = tmp_path_factory.mktemp("undisturbed")
-    run_here(*command(*MIXED, "--data", folder_of_images, "--out", results)[3:])
+    run_here(*command(*MIXED, "--data", folder_of_images, "--out", results))
     return only_run(results)
 
 
@@ -84,23 +85,23 @@ def test_killed_and_started_again_is_never_interrupted(
 ) -> None:
     """The real program, killed while it trains with two workers; the same command goes on to the same bytes."""
     arguments = command(*MIXED, "--data", folder_of_images, "--out", tmp_path, "--workers", "2")
-    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    program = fresh.start(*arguments)
     deadline = time.monotonic() + 200
     log = None
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and program.running():
         log = log or next(tmp_path.glob("runs/*/metrics.jsonl"), None)
         if log and '"step": 3' in log.read_text():
-            process.send_signal(number)
+            program.send_signal(number)
             break
         time.sleep(0.002)
-    _, err = process.communicate(timeout=100)
-    if process.returncode == 0:
+    done = program.done()
+    if done.code == 0:
         pytest.skip("it finished before it could be killed")
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), err
+    assert done.code == (-number if number == signal.SIGKILL else 128 + number), done.err
     if number == signal.SIGTERM:
-        assert "everything is saved" in err
+        assert "everything is saved" in done.err
         assert runs.read_record(only_run(tmp_path) / "run.json").status == "interrupted"
-    run_here(*arguments[3:])
+    run_here(*arguments)
     assert outcome(only_run(tmp_path)) == outcome(finished)
 
 
@@ -110,10 +111,10 @@ def test_two_processes_are_one_run_and_one_result(
     """Two processes = one process with two micro-batches, bit for bit; and = one batch but for rounding."""
     arguments = command(*MIXED, "--data", folder_of_images, "--out")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = [*torchrun, *arguments[1:], str(tmp_path / "two")]
+    two = [*torchrun, "-m", "hcnet_cli", *arguments, str(tmp_path / "two")]
     done = subprocess.run(two, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    run_here(*arguments[3:], tmp_path / "one", "--accumulate", "2")
+    run_here(*arguments, tmp_path / "one", "--accumulate", "2")
     a, b = only_run(tmp_path / "two"), only_run(tmp_path / "one")
     assert a.name == b.name == finished.name
     assert runs.read_record(a / "run.json").processes == 2
@@ -124,7 +125,7 @@ def test_two_processes_are_one_run_and_one_result(
     for name, value in load_file(a / "last" / "model.safetensors").items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=2e-5)
     # and the finished run of one process is the finished run of two
-    assert "This run is finished" in hcnet(*arguments[3:], tmp_path / "two").err
+    assert "This run is finished" in hcnet(*arguments, tmp_path / "two").err
 
 
 def test_same_command_again_says_finished_and_fresh_starts_over(

@@ -6,16 +6,15 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, Hcnet, environment, only_run
+from conftest import SMALL_MODEL, Hcnet, only_run
 from PIL import Image
 
 from hcnet_cli import build, engine, plan, rehearsal, runs
@@ -338,11 +337,7 @@ def test_an_undefined_score_is_one_sentence() -> None:
 def test_what_fails_on_one_of_two_processes_ends_both_with_the_same_sentence(tmp_path: Path) -> None:
     """The other process must not wait for ever in the next exchange."""
     script = Path(__file__).parent / "rehearsal_on_one_process.py"
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*line, str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    fresh.run_two(script, tmp_path)
     first, second = ((tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
     assert "A training step fails" in first

@@ -241,7 +241,7 @@ def test_batch_norm_of_two_processes_equals_one(tmp_path: Path):
     norm.bias.data.normal_()
     x, weights = 3 + 2 * torch.randn(4, 6, 5, 7).double(), torch.randn(4, 6, 5, 7).double()
     torch.save((norm, x, weights), tmp_path / "input.pt")
-    mp.spawn(half_of_the_batch, (tmp_path,), nprocs=2)
+    mp.start_processes(half_of_the_batch, (tmp_path,), nprocs=2, start_method="forkserver")
     plain = nn.BatchNorm2d(6).double()
     plain.load_state_dict(copy.deepcopy(norm.state_dict()))
     x.requires_grad_()

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 from conftest import SMALL_MODEL, environment, outcome
 from real_slurm import free_port
@@ -38,8 +39,8 @@ def documented(beginning: str, **changes: str) -> list[str]:
 def whole(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process that computes each step in two parts: the numbers of two processes."""
     out = tmp_path_factory.mktemp("whole")
-    line = [sys.executable, "-m", "hcnet_cli", *RUN, "--data", str(folder_of_images), "--out", str(out)]
-    subprocess.run([*line, "--accumulate", "2"], env=environment(), check=True, capture_output=True)
+    done = fresh.run(*RUN, "--data", folder_of_images, "--out", out, "--accumulate", "2")
+    assert done.code == 0, done.err
     return out / "runs" / "mine"
 
 
@@ -68,9 +69,8 @@ def test_sigusr1_saves_and_the_run_goes_on_by_one_process(whole: Path, folder_of
     assert "everything is saved" in err
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
-    alone = [sys.executable, "-m", "hcnet_cli", *run, "--accumulate", "2"]
-    done = subprocess.run(alone, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = fresh.run(*run, "--accumulate", "2")
+    assert done.code == 0, done.err
     assert_same(tmp_path / "runs" / "mine", whole)
 
 

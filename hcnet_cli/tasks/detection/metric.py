@@ -163,7 +163,7 @@ class CocoAP:
         names = pictures.file_names([entry["file_name"] for entry in truth["images"]])
         for entry, name in zip(truth["images"], names, strict=True):
             with optional(folder / name):
-                self._draw(entry, objects[entry["id"]]).save(folder / name)
+                self._draw(entry, objects[entry["id"]]).save(folder / name, compress_level=1)  # as in segmentation
 
     def _draw(self, entry: dict[str, Any], objects: Sequence[dict[str, Any]]) -> Image.Image:
         """The ground truth and the confident detections of an image, side by side."""

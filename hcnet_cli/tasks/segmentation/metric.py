@@ -135,7 +135,7 @@ class MeanIoU:
             path, label, prediction = self._kept[sample]
             with optional(target / name):
                 picture = draw(self.read(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
-                picture.save(target / name)
+                picture.save(target / name, compress_level=1)  # a third of the time, a quarter more bytes
 
 
 def _rounded(x: float) -> float | None:
