@@ -23,7 +23,7 @@ LAYERS = [
     ["evaluate", "predict", "export", "explain", "check", "doctor"],
     ["run"],
     ["rehearsal"],
-    ["plan", "previous", "reading"],
+    ["plan", "previous", "reading", "first_batches"],
     ["trial"],
     ["build"],
     ["task modules"],  # tasks/*/task.py, tasks/*/predict.py

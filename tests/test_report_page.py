@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from synthetic_runs import make_run, picture
 
+from hcnet_cli.record import data_card, read_record
 from hcnet_cli.report import figures, page, report
 from hcnet_cli.table import Column, Row, Table
 
@@ -154,6 +155,17 @@ def test_large_pictures_are_made_smaller_and_damaged_ones_left_out(tmp_path):
     assert text.count("data:image/png;base64,") == 1
     assert "1 more picture lies in" in text
     assert len(text) < 600_000 + len(report([tmp_path / "none"], fmt="html"))
+
+
+def test_a_run_shows_its_first_batches_and_its_data(tmp_path):
+    folder = make_run(tmp_path)
+    picture(folder / "batches.png", 0)
+    info = read_record(folder / "run.json")
+    info.data.card = data_card("images", {"cat": 30, "dog": 10}, [(32, 48)])
+    (folder / "run.json").write_text(info.model_dump_json())
+    text = report([tmp_path], fmt="html")
+    assert "the first training batches" in text
+    assert "2 classes of 10 to 30 images, 3.0 to 1; 48 x 32 pixels, of 1 images" in text
 
 
 def test_page_stops_taking_pictures(tmp_path, monkeypatch):

@@ -34,7 +34,11 @@ PICTURE_BYTES = 200_000  # a larger file is shrunk
 LARGEST_PICTURE = 64 * 2**20, 50_000_000  # bytes of a file, pixels; a larger one is left out
 ALL_PICTURES_BYTES = 8_000_000  # of the page; further pictures are counted, not shown
 RECIPE_BYTES = 2**20
-PICTURE_FOLDERS = {"final/pictures": "predictions", "explain": "inside the heat layers"}
+PICTURES = {  # of a run: files -> what they show
+    "final/pictures/*.png": "predictions",
+    "explain/*.png": "inside the heat layers",
+    "batches.png": "the first training batches",
+}
 HIDDEN_ON_PHONES = ("img_size", "images_per_second", "difference")  # columns, with the secondary ones
 DRAWN = 1e9  # figures leave out what is larger: no model has such values, and axes need room
 FOREST_TITLE = "difference to the full model"
@@ -242,6 +246,7 @@ def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
         "started from": str(i.init.get("source") or "random weights"),
         "steps": f"{steps}, {i.batch_size} images each",
         "data": f"{i.data.name}: {i.data.num_train:,} to train, {i.data.num_val:,} {i.data.split}, {i.data.digest}",
+        "training data": str(i.data.card or ""),
         "size": size,
         "training": training,
         "inference": speed,
@@ -278,8 +283,8 @@ def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
     room, left_out = ALL_PICTURES_BYTES, 0
     for table in made:
         for row in table.rows:
-            for place, what in PICTURE_FOLDERS.items() if row.runs else ():
-                files = sorted((row.runs[0] / place).glob("*.png"))
+            for pattern, what in PICTURES.items() if row.runs else ():
+                files = sorted(row.runs[0].glob(pattern))
                 shown = files[:PICTURES_PER_ROW] if room > 0 else ()
                 images = [image for file in shown if (image := _image(file))]
                 room -= sum(len(image["uri"]) for image in images)

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from hcnet_cli import pictures
 from hcnet_cli.data.balance import class_counts, class_weights
+from hcnet_cli.data.images import to_picture
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
@@ -68,8 +71,38 @@ class ClassificationTask(Task):
     def predict(self, batch: dict[str, Any]) -> Tensor:
         return self.model(self.normalise(batch)).float()
 
+    def draw_batch(self, batch: dict[str, Any], caption: str) -> Image.Image:
+        """See engine.Task. A mixed image is labelled with both classes and their shares: 0.70 cat, + 0.30 dog."""
+        images, target = self.normalise(batch), batch["target"]
+        lines = [[self.class_names[i]] for i in target.tolist()]
+        if self.mixup:
+            images, soft = mix(images, target, batch["step_key"], self.mixup)
+            for own, (first, second, share) in zip(lines, mixed_classes(target, soft, self.mixup), strict=True):
+                if share < 0.995 and first != second:
+                    names = [f"× {name}" if name[:1].isdigit() else name for name in self.class_names]
+                    own[:] = [f"{share:.2f} {names[first]}", f"+ {1 - share:.2f} {names[second]}"]
+        rows = max(map(len, lines))
+        _, mean, std = self.normalise.constants.tolist()
+        tiles = [
+            pictures.tile(to_picture(image, mean, std), [(text, pictures.INK) for text in [*own, ""][:rows]])
+            for image, own in zip(images, lines, strict=True)
+        ]
+        mixing = ", with their shares in the label" if rows > 1 else ""
+        return pictures.grid(tiles, 8, f"{caption}{mixing}")
+
     def evaluator(self) -> Accuracy:
         return Accuracy(len(self.class_names), self.class_names, self.sample_name)
+
+
+def mixed_classes(target: Tensor, soft: Tensor, mixup: Mixup) -> list[tuple[int, int, float]]:
+    """For each image its class, that of the image mixed into it (the other end of the batch), and its own share.
+
+    target [B], soft targets [B, num_classes]. Mixup's smoothing leaves smoothing / num_classes to every class.
+    """
+    rest = mixup.label_smoothing / soft.shape[1]
+    own = (soft.gather(1, target[:, None])[:, 0] - rest) / (1 - mixup.label_smoothing)
+    pairs = zip(target.tolist(), target.flip(0).tolist(), own.tolist(), strict=True)
+    return [(first, second, min(1.0, max(0.0, share))) for first, second, share in pairs]
 
 
 def build_task(

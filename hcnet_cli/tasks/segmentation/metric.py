@@ -148,23 +148,22 @@ def draw(
     """Image, label and prediction in a row, and a legend of the classes in them."""
     colours = pictures.palette(len(class_names))
     counted = label != ignore_index
-    accuracy = f"{100 * (label == prediction)[counted].mean():.1f} % of pixels right" if counted.any() else ""
+    accuracy = f"{100 * (label == prediction)[counted].mean():.1f} % of pixels correct" if counted.any() else ""
     panels = [
         pictures.panel(pictures.enlarged(image), "image"),
         pictures.panel(pictures.draw_classes(image, label, colours, ignore_index), "label"),
         pictures.panel(pictures.draw_classes(image, prediction, colours, ignore_index), "prediction", accuracy),
     ]
     areas = np.bincount(label[counted], minlength=256) + np.bincount(prediction[counted], minlength=256)
-    entries = legend(areas, class_names)
-    if not counted.all():
-        entries.append(("ignored", pictures.IGNORED))
-    return pictures.sheet(panels, caption, entries)
+    return pictures.sheet(panels, caption, legend(areas, class_names, not counted.all()))
 
 
-def legend(areas: NDArray[np.int64], class_names: Sequence[str]) -> list[tuple[str, pictures.Colour]]:
+def legend(
+    areas: NDArray[np.int64], class_names: Sequence[str], ignored: bool = False
+) -> list[tuple[str, pictures.Colour]]:
     """Names and colours of the classes that cover an area [256] of a picture, in the order of the class list.
 
-    The MAX_LEGEND largest are named.
+    The MAX_LEGEND largest are named; `ignored`: pixels without a class are among them.
     """
     largest = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c]]
     entries: list[tuple[str, pictures.Colour]] = []
@@ -173,4 +172,6 @@ def legend(areas: NDArray[np.int64], class_names: Sequence[str]) -> list[tuple[s
         entries.append((class_names[c], (red, green, blue)))
     if len(largest) > MAX_LEGEND:
         entries.append((f"and {len(largest) - MAX_LEGEND} more", pictures.PAPER))
+    if ignored:
+        entries.append(("ignored", pictures.IGNORED))
     return entries
