@@ -357,9 +357,10 @@ class Progress:
     def _show(self, step: int, of: Mapping[str, str]) -> None:
         """The bar with epoch and time, and the values below it."""
         epochs = f"epoch {of['epoch']}/{self.total / self.steps_per_epoch:.0f} · " if "epoch" in of else ""
-        self.bar.values = " · ".join(
-            f"{name} {of[name]}" for name in ("loss", "lr", "|grad|", "memory", "img/s", "wait") if name in of
-        )
+        values = [f"{name} {of[name]}" for name in ("loss", "lr", "|grad|") if name in of]
+        values += [of["memory"]] if "memory" in of else []
+        values += [f"{of['img/s']} img/s"] if "img/s" in of else []
+        self.bar.values = " · ".join([*values, f"wait {of['wait']}"] if "wait" in of else values)
         self.bar.update(self.row, completed=step, description=f"{epochs}{of['left']} left, ends {of['ends']}")
         self.printed = time.monotonic()
 

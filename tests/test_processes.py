@@ -171,7 +171,7 @@ def test_progress_has_all_values_in_80_columns(
     lines = [line.rstrip() for line in captured.get().splitlines()]
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
-    for word in ("epoch ", " left, ends ", "loss ", " lr ", "|grad| ", "memory ", "img/s ", "wait "):
+    for word in ("epoch ", " left, ends ", "loss ", " lr ", "|grad| ", "B · ", " img/s", "wait "):
         assert word in text, text
     assert "…" not in text
 
