@@ -121,8 +121,7 @@ def test_lines_come_by_time_whatever_a_step_or_an_evaluation_takes(
         assert "evaluating · batch" in capfd.readouterr().err
         progress.printed -= 1
         progress.step(2, {"loss": 1.0, "images_per_second": 3.21, "data_wait": 0.0})
-        head, row = capfd.readouterr().err.splitlines()
-        assert dict(zip(head.split(), ["2", "1.000"], strict=False)).items() >= {"step": "2"}.items()
+        *_, row = capfd.readouterr().err.splitlines()
         assert row.split()[:4] == ["2", "1.000", "3.210", "0%"]
 
 
