@@ -23,6 +23,7 @@ from hcnet_cli.privacy import public_text
 from hcnet_cli.report import figures
 from hcnet_cli.report.escape import to_json
 from hcnet_cli.results import Results, command, model_name
+from hcnet_cli.study.status import StudyStatus
 from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
 from hcnet_cli.tasks import TASKS
 
@@ -45,8 +46,18 @@ FOREST_TITLE = "difference to the full model"
 COLUMNS_LEFT_OUT = ("seeds", "recipe")  # links to the runs show the seeds, and each run's section its recipe
 
 
-def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: float | None = None) -> str:
-    """The page. Tables with measured rows come first. `refresh`: seconds after which it loads itself again."""
+def html(
+    made: Sequence[Table],
+    notes: Sequence[str],
+    found: Results,
+    refresh: float | None = None,
+    version: str = "",
+    studies: Sequence[StudyStatus] = (),
+) -> str:
+    """The page. Tables with measured rows come first. `refresh`: seconds after which it loads itself again.
+
+    `version`: of a page that `serve` hands out, which loads itself again when there is another one.
+    """
     anchors = {run.folder: f"run-{i}" for i, run in enumerate(found.runs)}
     ordered = sorted(made, key=lambda table: not table.measured)
     sections = [_section(table, f"table-{i}", anchors) for i, table in enumerate(ordered)]
@@ -56,6 +67,8 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
     pictures, left_out = _pictures(ordered)
     curves = to_json(_curves(found.runs, anchors), indent=None, separators=(",", ":"))
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    if version:
+        script += (FOLDER / "live.js").read_text(encoding="utf-8")
     if refresh:
         script = f"setTimeout(() => location.reload(), {int(refresh * 1000)});\n{script}"
     text = environment.get_template("page.html").render(
@@ -69,6 +82,8 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
         pictures=pictures,
         left_out=left_out,
         notes=notes,
+        version=version,
+        studies=studies,
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script runs
     )
@@ -202,8 +217,23 @@ def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[s
         if any(series.values()):
             group = f"{run.info.data.name}: {metric}"
             about = {"id": anchors[run.folder], "label": _label(run), "group": group, "primary": metric}
-            curves.append({**about, **series})
-    return curves
+            about |= {"running": run.state == "running", "best": run.info.metrics.get(metric)}
+            about |= {"images": run.info.steps_done * run.info.batch_size}
+            curves.append((run, {**about, **series}))
+    return _with_short_labels(curves)
+
+
+def _with_short_labels(curves: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Without the settings that all runs of a group share; running ones first, then the best."""
+    for group in {curve["group"] for _, curve in curves}:
+        members = [(run, curve) for run, curve in curves if curve["group"] == group]
+        first = members[0][0].info.changes if len(members) > 1 else {}
+        shared = [k for k, v in first.items() if all(run.info.changes.get(k) == v for run, _ in members)]
+        for run, curve in members:
+            own = {key: value for key, value in run.info.changes.items() if key not in shared}
+            curve["label"] = _label(Run(run.folder, run.info.model_copy(update={"changes": own})))
+    ordered = [curve for _, curve in curves]
+    return sorted(ordered, key=lambda curve: (not curve["running"], -(curve["best"] or -1)))
 
 
 def _drawn(value: object) -> TypeGuard[float]:
