@@ -365,8 +365,10 @@ def test_curves_follow_the_choice(tab):
     """Unchecking a run takes its curve away; another data set draws its own metric; finding hides names."""
     load(tab)
     curves = "[...document.querySelectorAll('#charts figure')].map(f => f.querySelectorAll('path.curve').length)"
-    before = tab.js(curves)
-    assert before == [6, 6, 6]
+    assert tab.js(curves) == [3, 3, 3]  # what is trained now comes first
+    assert tab.js("document.querySelector('#curve-runs label').title") == "HcNet-B, seed 0"
+    enter(tab, "#curve-group", "digits: top1")
+    assert tab.js(curves) == [6, 6, 6]
     tab.js("document.querySelector('#curve-runs input').click()")
     assert tab.js(curves) == [5, 5, 5]
     enter(tab, "#curve-group", "digit-stuff: mIoU")
@@ -375,6 +377,14 @@ def test_curves_follow_the_choice(tab):
     enter(tab, "#curve-find", "seed 1")
     assert tab.js("[...document.querySelectorAll('#curve-runs label')].filter(l => l.offsetParent).length") == 1
     assert tab.errors == []
+
+
+def test_curves_leave_out_what_all_runs_share_and_begin_with_the_best(tmp_path):
+    for seed in range(3):
+        changes = {"schedule.length": 20, "optim.lr": 0.1 * (seed + 1)}
+        make_run(tmp_path, seed=seed, score=90.0 + seed, changes=changes)
+    labels = re.findall(r'"label":"([^"]+)"', report([tmp_path], fmt="html"))
+    assert labels == [f"HcNet-pico, seed {seed} (optim.lr={0.1 * (seed + 1)})" for seed in (2, 1, 0)]
 
 
 @needs_chromium
