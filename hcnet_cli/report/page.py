@@ -37,6 +37,7 @@ ALL_PICTURES_BYTES = 8_000_000  # of the page; further pictures are counted, not
 RECIPE_BYTES = 2**20
 PICTURES = {  # of a run: files -> what they show
     "final/pictures/*.png": "predictions",
+    "final/*.png": "what is right and wrong",
     "explain/*.png": "inside the heat layers",
     "batches.png": "the first training batches",
 }

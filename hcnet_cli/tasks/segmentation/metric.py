@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hcnet_cli import dist, pictures
+from hcnet_cli import charts, dist, pictures
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.audit import distinct
 from hcnet_cli.data.images import read_image
@@ -110,7 +110,7 @@ class MeanIoU:
         return {name: float(self._result[name]) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
 
     def save(self, folder: Path) -> None:
-        """per_class.json and pictures/NAME.png, after `compute`. Undefined numbers are null."""
+        """per_class.json, per_class.png and pictures/NAME.png, after `compute`. Undefined numbers are null."""
         folder.mkdir(parents=True, exist_ok=True)
         result = self._result
         rows = zip(self.class_names, result["iou"], result["acc"], result["pixels"], strict=True)
@@ -126,6 +126,10 @@ class MeanIoU:
         file = folder / "per_class.json"
         with optional(file):
             write_text(file, json.dumps(content, indent=1) + "\n")
+        if np.isfinite(result["iou"]).any():
+            with optional(folder / "per_class.png"):
+                chart = charts.class_bars(self.class_names, result["iou"], "IoU of the classes", "IoU (%)")
+                (folder / "per_class.png").write_bytes(chart)
         target = folder / "pictures"
         with optional(target):
             target.mkdir(parents=True, exist_ok=True)
