@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from hcnet_cli.pictures import shortened
 
 INK, MUTED, HOT, COOL = "#1f1b18", "#6a625a", "#c2410c", "#1d6fa5"
+GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of numbers that a line may cross
 MOST_CLASSES = 200  # bars of a figure: of more classes the worst
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
@@ -57,13 +58,13 @@ def class_bars(names: Sequence[str], values: Sequence[float], title: str, unit: 
         axes.barh(places, numbers, height=0.72, color=[HOT if v >= mean else "#e0a083" for v in numbers])
         axes.set_yticks(places, [shortened(name, 13, 180) for _, name in ordered])
         for place, value in enumerate(numbers):
-            axes.text(value + 0.8, place, f"{value:.1f}", va="center", fontsize=8.5, color=MUTED)
-        axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (3, 3)))
+            axes.text(value + 0.8, place, f"{value:.1f}", va="center", fontsize=8.5, color=MUTED, bbox=GROUND)
+        axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (3, 3)), zorder=1.5)
         axes.text(mean, -0.9, f"mean {mean:.1f}", ha="center", va="bottom", fontsize=8.5)
         axes.set(xlim=(0, 108), ylim=(len(ordered) - 0.4, -1.0), xlabel=unit, title=title)
         axes.set_xticks(range(0, 101, 20))
         axes.set_axisbelow(True)
-        axes.grid(visible=True)
+        axes.grid(visible=True, axis="x")
         axes.tick_params(length=0)
 
     return drawn(7.5, 1.3 + 0.26 * len(ordered), draw)

@@ -10,25 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
 from hcnet_cli.files import optional, write_text
+from hcnet_cli.tasks.classification.mistakes import Mistake, draw_mistakes, mistakes, worst
 
 
 class Accuracy:
     """Counts right answers of a classifier. Of equal scores, that of the lower class number counts as higher.
 
     With fewer than five classes `top5` looks at all of them, and is 100. The five best classes of each image are kept
-    for `save`, which names an image by `sample_name` of its number.
+    for `save`, which names an image by `sample_name` of its number; `load_image` gives it for the picture of the worst
+    mistakes.
     """
 
-    def __init__(self, num_classes: int, class_names: Sequence[str], sample_name: Callable[[int], str] = str) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: Sequence[str],
+        sample_name: Callable[[int], str] = str,
+        load_image: Callable[[int], Image.Image] | None = None,
+    ) -> None:
         assert num_classes == len(class_names)
         self.partial = False
         self.sample_name = sample_name
+        self.load_image = load_image
+        self.mistakes: list[Mistake] = []
         self.kept: list[tuple[Tensor, Tensor]] = []  # [B, 2 + 5] sample, label, best classes; [B, 5] their scores
         self.class_names = distinct(class_names)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [truth, prediction]
@@ -49,6 +60,7 @@ class Accuracy:
         scores, order = (x[:, :5] for x in predictions.sort(dim=1, descending=True, stable=True))  # [B, 5]
         among_five = (order == target[:, None]).any(dim=1)  # [B]
         self.kept.append((torch.cat([batch["sample"][:, None], target[:, None], order], dim=1).cpu(), scores.cpu()))
+        self.mistakes = worst([*self.mistakes, *mistakes(predictions, order[:, 0], target, batch["sample"])])
         cells = (target * num_classes + order[:, 0]).cpu()
         self.confusion += torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
         self.top5 += torch.bincount(target[among_five].cpu(), minlength=num_classes)
@@ -57,6 +69,7 @@ class Accuracy:
         """`top1` and `top5` in per cent, over all processes; every process calls it."""
         self._confusion, self._top5 = dist.all_reduce_sum(self.confusion), dist.all_reduce_sum(self.top5)
         self._kept = [rows for part in dist.gather(self.kept) for rows in part]
+        self._worst = worst([one for part in dist.gather(self.mistakes) for one in part])
         images = int(self._confusion.sum())
         assert images, "nothing was evaluated"
         return {
@@ -66,7 +79,7 @@ class Accuracy:
 
     def save(self, folder: Path) -> None:
         """After `compute`: `per_class.json`, `confusion.json` with the cells that are not zero, and `predictions.csv`
-        with the best classes of each image and their scores.
+        with the best classes of each image and their scores; `mistakes.png` if there are any.
 
         `top1`, `top5` of a class are its recall in per cent, null if it has no image.
         """
@@ -88,6 +101,11 @@ class Accuracy:
             write_text(folder / "confusion.json", json.dumps(confusion, ensure_ascii=False) + "\n")
         with optional(folder / "predictions.csv"):
             write_text(folder / "predictions.csv", self._predictions())
+        if self._worst and self.load_image is not None:
+            with optional(folder / "mistakes.png"):
+                draw_mistakes(self._worst, self.class_names, self.load_image, self.sample_name).save(
+                    folder / "mistakes.png"
+                )
 
     def _predictions(self) -> str:
         """A line for each image, in the order of the data set: name, label, best classes, their scores."""

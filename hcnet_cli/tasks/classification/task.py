@@ -32,7 +32,7 @@ class ClassificationTask(Task):
     """`model` maps images [B, 3, H, W], which `normalise` makes of a batch, to logits [B, num_classes].
 
     With `mixup` (timm's, which also smooths) the target is soft; without it plain cross-entropy with `smoothing`.
-    `loss` replaces both. `sample_name` names a validation image by its number.
+    `loss` replaces both. `sample_name` names a validation image by its number, `load_image` reads it.
     """
 
     primary = "top1"
@@ -48,6 +48,7 @@ class ClassificationTask(Task):
         sample_name: Callable[[int], str] = str,
         loss: nn.Module | None = None,
         class_weights: Sequence[float] = (),
+        load_image: Callable[[int], Image.Image] | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -55,6 +56,7 @@ class ClassificationTask(Task):
         self.normalise = normalise
         self.class_names = list(class_names)
         self.sample_name = sample_name
+        self.load_image = load_image
         self.mixup = mixup
         usual = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.criterion = loss or usual
@@ -91,7 +93,7 @@ class ClassificationTask(Task):
         return pictures.grid(tiles, 8, f"{caption}{mixing}")
 
     def evaluator(self) -> Accuracy:
-        return Accuracy(len(self.class_names), self.class_names, self.sample_name)
+        return Accuracy(len(self.class_names), self.class_names, self.sample_name, self.load_image)
 
 
 def mixed_classes(target: Tensor, soft: Tensor, mixup: Mixup) -> list[tuple[int, int, float]]:
@@ -138,8 +140,10 @@ def build_task(
             weights=weights,
             counts=class_counts(data).tolist() if head.loss == "balanced-softmax" else (),
         )
-    name = images.sample_name
-    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, name, loss, weights)
+    return ClassificationTask(
+        *(model, data.class_names, normalise, mixup, config.smoothing, images.sample_name, loss, weights),
+        load_image=images.load_image,
+    )
 
 
 def build_evaluation(
@@ -153,7 +157,9 @@ def build_evaluation(
     assert isinstance(data.val, image_folder.ImageFolder)
     size, crop = entry.img_size or config.img_size, entry.crop_pct or config.crop_pct
     transform = augment.eval_transform(img_size=size, interpolation=config.interpolation, crop_pct=crop)
-    view = ClassificationTask(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name)
+    view = ClassificationTask(
+        *(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name), load_image=task.load_image
+    )
     view.protocol = f"{size} x {size}, crop {crop:g}"
     return view, data.val.with_transform(transform), data.val_collate
 

@@ -199,10 +199,18 @@ def draw(curves: Mapping[str, Sequence[float]], ap50: float, kinds: Mapping[str,
         room = max(5.0, *lost)
         for place, name in enumerate(names):
             text = f"{lost[place]:.1f}  ({kinds[name].count:,})"
-            right.text(lost[place] + 0.02 * room, place, text, va="center", fontsize=8.5, color=charts.MUTED)
+            right.text(
+                lost[place] + 0.02 * room,
+                place,
+                text,
+                va="center",
+                fontsize=8.5,
+                color=charts.MUTED,
+                bbox=charts.GROUND,
+            )
         right.set(xlim=(0, 1.35 * room), ylim=(len(names) - 0.5, -0.6), xlabel="AP50 lost (number of errors)")
         right.set_title(f"What the errors cost, of AP50 {ap50:.1f}")
-        right.grid(visible=True)
+        right.grid(visible=True, axis="x")
         right.tick_params(length=0)
         for axes in (left, right):
             axes.set_axisbelow(True)
