@@ -17,6 +17,7 @@ INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
 PANEL = 640  # pixels, the longer side of a panel
 LONGEST = 200  # letters of a name or a title
 TILE = 180  # pixels, the side of an image in a grid
+SMALL = 128  # pixels, the side of an image in a strip over time
 GAP = 24  # pixels between panels
 IGNORED = (60, 60, 60)  # colour of pixels without a class
 Colour = tuple[int, int, int]
@@ -143,14 +144,26 @@ def tile(image: Image.Image | None, lines: Sequence[tuple[str, Colour]], side: i
     return made
 
 
-def beside(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
-    """Images of one height in a row."""
-    row = Image.new("RGB", (sum(one.width + gap for one in images) - gap, images[0].height), PAPER)
-    left = 0
+def beside(images: Sequence[Image.Image], gap: int = 4, margin: int = 0) -> Image.Image:
+    """Images in a row, in the middle of its height."""
+    width, height = sum(one.width + gap for one in images) - gap, max(one.height for one in images)
+    row = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PAPER)
+    left = margin
     for one in images:
-        row.paste(one, (left, 0))
+        row.paste(one, (left, margin + (height - one.height) // 2))
         left += one.width + gap
     return row
+
+
+def label(lines: Sequence[tuple[str, Colour]], width: int, height: int, ground: Colour = PAPER) -> Image.Image:
+    """Lines of text in their colours, in the middle of a height."""
+    image = Image.new("RGB", (width, height), ground)
+    draw = ImageDraw.Draw(image)
+    lines = [line for line in lines if line[0]]
+    for n, (text, colour) in enumerate(lines):
+        y = height / 2 + 16 * (n - (len(lines) - 1) / 2)
+        draw.text((6, y), shortened(text, 12, width - 12), fill=colour, font=_font(12), anchor="lm")
+    return image
 
 
 def stacked(images: Sequence[Image.Image]) -> Image.Image:
@@ -233,8 +246,10 @@ class DrawnObject:
     mask: Pixels | None = None
 
 
-def draw_objects(image: Image.Image, objects: Sequence[DrawnObject], longest: int = PANEL) -> Image.Image:
-    """The enlarged image under the objects' masks, boxes and names, large objects first."""
+def draw_objects(
+    image: Image.Image, objects: Sequence[DrawnObject], longest: int = PANEL, size: int = 15
+) -> Image.Image:
+    """The enlarged image under the objects' masks, boxes and names of `size` pixels, large objects first."""
     canvas = enlarged(image, longest)
     scale = canvas.width / image.width
     objects = sorted(objects, key=lambda one: -one.box[2] * one.box[3])
@@ -248,14 +263,14 @@ def draw_objects(image: Image.Image, objects: Sequence[DrawnObject], longest: in
     draw = ImageDraw.Draw(canvas)
     for one in objects:
         x, y, width, height = (scale * v for v in one.box)
-        draw.rectangle((x, y, x + width, y + height), outline=one.colour, width=3)
-        text = one_line(one.text)
-        text_width = draw.textlength(text, font=_font(15)) + 12
+        draw.rectangle((x, y, x + width, y + height), outline=one.colour, width=max(1, size // 5))
+        text, tall, pad = one_line(one.text), size * 8 // 5, size * 2 // 5
+        text_width = draw.textlength(text, font=_font(size)) + 2 * pad
         left = min(max(x, 0), max(canvas.width - text_width, 0))
-        top = y - 24 if y >= 24 else min(y + height, canvas.height - 24)
-        draw.rounded_rectangle((left, top, left + text_width, top + 24), radius=4, fill=one.colour)
+        top = y - tall if y >= tall else min(y + height, canvas.height - tall)
+        draw.rounded_rectangle((left, top, left + text_width, top + tall), radius=4, fill=one.colour)
         dark = np.dot(one.colour, (0.299, 0.587, 0.114)) < 150
-        draw.text((left + 6, top + 12), text, fill="white" if dark else INK, font=_font(15), anchor="lm")
+        draw.text((left + pad, top + tall / 2), text, fill="white" if dark else INK, font=_font(size), anchor="lm")
     return canvas
 
 

@@ -42,7 +42,7 @@ def test_ap50_and_curves_are_those_of_coco(world: Any, tmp_path: Path) -> None:
     numbers = evaluator.compute()
     plain, kinds = errors.by_kind(evaluator.truth.coco(None), evaluator.results_of("box"))
     assert plain == pytest.approx(numbers["box_AP50"], abs=1e-9)
-    assert sum(kind.count for kind in kinds.values()) > 5
+    assert sum(kind.number for kind in kinds.values()) > 5
     assert all(kind.lost >= -1e-9 for kind in kinds.values())
     for name, key in (("0.5", "box_AP50"), ("0.75", "box_AP75"), ("0.5:0.95", "box_AP")):
         assert 100 * np.mean(evaluator.curves[name]) == pytest.approx(numbers[key], abs=1e-9)
@@ -71,7 +71,7 @@ def test_each_kind_is_what_its_definition_says(kind: str) -> None:
     _, kinds = errors.by_kind(truth, results)
     about_far = kind in ("localisation", "class")
     expected = dict.fromkeys(errors.KINDS, 0) | {kind: 1, "missed": 0 if about_far else 1}
-    assert {name: found.count for name, found in kinds.items()} == expected
+    assert {name: found.number for name, found in kinds.items()} == expected
 
 
 def test_a_kind_costs_what_mending_it_gains() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from hcnet_cli import build, engine, first_batches, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.data.images import normalise, to_picture
+from hcnet_cli.engine import loop
 from hcnet_cli.inputs import task_of
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification.augment import collate, make_mixup, mix
@@ -62,7 +63,7 @@ def test_batches_are_drawn_once_and_take_no_randomness(maker: str, tmp_path: Pat
     assert not folder.batches_file.exists()
 
 
-def test_with_and_without_the_picture_the_weights_have_the_same_bytes(
+def test_with_and_without_the_pictures_the_weights_have_the_same_bytes(
     hcnet: Hcnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = classes(tmp_path / "data")
@@ -75,10 +76,17 @@ def test_with_and_without_the_picture_the_weights_have_the_same_bytes(
     assert "The first batches, as the model gets them" in done.err
     assert "Training data: 2 classes of 2 to 2 images, 1.0 to 1; 40 x 40 pixels, of 4 images." in done.err
     assert (drawn / "batches.png").exists()
+    assert (drawn / "progress.png").exists()
+    assert [file.name for file in sorted((drawn / "progress").iterdir())] == [
+        "000001-2.jpg",
+        "000002-4.jpg",
+        "truth.jpg",
+    ]
     monkeypatch.setattr(first_batches, "draw_batches", lambda job, folder: None)
+    monkeypatch.setattr(loop, "add_row", lambda *_: None)
     assert hcnet(*command, "--data", root, "--out", tmp_path / "without").code == 0
     plain = only_run(tmp_path / "without")
-    assert not (plain / "batches.png").exists()
+    assert not [*plain.glob("*.png"), *plain.glob("progress")]
     assert outcome(drawn) == outcome(plain)
 
 

@@ -24,6 +24,7 @@ from hcnet_cli.data.loader import watching_workers
 from hcnet_cli.engine.job import EvalBatches, Evaluation, Evaluator, Job, autocast, to_device
 from hcnet_cli.engine.state import State, save
 from hcnet_cli.engine.step import NonFiniteGuard, Stepper
+from hcnet_cli.engine.strip import add_row
 from hcnet_cli.files import optional, write_text
 from hcnet_cli.profile import evaluating, peak_memory_mb
 from hcnet_cli.runs import RunFolder
@@ -314,6 +315,9 @@ def _evaluate_and_keep_best(
             mark_final_missing(folder.path / "final")
     if dist.is_main():
         folder.append(step=state.step, **metrics)
+        with optional(folder.path / "progress.png"):
+            number = -(-state.step // job.eval_every)
+            add_row(folder.path, evaluator, state.step, number, f"{job.task.primary} {value:.1f}")
     progress.evaluated(state.step, metrics, before)
     return evaluator if is_best else None
 

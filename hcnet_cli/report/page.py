@@ -39,6 +39,7 @@ PICTURES = {  # of a run: files -> what they show
     "final/pictures/*.png": "predictions",
     "final/*.png": "what is right and wrong",
     "explain/*.png": "inside the heat layers",
+    "progress.png": "the same images at each evaluation",
     "batches.png": "the first training batches",
 }
 HIDDEN_ON_PHONES = ("img_size", "images_per_second", "difference")  # columns, with the secondary ones
@@ -217,7 +218,7 @@ def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[s
         series = {name: _thin(log, key) for name, key in (("loss", "loss"), ("metric", metric), ("lr", "lr"))}
         if any(series.values()):
             group = f"{run.info.data.name}: {metric}"
-            about = {"id": anchors[run.folder], "label": _label(run), "group": group, "primary": metric}
+            about: dict[str, Any] = {"id": anchors[run.folder], "label": _label(run), "group": group, "primary": metric}
             about |= {"running": run.state == "running", "best": run.info.metrics.get(metric)}
             about |= {"images": run.info.steps_done * run.info.batch_size}
             curves.append((run, {**about, **series}))

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hcnet_cli import dist
+from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
+from hcnet_cli.engine.strip import IMAGES
 from hcnet_cli.files import optional, write_text
-from hcnet_cli.tasks.classification.mistakes import Mistake, draw_mistakes, mistakes, worst
+from hcnet_cli.tasks.classification.mistakes import GREEN, RED, Mistake, draw_mistakes, mistakes, worst
 
 
 class Accuracy:
@@ -106,6 +107,21 @@ class Accuracy:
                 draw_mistakes(self._worst, self.class_names, self.load_image, self.sample_name).save(
                     folder / "mistakes.png"
                 )
+
+    def strip(self) -> list[tuple[Image.Image, Image.Image]]:
+        """See engine.strip: the image over its class, and the answer, green where it is right."""
+        if self.load_image is None:
+            return []
+        ids = torch.cat([ids for ids, _ in self._kept])
+        ids = ids[ids[:, 0].argsort()]
+        pairs = []
+        for number in range(min(IMAGES, len(ids))):
+            sample, label, answer = ids[number * len(ids) // min(IMAGES, len(ids)), :3].tolist()
+            name = [(self.class_names[label], pictures.INK)]
+            found = [(self.class_names[answer], (255, 255, 255))]
+            image = pictures.tile(self.load_image(sample), name, pictures.SMALL)
+            pairs.append((image, pictures.label(found, pictures.SMALL, 24, GREEN if answer == label else RED)))
+        return pairs
 
     def _predictions(self) -> str:
         """A line for each image, in the order of the data set: name, label, best classes, their scores."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from hcnet_cli import pictures
 
 MOST = 24  # that are kept and drawn
-RED = (180, 35, 24)
+RED, GREEN = (180, 35, 24), (21, 115, 71)
 
 
 class Mistake(NamedTuple):

@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 
 class Kind(NamedTuple):
-    count: int
+    number: int
     lost: float  # AP50, in per cent
 
 
@@ -198,7 +198,7 @@ def draw(curves: Mapping[str, Sequence[float]], ap50: float, kinds: Mapping[str,
         right.set_yticks(range(len(names)), names)
         room = max(5.0, *lost)
         for place, name in enumerate(names):
-            text = f"{lost[place]:.1f}  ({kinds[name].count:,})"
+            text = f"{lost[place]:.1f}  ({kinds[name].number:,})"
             right.text(
                 lost[place] + 0.02 * room,
                 place,

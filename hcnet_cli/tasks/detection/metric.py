@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from PIL import Image
 from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
+from hcnet_cli.engine.strip import IMAGES
 from hcnet_cli.files import optional, write_text
 from hcnet_cli.tasks.detection import errors
 from hcnet_cli.tasks.detection import masks as mask_bytes
@@ -164,10 +166,31 @@ class CocoAP:
     def _save_errors(self, folder: Path) -> None:
         truth = self.truth.coco(self.found if self.partial else None)
         ap50, kinds = errors.by_kind(truth, self.results_of("box"))
-        found = {name: {"count": kind.count, "AP50_lost": kind.lost} for name, kind in kinds.items()}
+        found = {name: {"count": kind.number, "AP50_lost": kind.lost} for name, kind in kinds.items()}
         content = {"box_AP50": ap50, "errors": found, "precision": self.curves}
         write_text(folder / "errors.json", json.dumps(content) + "\n")
         (folder / "errors.png").write_bytes(errors.draw(self.curves, ap50, kinds))
+
+    def strip(self) -> list[tuple[Image.Image, Image.Image]]:
+        """See engine.strip: the objects, and the best detections."""
+        if self.load_image is None:
+            return []
+        truth = self.truth.coco(self.truth.image_ids[:IMAGES].tolist())
+        pairs = []
+        for entry in truth["images"]:
+            image = self.load_image(entry["id"])
+            objects = [one for one in truth["annotations"] if one["image_id"] == entry["id"]]
+            found, _ = worth_drawing(self._results(entry["id"]) if entry["id"] in self.found else [])
+            tiles = []
+            for items in (objects, found):
+                drawn = [replace(self._drawn(item, image), text=self._name(item)) for item in items]
+                canvas = pictures.draw_objects(image, drawn, pictures.SMALL, size=10)
+                tiles.append(pictures.tile(canvas, [], pictures.SMALL))
+            pairs.append((tiles[0], tiles[1]))
+        return pairs
+
+    def _name(self, item: dict[str, Any]) -> str:
+        return self.class_names[self.category_ids.index(item["category_id"])]
 
     def _save_pictures(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -197,7 +220,7 @@ class CocoAP:
     def _drawn(self, item: dict[str, Any], image: Image.Image) -> pictures.DrawnObject:
         """A result or an annotation in COCO's format, to be drawn."""
         label = self.category_ids.index(item["category_id"])
-        text = self.class_names[label]
+        text = self._name(item)
         red, green, blue = pictures.palette(len(self.class_names))[label].tolist()
         colour = red, green, blue
         if item.get("iscrowd"):

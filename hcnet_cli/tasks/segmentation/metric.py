@@ -25,6 +25,7 @@ from hcnet_cli import charts, dist, pictures
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.audit import distinct
 from hcnet_cli.data.images import read_image
+from hcnet_cli.engine.strip import IMAGES
 from hcnet_cli.files import optional, write_text
 
 Pixels = NDArray[np.uint8]
@@ -140,6 +141,18 @@ class MeanIoU:
             with optional(target / name):
                 picture = draw(self.read(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
                 picture.save(target / name, compress_level=1)  # a third of the time, a quarter more bytes
+
+    def strip(self) -> list[tuple[Image.Image, Image.Image]]:
+        """See engine.strip: the labels, and the predictions."""
+        colours = pictures.palette(len(self.class_names))
+        pairs = []
+        for sample in sorted(self._kept)[:IMAGES]:
+            path, *maps = self._kept[sample]
+            image = self.read(path)
+            small = [pictures.draw_classes(image, one, colours, self.ignore_index, pictures.SMALL) for one in maps]
+            true, found = (pictures.tile(one, [], pictures.SMALL) for one in small)
+            pairs.append((true, found))
+        return pairs
 
 
 def _rounded(x: float) -> float | None:
