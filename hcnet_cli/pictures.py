@@ -263,6 +263,7 @@ def draw_objects(
     draw = ImageDraw.Draw(canvas)
     for one in objects:
         x, y, width, height = (scale * v for v in one.box)
+        width, height = max(0.0, width), max(0.0, height)
         draw.rectangle((x, y, x + width, y + height), outline=one.colour, width=max(1, size // 5))
         text, tall, pad = one_line(one.text), size * 8 // 5, size * 2 // 5
         text_width = draw.textlength(text, font=_font(size)) + 2 * pad
