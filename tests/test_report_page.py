@@ -165,6 +165,7 @@ def test_a_run_shows_its_first_batches_and_its_data(tmp_path):
     (folder / "run.json").write_text(info.model_dump_json())
     text = report([tmp_path], fmt="html")
     assert "the first training batches" in text
+    assert "how it learns, and what is wrong" in text
     assert "2 classes of 10 to 30 images, 3.0 to 1; 48 x 32 pixels, of 1 images" in text
 
 

@@ -35,12 +35,18 @@ PICTURE_BYTES = 200_000  # a larger file is shrunk
 LARGEST_PICTURE = 64 * 2**20, 50_000_000  # bytes of a file, pixels; a larger one is left out
 ALL_PICTURES_BYTES = 8_000_000  # of the page; further pictures are counted, not shown
 RECIPE_BYTES = 2**20
-PICTURES = {  # of a run: files -> what they show
-    "final/pictures/*.png": "predictions",
-    "final/*.png": "what is right and wrong",
-    "explain/*.png": "inside the heat layers",
-    "progress.png": "the same images at each evaluation",
-    "batches.png": "the first training batches",
+OVERVIEW = "how it learns, and what is wrong"
+PICTURES = {  # of a run: what they show -> the files
+    OVERVIEW: ("progress.png", "final/*.png", "batches.png"),
+    "predictions": ("final/pictures/*.png",),
+    "inside the heat layers": ("explain/*.png",),
+}
+CAPTIONS = {  # files whose names do not say what they show
+    "progress": "the same images at each evaluation",
+    "batches": "the first training batches",
+    "errors": "precision and recall, kinds of errors",
+    "per_class": "each class",
+    "mistakes": "the worst mistakes",
 }
 HIDDEN_ON_PHONES = ("img_size", "images_per_second", "difference")  # columns, with the secondary ones
 DRAWN = 1e9  # figures leave out what is larger: no model has such values, and axes need room
@@ -315,15 +321,17 @@ def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
     room, left_out = ALL_PICTURES_BYTES, 0
     for table in made:
         for row in table.rows:
-            for pattern, what in PICTURES.items() if row.runs else ():
-                files = sorted(row.runs[0].glob(pattern))
-                shown = files[:PICTURES_PER_ROW] if room > 0 else ()
-                images = [image for file in shown if (image := _image(file))]
+            for what, patterns in PICTURES.items() if row.runs else ():
+                files = [file for pattern in patterns for file in sorted(row.runs[0].glob(pattern))]
+                most = PICTURES_PER_ROW * (2 if what == OVERVIEW else 1)
+                images = [image for file in files[:most] if room > 0 and (image := _image(file))]
                 room -= sum(len(image["uri"]) for image in images)
                 left_out += len(files) - len(images)
                 if images:
                     title = f"{table.label(row)} on {row.values.get('data')}: {what}"
-                    groups.append({"title": title, "images": images, "run": row.runs[0].name})
+                    captions = [CAPTIONS.get(image["name"], image["name"].replace("_", " ")) for image in images]
+                    shown = list(zip(images, captions if what == OVERVIEW else [""] * len(images), strict=True))
+                    groups.append({"title": title, "images": shown, "run": row.runs[0].name})
     return groups, left_out
 
 

@@ -48,8 +48,8 @@ def draw_mistakes(
     tiles = []
     for one in found:
         lines = [
-            (f"{class_names[one.answer]}  {100 * one.of_answer:.0f} %", RED),
-            (f"is {class_names[one.label]}  {100 * one.of_label:.0f} %", pictures.INK),
+            (f"{class_names[one.answer]}: {100 * one.of_answer:.0f} %", RED),
+            (f"is {class_names[one.label]}: {100 * one.of_label:.0f} %", pictures.INK),
             (sample_name(one.sample).rpartition("/")[2], pictures.GREY),
         ]
         tiles.append(pictures.tile(load_image(one.sample), lines))
