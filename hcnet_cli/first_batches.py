@@ -45,7 +45,7 @@ def draw_batches(job: engine.Job, folder: RunFolder) -> None:
             drawn.append(job.task.draw_batch(to_device(batch, job.device), caption))
         if images := [image for image in drawn if image is not None]:
             with replacing(folder.batches_file) as temporary:
-                pictures.stacked(images).save(temporary, "PNG")
+                pictures.stacked(images).save(temporary, "PNG", compress_level=1)
 
 
 def describe_data(data: DataSplits) -> DataCard:

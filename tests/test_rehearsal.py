@@ -269,6 +269,7 @@ def test_predictions_lost_between_checkpoint_and_saving_are_made_again(
     assert done.code == 0, done.err
     assert sorted(p.name for p in (folder / "final").iterdir()) == [
         "confusion.json",
+        "mistakes.png",
         "per_class.json",
         "predictions.csv",
     ]
