@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
@@ -20,6 +20,9 @@ SCHEMA = 1
 CLEARED = {"schema_version": SCHEMA, "status": "cleared"}
 
 
+Count = Annotated[int, Field(ge=0, le=2**53)]  # a record may be anybody's: numbers that can be computed with
+
+
 class DataCard(BaseModel):
     """What the training data look like. `classes`: how many `unit` ("images", "objects", "pixels") each class has, the
     commonest first, at most CLASSES_KEPT of them; `empty`: classes without any. `width`, `height`: smallest, median and
@@ -27,14 +30,14 @@ class DataCard(BaseModel):
     """
 
     unit: str = ""
-    classes: dict[str, int] = {}
-    num_classes: int = 0
-    empty: int = 0
-    smallest: int = 0  # count of the rarest class that has any
-    largest: int = 0  # of the commonest
-    width: list[int] = []
-    height: list[int] = []
-    sized: int = 0
+    classes: dict[str, Count] = {}
+    num_classes: Count = 0
+    empty: Count = 0
+    smallest: Count = 0  # count of the rarest class that has any
+    largest: Count = 0  # of the commonest
+    width: tuple[Count, Count, Count] | None = None
+    height: tuple[Count, Count, Count] | None = None
+    sized: Count = 0
 
     @property
     def imbalance(self) -> float | None:
@@ -52,7 +55,7 @@ class DataCard(BaseModel):
 
     def size_text(self) -> str:
         """Sizes of the images; "" where none was looked at."""
-        if not self.sized:
+        if self.width is None or self.height is None:
             return ""
         sides = [f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,})"
                  for low, middle, high in (self.width, self.height)]  # fmt: skip
@@ -83,9 +86,9 @@ def data_card(unit: str, counts: Mapping[str, float], sizes: Sequence[tuple[int,
     )
 
 
-def _three(ordered: Sequence[int]) -> list[int]:
+def _three(ordered: Sequence[int]) -> tuple[int, int, int] | None:
     """Smallest, median and largest."""
-    return [ordered[0], ordered[len(ordered) // 2], ordered[-1]] if ordered else []
+    return (ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else None
 
 
 class DataInfo(BaseModel):

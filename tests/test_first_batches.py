@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, Hcnet, only_run, outcome
 from PIL import Image
+from pydantic import ValidationError
 from small_data import MAKERS, classes, coco, scenes
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli.data.images import normalise, to_picture
 from hcnet_cli.engine import loop
 from hcnet_cli.inputs import task_of
+from hcnet_cli.record import DataCard
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification.augment import collate, make_mixup, mix
 from hcnet_cli.tasks.classification.task import ClassificationTask, mixed_classes
@@ -180,7 +182,7 @@ def test_cards_are_what_is_in_the_data(tmp_path: Path) -> None:
     Image.new("RGB", (30, 50)).save(root / "train/a/wide.png")
     card = first_batches.describe_data(job_on(root)[1])
     assert (card.classes, card.unit, card.imbalance) == ({"a": 3, "b": 2}, "images", 1.5)
-    assert (card.width, card.height, card.sized) == ([30, 40, 40], [40, 40, 50], 5)
+    assert (card.width, card.height, card.sized) == ((30, 40, 40), (40, 40, 50), 5)
     assert card.size_text() == "30 to 40 (median 40) x 40 to 50 (median 40) pixels, of 5 images"
     change = lambda split, content: content["annotations"][0].update(category_id=2)  # noqa: E731
     card = first_batches.describe_data(job_on(coco(tmp_path / "coco", change=change))[1])
@@ -197,5 +199,23 @@ def test_check_has_the_card_of_training(maker: str, hcnet: Hcnet, tmp_path: Path
     root = MAKERS[maker](tmp_path / "data")
     card = first_batches.describe_data(job_on(root)[1])
     done = hcnet("check", root, "--output", tmp_path / "found.json")
-    assert json.loads((tmp_path / "found.json").read_text())["card"] == card.model_dump()
+    assert json.loads((tmp_path / "found.json").read_text())["card"] == card.model_dump(mode="json")
     assert f"Training: {card.balance_text()}." in re.sub(r"\s+", " ", done.out)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"width": [1, 2]},
+        {"largest": 10**400, "smallest": 1},
+        {"smallest": -1},
+        {"classes": {"a": "many"}},
+        {"sized": 3},
+    ],
+)
+def test_a_card_of_others_is_refused_or_said(content: dict[str, Any]) -> None:
+    try:
+        text = str(DataCard.model_validate_json(json.dumps(content)))
+    except ValidationError:
+        return
+    assert text == ""
