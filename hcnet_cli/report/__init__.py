@@ -68,7 +68,7 @@ def report(
         from hcnet_cli.report import page  # loads jinja2 and Pillow
 
         studies = []
-        for folder in results if version else ():
+        for folder in results if version and not public else ():  # a cell may say anything
             cells, unknown = statuses(folder)
             studies += cells
             notes += unknown
