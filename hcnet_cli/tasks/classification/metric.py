@@ -105,7 +105,7 @@ class Accuracy:
         if self._worst and self.load_image is not None:
             with optional(folder / "mistakes.png"):
                 draw_mistakes(self._worst, self.class_names, self.load_image, self.sample_name).save(
-                    folder / "mistakes.png"
+                    folder / "mistakes.png", compress_level=1
                 )
 
     def strip(self) -> list[tuple[Image.Image, Image.Image]]:
