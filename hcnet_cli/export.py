@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from hcnet_cli import __version__, build, checkpoint, engine, manage
+from hcnet_cli import build, checkpoint, engine
 from hcnet_cli.console import UserError, notice, status_line, warn
 from hcnet_cli.data.images import Size
 from hcnet_cli.files import replacing, write_text, writing
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
-from hcnet_cli.privacy import public_text
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.report.escape import in_markdown
+from hcnet_cli.report.card import run_card
 from hcnet_cli.runs import RunFolder, RunInfo
 
 SIZES: tuple[Size, ...] = ((256, 320), (224, 224), (160, 352))  # height, width; tried where a file is for any size
 TOLERANCE = 1e-4  # of logits
 OPSET = 20
 KEY = "hcnet"  # of the metadata, in every format
+LOCAL = "local-dir:FOLDER"
 EXTRA = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 Run = Callable[[Tensor], Tensor]
 
@@ -68,25 +68,26 @@ def export(folder: RunFolder, info: RunInfo, recipe: Recipe, fmt: str, output: P
     notice(f"Wrote {output} for {sizes}. Largest difference to PyTorch: {largest:.1e}. {score}")
 
 
-def export_folder(folder: RunFolder, info: RunInfo, recipe: Recipe, output: Path) -> None:
-    """Writes a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: weights, config, card."""
+def export_folder(folder: RunFolder, info: RunInfo, recipe: Recipe, output: Path, load: str = LOCAL) -> str:
+    """Writes a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: weights, config, card.
+
+    Returns sentences that say how it compares with the run. `load`: what the card says that timm takes.
+    """
     about = read_metadata(folder.best)
     model = _model(folder, recipe, about)
-    if hasattr(model, "backbone"):
-        raise UserError("Only a classifier can be written for timm.", hint="Use --format onnx or --format pt2.")
     try:
         with writing(output):
             output.mkdir(parents=True)
         checkpoint.save_tensors(output / "model.safetensors", model.state_dict())
         write_text(output / "config.json", json.dumps(timm_config(model, about), indent=2) + "\n")
-        write_text(output / "README.md", card(folder, info, about))
+        write_text(output / "README.md", run_card(folder, info, about, load))
         loaded = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
         largest = _compare(model, loaded, [(about["img_size"], about["img_size"])], "timm")
         score = _score(folder, info, recipe, loaded)
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
-    notice(f"Wrote {output}. Largest difference to the run's model: {largest:.1e}. {score}")
+    return f"Largest difference to the run's model: {largest:.1e}. {score}"
 
 
 def _model(folder: RunFolder, recipe: Recipe, about: dict[str, Any]) -> Any:
@@ -200,25 +201,6 @@ def timm_config(model: Any, about: dict[str, Any]) -> dict[str, Any]:
             "custom_load": False,
         },
     }
-
-
-def card(folder: RunFolder, info: RunInfo, about: dict[str, Any]) -> str:
-    """README.md of an exported folder: what the run was and scored, without anybody's paths."""
-    lines = [
-        "---",
-        "library_name: timm",
-        "tags: [image-classification, timm, hcnet]",
-        "---",
-        "",
-        f"# {in_markdown(about['model'])}",
-        "",
-    ]
-    for name, values in manage.shown(folder):
-        if name not in ("files", "run"):
-            lines += [f"- **{name}**: " + "; ".join(in_markdown(public_text(value)) for value in values)]
-    own = "" if info.model else "import hcnet_cli.models  # registers hcnet's architectures with timm\n"
-    code = f'import timm\n{own}model = timm.create_model("local-dir:FOLDER", pretrained=True)'
-    return "\n".join([*lines, "", "```python", code, "```", "", f"Written by hcnet {__version__}.", ""])
 
 
 # --- whether it is the same model -------------------------------------------------------------------------------------

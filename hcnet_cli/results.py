@@ -99,7 +99,7 @@ def public_record(info: RunInfo) -> RunInfo:
     """A record without secrets, folders, and the names of computer and user."""
     content = privacy.public(info.model_dump())
     for session in (content, *content["sessions"]):
-        name, system, rest = re.split(r"\b((?:Linux|Darwin|Windows)\b|$)", session["machine"], maxsplit=1)
+        name, system, rest = re.split(r"(\b(?:Linux|Darwin|Windows)\b|\Z)", session["machine"], maxsplit=1)
         session |= {"host": "", "machine": system + rest if system else name}  # version 0.1 put the name first
     return RunInfo.model_validate(content)
 

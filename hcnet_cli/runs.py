@@ -263,13 +263,24 @@ def require_own_model(folder: RunFolder, recipe: Recipe, named: bool) -> None:
         )
 
 
-def with_weights(folder: RunFolder, model: str | None = None, data: str | None = None) -> tuple[RunInfo, Recipe]:
+def trusted_weights(folder: RunFolder) -> RunInfo:
+    """The record of a run that has weights; UserError for no run, no weights, and files that contradict the record."""
+    info = folder.require_weights()
+    if reason := contradiction(folder, info):
+        raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
+    return info
+
+
+def with_weights(
+    folder: RunFolder, model: str | None = None, data: str | None = None, *, any_weights: bool = False
+) -> tuple[RunInfo, Recipe]:
     """Record and recipe of a run that has weights; UserError for no run, no weights, and files that contradict it.
 
     `model`: FILE.py:FUNCTION, without which a file of the user's own does not run. `data`: where its data lie now.
+    `any_weights`: the weights, and the scores in the record, may be others than the record says: they are compared.
     """
-    info = folder.require_weights()
-    if reason := contradiction(folder, info):
+    info = folder.require_weights() if any_weights else trusted_weights(folder)
+    if any_weights and info.config and (reason := recipe_contradiction(folder, info)):
         raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
     recipe = rcp.resolve(folder.recipe_file).recipe
     require_own_model(folder, recipe, named=model is not None)

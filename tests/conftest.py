@@ -86,6 +86,18 @@ def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def small_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `data`, a few images of two classes, and `results`, which holds a run on them; read-only."""
+    import small_data
+
+    root = tmp_path_factory.mktemp("classifier")
+    line = ["pretrain", "--recipe", "digits", *SMALL_MODEL, "--batch-size", "2", "--epochs", "1", "--workers", "0"]
+    line += ["--set", "data.img_size=16", "--out", root / "results"]
+    run_here(*line, "--data", small_data.classes(root / "data"))
+    return root
+
+
 def environment() -> dict[str, str]:
     """For a process of the program beside others."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -20,7 +20,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["bench"],
-    ["evaluate", "predict", "export", "explain", "check", "doctor"],
+    ["evaluate", "predict", "export", "verify", "explain", "check", "doctor"],
     ["run"],
     ["rehearsal"],
     ["plan", "previous", "reading", "first_batches"],

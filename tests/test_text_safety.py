@@ -32,7 +32,8 @@ from synthetic_runs import make_run
 
 from hcnet_cli import console, pictures, published
 from hcnet_cli.console import Progress, Terminal, UserError
-from hcnet_cli.report import escape, page, render, report, text
+from hcnet_cli.report import card, escape, page, render, report, text
+from hcnet_cli.runs import RunFolder, find_runs
 from hcnet_cli.table import Column, Row, Table
 
 PACKAGE = Path(__file__).parent.parent / "hcnet_cli"
@@ -144,6 +145,10 @@ def _render(payload: str, root: Path) -> dict[str, str]:
         fmt: report([root], fmt=fmt, extra=extra, width=100) for fmt in ("rich", "markdown", "latex", "csv", "json")
     }
     made["html"] = report([root], fmt="html", extra=extra, refresh=5)
+    about = {"classes": [payload], "interpolation": payload}
+    made["cards"] = "".join(
+        card.run_card(RunFolder(path), info, about, "local-dir:FOLDER") for path, info in find_runs(root)[0]
+    )
     made["terminal"] = text.rich_text(extra, [payload], 100, color=True)
     made["piped"] = made.pop("rich")
     return made
@@ -186,13 +191,14 @@ def markdown_structure(shown: str) -> tuple[list[str], list[str]]:
     return [kind for kind in kinds if not kind.startswith(("text ", "softbreak"))], links
 
 
-def test_markdown_keeps_its_structure(rendered, payload: str) -> None:
-    kinds, links = markdown_structure(rendered(payload)["markdown"])
-    expected, _ = markdown_structure(rendered(HARMLESS)["markdown"])
+@pytest.mark.parametrize("which", ["markdown", "cards"])
+def test_markdown_keeps_its_structure(rendered, payload: str, which: str) -> None:
+    kinds, links = markdown_structure(rendered(payload)[which])
+    expected, _ = markdown_structure(rendered(HARMLESS)[which])
     assert Counter(kinds) - Counter(expected) == Counter(), "no further link, picture, element, heading or code"
     assert Counter(expected) - Counter(kinds) == Counter()
     assert not [link for link in links if re.match(r"[\w+.-]*:|//|#", link)]
-    assert not obeyed(rendered(payload)["markdown"])
+    assert not obeyed(rendered(payload)[which])
 
 
 CONTROL = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")

@@ -18,6 +18,7 @@ import hcnet_cli
 from hcnet_cli.cli import (
     ablate,
     bench,
+    card,
     evaluate,
     export,
     inspect,
@@ -45,6 +46,7 @@ training.register(app)
 app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(export.export)
+app.command()(card.card)
 app.command()(inspect.check)
 app.command()(inspect.shards)
 app.command()(ablate.ablate)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hcnet_cli.cli import complete, options
-from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.console import UserError, did_you_mean, notice
+
+if TYPE_CHECKING:
+    from hcnet_cli.recipe import Recipe
 
 ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "timm": ""}
 
@@ -51,10 +54,23 @@ def export(
     info, recipe = with_weights(folder, model, data)
     if reason := recipe.spec.not_exported:
         raise UserError(f"A run of {recipe.task} is not exported. {reason}")
+    if kind == "timm":
+        check_timm(recipe)
     from hcnet_cli import export as exporting
 
     exporting.check_extra(kind)
     if kind == "timm":
-        exporting.export_folder(folder, info, recipe, output)
+        compared = exporting.export_folder(folder, info, recipe, output)
+        notice(f"Wrote {output}. {compared}")
     else:
         exporting.export(folder, info, recipe, kind, output)
+
+
+def check_timm(recipe: Recipe) -> None:
+    """UserError for a run whose model timm cannot make."""
+    if "timm" not in recipe.spec.hub_tags:
+        raise UserError("Only a classifier can be written for timm.", hint="hcnet export takes --format onnx or pt2.")
+    if recipe.model.digest:
+        raise UserError(
+            "timm cannot make a model of a file of your own.", hint="hcnet export takes --format onnx or pt2."
+        )

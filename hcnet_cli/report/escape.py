@@ -50,6 +50,11 @@ def in_markdown(text: str) -> str:
     return MARKDOWN.sub(ESCAPED, visible(text).strip())
 
 
+def from_markdown(text: str) -> str:
+    """What `in_markdown` was given, as far as it was visible."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text.strip())
+
+
 def markdown_code(text: str) -> str:
     """A code span. It cannot hold a backtick."""
     return f"`{visible(text).replace('`', chr(39))}`"

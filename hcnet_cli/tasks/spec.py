@@ -104,6 +104,7 @@ class Spec:
     # results
     table: str = ""
     subject: str = ""  # of the table, for data sets other than the benchmark
+    hub_tags: Sequence[str] = ()  # of a model card: the hub's name of the task, and "timm" where timm loads the model
     metrics: Sequence[Metric] = ()  # the first chooses the best weights
     columns: Sequence[Column] = ()
     benchmark: str = ""  # the name of the data set of the published rows

@@ -136,6 +136,7 @@ SPEC = Spec(
     ablation_length=3,
     table="imagenet",
     subject="image classification",
+    hub_tags=("image-classification", "timm"),
     metrics=(Metric("top1", "top-1"), Metric("top5", "top-5")),
     columns=(
         Column("model", "model"),

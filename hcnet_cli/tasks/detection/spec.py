@@ -118,6 +118,7 @@ SPEC = Spec(
     data_variable="HCNET_COCO",
     table="coco",
     subject="detection and instance segmentation, Mask R-CNN",
+    hub_tags=("object-detection",),
     metrics=(
         Metric("box_AP", "box AP"),
         Metric("box_AP50", "box 50"),

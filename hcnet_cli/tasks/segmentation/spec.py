@@ -139,6 +139,7 @@ SPEC = Spec(
     data_variable="HCNET_ADE20K",
     table="ade20k",
     subject="semantic segmentation, UperNet",
+    hub_tags=("image-segmentation",),
     metrics=(
         Metric("mIoU", "mIoU", published="mIoU_ss"),
         Metric("mIoU_ms", "mIoU MS"),  # mIoU of the evaluation `ms` (run.suffixed)
