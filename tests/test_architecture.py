@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "hcnet_cli"
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["bench"],
+    ["bench", "push"],
     ["evaluate", "predict", "export", "verify", "explain", "check", "doctor"],
     ["run"],
     ["rehearsal"],

@@ -24,6 +24,7 @@ from hcnet_cli.cli import (
     inspect,
     options,
     predict,
+    push,
     recipes,
     report,
     runs,
@@ -47,6 +48,7 @@ app.command()(evaluate.evaluate)
 app.command()(predict.predict)
 app.command()(export.export)
 app.command()(card.card)
+app.command()(push.push)
 app.command()(inspect.check)
 app.command()(inspect.shards)
 app.command()(ablate.ablate)
