@@ -52,7 +52,7 @@ TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
     *("own_model", "model_names", "cache", "finished", "evaluation_request", "bench.choices", "published"),
-    *("statistics", "results", "manage", "study.design", "study.runner", "study.table", "report"),
+    *("statistics", "results", "manage", "study.design", "study.runner", "study.table", "report", "report.card"),
 ]
 LINES = 450  # of a room at most
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small_data
@@ -19,6 +21,7 @@ from hcnet_cli import export
 from hcnet_cli.tasks.segmentation.upernet import AveragePool
 
 DOC = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_onnx_runtime_alone_gets_the_top1_of_the_run(
     done = hcnet("export", run, "--output", tmp_path / "model.onnx")
     assert done.code == 0, done.err
     assert "for images of any size" in done.err
-    (code,) = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
+    code, _ = PROGRAMS
     guard = "import sys; sys.modules['torch'] = sys.modules['hcnet_cli'] = None\n"
     (tmp_path / "classify.py").write_text(guard + code)
     line = [sys.executable, "-I", tmp_path / "classify.py", tmp_path / "model.onnx", folder_of_images / "val"]
@@ -54,6 +57,31 @@ def test_onnx_runtime_alone_gets_the_top1_of_the_run(
     assert found.returncode == 0, found.stderr
     record = json.loads((run / "run.json").read_text())
     assert found.stdout.strip() == f"top1 {record['metrics']['top1']:.2f}"
+
+
+def test_a_plain_loop_gets_the_top1_of_the_run(
+    root: Path,
+    hcnet: Hcnet,
+    folder_of_images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """And for each image the logit of the best class that the run's evaluation kept."""
+    run = classifier(root, hcnet, folder_of_images)
+    _, code = PROGRAMS
+    assert len(code.splitlines()) <= 30
+    monkeypatch.setattr(sys, "argv", ["score.py", str(run / "best.safetensors"), str(folder_of_images / "val")])
+    names: dict[str, Any] = {}
+    exec(code, names)  # the program of the page
+    assert capfd.readouterr().out == f"top1 {json.loads((run / 'run.json').read_text())['metrics']['top1']}\n"
+    with (run / "final" / "predictions.csv").open() as file:
+        kept = {row["image"].removeprefix("val/"): row for row in csv.DictReader(file)}
+    assert len(kept) == 10
+    for (path, _), (image, _) in zip(names["images"].samples, names["images"], strict=True):
+        best, which = names["model"](image[None])[0].detach().max(0)
+        row = kept[str(Path(path).relative_to(folder_of_images / "val"))]
+        assert names["about"]["classes"][which] == row["class_1"]
+        assert float(best) == pytest.approx(float(row["score_1"]), abs=1e-5)
 
 
 def test_timm_loads_the_folder(root: Path, hcnet: Hcnet, folder_of_images: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from hcnet_cli.tasks import TASKS
 HEADER = ("run", "seed", "scores", "weights", "data", "code")
 MOST_CLASSES = 20  # that are named
 DECIMALS = 2  # of a score, as in the tables
-SCORE = re.compile(r"(\w+) (-?\d+\.\d+)(?:, |$)")
+SCORE = re.compile(r"\b(\w+) (-?\d+\.\d+)(?:, |$)")
 FACTS = "How it was made"
 LIMITS = "Limits"
 
