@@ -171,7 +171,8 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     Path("there.onnx").write_bytes(b"")
     for arguments, message in (
-        ((run, "--output", "model.xyz"), 'Unknown format "None".'),
+        ((run, "--output", "model.xyz"), "The ending of model.xyz names no format."),
+        ((run, "--output", "model", "--format", "onx"), 'Unknown format "onx".'),
         ((run, "--output", "model.onnx", "--format", "pt2"), "A file of the format pt2 ends in .pt2."),
         ((run, "--output", "there.onnx"), "there.onnx exists already."),
         (("nowhere", "--output", "model.onnx"), "There is no run nowhere."),

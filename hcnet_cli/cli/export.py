@@ -40,10 +40,10 @@ def export(
     from hcnet_cli.runs import find_run, with_weights
 
     kind = fmt or {ending: name for name, ending in ENDINGS.items()}.get(output.suffix)
+    if kind is None:
+        raise UserError(f"The ending of {output} names no format.", hint="Known: .onnx, .pt2, .pt; or --format timm.")
     if kind not in ENDINGS:
-        raise UserError(
-            f'Unknown format "{kind}".{did_you_mean(kind or "", ENDINGS)}', hint=f"Known: {', '.join(ENDINGS)}."
-        )
+        raise UserError(f'Unknown format "{kind}".{did_you_mean(kind, ENDINGS)}', hint=f"Known: {', '.join(ENDINGS)}.")
     if output.exists():
         raise UserError(f"{output} exists already.", hint="Name a new one, or remove it.")
     if ENDINGS[kind] and output.suffix != ENDINGS[kind]:
