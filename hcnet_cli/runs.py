@@ -31,7 +31,7 @@ WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process t
 LINK_VARIABLE = "HCNET_LINK"  # in the environment: a path that becomes a link to the folder of the run
 WAITING = "Waiting for another process that is working"
 LOG_BYTES = 256 * 2**20  # of a metrics.jsonl; a run of 1.5 million steps writes some 10 MiB
-RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain")
+RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain", "failure", ".failure.tmp")
 RUN_FILES = ("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml", "model.py")
 
 
@@ -268,12 +268,20 @@ def with_weights(folder: RunFolder, model: str | None = None, data: str | None =
     if reason := contradiction(folder, info):
         raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
     recipe = rcp.resolve(folder.recipe_file).recipe
+    return info, with_paths(folder, recipe, model, data)
+
+
+def with_paths(folder: RunFolder, recipe: Recipe, model: str | None, data: str | None) -> Recipe:
+    """The recipe of a run with the places of its model's file and of its data as the command line names them.
+
+    UserError for a file that is not what made the run's model.
+    """
     require_own_model(folder, recipe, named=model is not None)
     given = [("model.name", model, "--model"), ("data.path", data, "--data")]
     found = rcp.resolve(folder.recipe_file, [one for one in given if one[1] is not None]).recipe
     if (found.model.label, found.model.digest) != (recipe.model.label, recipe.model.digest):
         raise UserError(f"{model} is not what made the model of this run: the file has changed, or it is another.")
-    return info, found
+    return found
 
 
 # --- whether the files of a run belong together -----------------------------------------------------------------------

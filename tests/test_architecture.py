@@ -20,7 +20,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["bench"],
-    ["evaluate", "predict", "export", "explain", "check", "doctor"],
+    ["evaluate", "predict", "export", "explain", "replay", "check", "doctor"],
     ["run"],
     ["rehearsal"],
     ["plan", "previous", "reading"],
@@ -33,7 +33,7 @@ LAYERS = [
     ["models", "data", "optim", "profile", "checkpoint", "weights", "device"],
     ["dist", "rng"],
     ["report", "manage"],
-    ["finished", "evaluation_request"],
+    ["finished", "evaluation_request", "failure"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
     ["published", "statistics", "grouping", "pictures"],
@@ -50,7 +50,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
-    *("own_model", "model_names", "cache", "finished", "evaluation_request", "bench.choices", "published"),
+    *("own_model", "model_names", "cache", "finished", "failure", "evaluation_request", "bench.choices", "published"),
     *("statistics", "results", "manage", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most

@@ -307,6 +307,11 @@ def sample_batch(dataset: RequestDataset, indices: Sequence[int], seed: int, col
     """One training batch of the samples `indices`, read in this process, for a trial before training."""
     step_key = rng.derive(seed, "step", 0)
     requests = [SampleRequest(index, rng.derive(seed, "sample", 0, index), step_key) for index in indices]
+    return load_batch(dataset, requests, collate)
+
+
+def load_batch(dataset: RequestDataset, requests: list[SampleRequest], collate: Collate | None) -> dict[str, Any]:
+    """One training batch, read in this process."""
     result = BatchDataset(dataset, collate or collate_items)[requests]
     if isinstance(result, UserError):
         raise result

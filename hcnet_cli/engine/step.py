@@ -76,8 +76,7 @@ class Stepper:
     def step(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Returns the mean of each loss part over the micro-batches, their sum as `loss`, and `grad_norm`."""
         job, optimizer = self.job, self.job.optimizer
-        # for draws that are not keyed by sample, such as the drop path of timm's models; each process has its own
-        torch.manual_seed(derive(job.seed, "torch", step, *([dist.rank()] if dist.rank() else [])))
+        seed_step(job.seed, step, dist.rank())
         for group in optimizer.param_groups:
             group["lr"] = job.lr_at(step) * group.get("lr_scale", 1.0)
         parts = self._losses_and_gradients(batches)
@@ -119,6 +118,11 @@ class Stepper:
         if not self.checked_unused:
             self.checked_unused = True
             check_unused(self.job.task)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """For draws that are not keyed by sample, such as the drop path of timm's models; each process has its own."""
+    torch.manual_seed(derive(seed, "torch", step, *([rank] if rank else [])))
 
 
 def check_unused(task: nn.Module) -> None:
