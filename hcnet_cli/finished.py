@@ -77,6 +77,7 @@ def _init_digest(recipe: Recipe, results: Path) -> str:
     return tensors_digest(file)
 
 
-def notice_finished(folder: RunFolder) -> None:
-    notice(f"This run is finished: {folder.path}")
+def notice_finished(folder: RunFolder, profile: int = 0) -> None:
+    """`profile`: steps that were to be timed."""
+    notice(f"This run is finished: {folder.path}{'. Nothing was profiled.' if profile else ''}")
     notice("Start it over with --fresh; `hcnet report` prints the table.")

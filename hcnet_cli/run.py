@@ -57,6 +57,7 @@ class Options:
     fresh: bool = False
     dry_run: bool = False
     eval_only: bool = False
+    profile: int = 0  # steps to time
     argv: Sequence[str] = ()
 
 
@@ -139,13 +140,14 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
         dist.from_main(lambda: check_finished(folder, earlier))
-        finished.notice_finished(folder)
+        finished.notice_finished(folder, options.profile)
         return folder.path, earlier, 0
     dist.from_main(lambda: plan.check_disk(folder.path, recipe, run.task))
     if earlier is None and dist.is_main():
         notice_unfinished(folder, info, recipe)
     job = build.build_job(recipe, run.data, run.task, run.device, identity(info))
     job.describe_weights = {**job.describe_weights, "config": info.config}
+    job.profile = options.profile
     state = engine.restore(job, folder.path)
     if earlier is not None:
         if earlier.steps_done and not state.step:
@@ -387,15 +389,6 @@ def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
     return scores
 
 
-def differing_scores(info: RunInfo, scores: Mapping[str, float]) -> str:
-    """The scores that differ from the record, with both values, for people; "" where none does."""
-    return ", ".join(
-        f"{name} {value:.4f} (record: {info.metrics[name]:.4f})"
-        for name, value in scores.items()
-        if name in info.metrics and abs(info.metrics[name] - value) > 1e-6
-    )
-
-
 def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
     """Metrics, on the validation data, of the run's best weights; where nothing was trained, of those of --init.
 
@@ -426,7 +419,7 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         metrics |= suffixed(found, one, first=number == 0)
     if dist.is_main():
         out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-    if earlier is not None and (differing := differing_scores(earlier, metrics)):
+    if earlier is not None and (differing := runs.differing_scores(earlier, metrics)):
         warn(f"The weights score otherwise than the run's record says: {differing}.")
     if earlier is None:
         info = info.model_copy(

@@ -93,6 +93,10 @@ Set = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")]
+Profile = Annotated[
+    int | None,
+    typer.Option("--profile", min=1, metavar="N", help="Time N steps by part and keep a Chrome trace: RUN/profile."),
+]
 EvalOnly = Annotated[
     bool,
     typer.Option("--eval-only", help="Evaluate the run's best weights; those of --init where nothing was trained."),

@@ -22,6 +22,7 @@ from hcnet_cli.console import Progress, UserError
 from hcnet_cli.data.loader import watching_workers
 from hcnet_cli.engine.failure_report import StepKeys, report_non_finite, step_keys
 from hcnet_cli.engine.job import EvalBatches, Evaluation, Evaluator, Job, autocast, to_device
+from hcnet_cli.engine.profiler import Profiler
 from hcnet_cli.engine.state import State, save
 from hcnet_cli.engine.step import Stepper
 from hcnet_cli.files import optional
@@ -206,7 +207,8 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
     finite. A signal interrupts an evaluation too; the run that goes on begins with it. Predictions and pictures come
     after the checkpoint: nothing depends on them.
     """
-    stepper = Stepper(job)
+    profiler = Profiler(job, folder.path / "profile", job.profile)
+    stepper = Stepper(job, profiler)
     if state.scaler:
         stepper.scaler.load_state_dict(state.scaler)
     guard = stepper.guard
@@ -245,7 +247,8 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             save_final(evaluator, folder.path / "final")
         return 0
 
-    with Stopper() as stopper, Progress(job.total_steps, state.step, job.task.primary) as progress:
+    progress = Progress(job.total_steps, state.step, job.task.primary)
+    with Stopper() as stopper, progress, contextlib.closing(profiler):
         if dist.from_main(lambda: state.step == state.best_step and (folder.path / "final" / MISSING).exists()):
             _, again = evaluate(job, job.evaluations[0], progress)
             if main:
@@ -254,17 +257,22 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
         if state.evaluation_due and (stopping := evaluate_and_save()):
             return stopping
         while state.step < job.total_steps and not out_of_patience(job, state):
+            profiler.begin()
             begun = time.monotonic()
-            batches = [next(micro_batches) for _ in range(job.accumulate)]
+            with profiler.part("wait for data"):
+                batches = [next(micro_batches) for _ in range(job.accumulate)]
             waited = time.monotonic() - begun
             recent.append(step_keys(state.step, batches))
-            window.add(stepper.step(state.step, [to_device(batch, job.device) for batch in batches]))
+            with profiler.part("transfer"):
+                moved = [to_device(batch, job.device) for batch in batches]
+            window.add(stepper.step(state.step, moved))
             state.step += 1
             evaluating = state.step == job.total_steps or state.step % job.eval_every == 0
             logging = evaluating or state.step % job.log_every == 0
             if (logging or guard.checked_every_step) and guard.on_any_process():
                 report_non_finite(guard, recent, job, folder, state.step)
             seconds = time.monotonic() - begun
+            profiler.end()
             window.add_time(seconds, waited)
             state.seconds += seconds
             state.waited += waited

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from hcnet_cli import dist, optim
 from hcnet_cli.console import UserError
 from hcnet_cli.engine.job import Batch, Job, Task, autocast
+from hcnet_cli.engine.profiler import Profiler
 from hcnet_cli.rng import derive
 
 
@@ -62,8 +63,8 @@ class NonFiniteGuard:
 class Stepper:
     """Makes the optimizer steps of a job, on this process's share of each batch."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, profiler: Profiler) -> None:
+        self.job, self.part = job, profiler.part
         self.net: Task | DistributedDataParallel = job.task
         if dist.is_distributed():
             ids = [job.device.index] if job.device.type == "cuda" else None
@@ -81,6 +82,14 @@ class Stepper:
             group["lr"] = job.lr_at(step) * group.get("lr_scale", 1.0)
         parts = self._losses_and_gradients(batches)
         self._check_unused()
+        with self.part("optimizer"):
+            norm = self._update(step, parts)
+        total = torch.stack([part.float() for part in parts.values()]).sum()
+        return {**parts, "loss": total, "grad_norm": norm}
+
+    def _update(self, step: int, parts: Mapping[str, Tensor]) -> Tensor:
+        """Clips, checks and updates; returns the norm of the gradient before clipping."""
+        job, optimizer = self.job, self.job.optimizer
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if job.clip_grad is not None:
@@ -97,7 +106,7 @@ class Stepper:
         optimizer.zero_grad(set_to_none=True)
         if job.ema is not None:
             job.ema.update(job.task.model, step=step)
-        return {**parts, "loss": total, "grad_norm": norm}
+        return norm
 
     def _losses_and_gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
@@ -105,9 +114,10 @@ class Stepper:
             # processes exchange gradients after the last micro-batch only
             synced = number == len(batches) or not isinstance(self.net, DistributedDataParallel)
             with nullcontext() if synced else cast(DistributedDataParallel, self.net).no_sync():
-                with autocast(self.job.precision, self.job.device):
+                with self.part("forward"), autocast(self.job.precision, self.job.device):
                     losses: dict[str, Tensor] = self.net(batch)
-                self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()
+                with self.part("backward"):
+                    self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()
             for name, loss in losses.items():
                 share = loss.detach() / len(batches)
                 parts[name] = parts[name] + share if name in parts else share
