@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -42,6 +43,7 @@ from hcnet_cli.previous import check_finished, identity, notice_unfinished, prev
 from hcnet_cli.privacy import home, host_id
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo, Session
+from hcnet_cli.track import tracking
 from hcnet_cli.weights import LoadReport
 
 WAITING_TOO_LONG = 0.2  # share of the training time spent waiting for data
@@ -58,6 +60,7 @@ class Options:
     dry_run: bool = False
     eval_only: bool = False
     profile: int = 0  # steps to time
+    track: Sequence[str] = ()  # trackers to send the log to
     argv: Sequence[str] = ()
 
 
@@ -91,8 +94,9 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         info = _describe(setup, options)
         if options.eval_only:
             return setup.folder.path, _evaluate_only(setup, info), 0
-        with dist.on_main(setup.folder.lock):  # what goes wrong on the main process, goes wrong on all
-            return _train_in(setup, info, options)
+        # what goes wrong on the main process, goes wrong on all
+        with dist.on_main(setup.folder.lock), contextlib.ExitStack() as trackers:
+            return _train_in(setup, info, options, trackers)
 
 
 def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSetup:
@@ -130,7 +134,9 @@ def _with_short_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data, "model": model, "init": home(recipe.init)})
 
 
-def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
+def _train_in(
+    run: RunSetup, info: RunInfo, options: Options, trackers: contextlib.ExitStack
+) -> tuple[Path, RunInfo | None, int]:
     folder, recipe = run.folder, run.recipe
     fresh = options.fresh and not dist.from_main(lambda: folder.waited)  # what was waited for is fresh
     if fresh or dist.from_main(folder.is_cleared):
@@ -140,7 +146,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
         dist.from_main(lambda: check_finished(folder, earlier))
-        finished.notice_finished(folder, options.profile)
+        finished.notice_finished(folder, options.profile, options.track)
         return folder.path, earlier, 0
     dist.from_main(lambda: plan.check_disk(folder.path, recipe, run.task))
     if earlier is None and dist.is_main():
@@ -165,6 +171,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
         _write_recipe(run, info)
         folder.rewind(state.step)
         folder.write(info)
+        trackers.enter_context(tracking(folder, options.track))
 
     try:
         with trial.explaining_memory(recipe, run.device):

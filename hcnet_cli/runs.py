@@ -31,7 +31,7 @@ WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process t
 LINK_VARIABLE = "HCNET_LINK"  # in the environment: a path that becomes a link to the folder of the run
 WAITING = "Waiting for another process that is working"
 LOG_BYTES = 256 * 2**20  # of a metrics.jsonl; a run of 1.5 million steps writes some 10 MiB
-RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain", "failure", ".failure.tmp", "profile")
+RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain", "failure", ".failure.tmp", "profile", "track")
 RUN_FILES = ("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml", "model.py")
 
 

@@ -33,7 +33,7 @@ LAYERS = [
     ["models", "data", "optim", "profile", "checkpoint", "weights", "device"],
     ["dist", "rng"],
     ["report", "manage"],
-    ["finished", "evaluation_request", "failure"],
+    ["finished", "evaluation_request", "failure", "track"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
     ["published", "statistics", "grouping", "pictures"],
@@ -51,7 +51,17 @@ TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
     *("own_model", "model_names", "cache", "finished", "failure", "evaluation_request", "bench.choices", "published"),
-    *("statistics", "results", "manage", "study.design", "study.runner", "study.table", "report"),
+    *(
+        "statistics",
+        "results",
+        "manage",
+        "track",
+        "track.sending",
+        "study.design",
+        "study.runner",
+        "study.table",
+        "report",
+    ),
 ]
 LINES = 450  # of a room at most
 

@@ -104,7 +104,7 @@ def test_what_follows_the_last_gradient_is_all_reduce(clock: Clock, tmp_path: Pa
 
 def test_a_profiled_run_is_the_run(folder_of_images: Path, hcnet: Hcnet, tmp_path: Path) -> None:
     """Data workers load; the trace names the parts; a second time the run is finished and says so."""
-    (line,) = [line for line in PAGE.splitlines() if line.startswith("hcnet pretrain")]
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("hcnet pretrain --profile")]
     assert line == "hcnet pretrain --profile 20"
     run = ("pretrain", *SMALL_MODEL, "--recipe", "small", "--data", folder_of_images, "--set", "data.img_size=16")
     run += ("--batch-size", "8", "--set", "schedule.length=12", "--set", "train.eval_every=12", "--out", tmp_path)

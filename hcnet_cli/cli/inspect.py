@@ -1,4 +1,4 @@
-"""`hcnet check`, `shards`, `explain`, `replay` and `doctor`: what is in data, models, a failed step, this machine."""
+"""`hcnet check`, `shards`, `explain`, `replay`, `track` and `doctor`: what is in data, models, runs, this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ import typer
 from hcnet_cli.cli import complete, options
 from hcnet_cli.cli.base import resolve
 from hcnet_cli.console import UserError, notice, out, warn
+from hcnet_cli.track import TRACKERS
+
+Run = Annotated[
+    str, typer.Argument(help="A run: its folder, or its name under results/runs/.", autocompletion=complete.runs)
+]
 
 
 def check(
@@ -109,10 +114,7 @@ def explain(
 
 
 def replay(
-    run: Annotated[
-        str,
-        typer.Argument(help="A run: its folder, or its name under results/runs/.", autocompletion=complete.runs),
-    ],
+    run: Run,
     data: options.DataPath = None,
     model: options.OwnModel = None,
     out_dir: options.Out = Path("results"),
@@ -144,6 +146,27 @@ def replay(
     for line in (line for one in found for line in one.lines()):
         out.print(line)
     raise typer.Exit(all(one.origin is None for one in found))
+
+
+def track(
+    run: Run,
+    to: Annotated[str, typer.Option("--to", help=f"Comma list of: {', '.join(TRACKERS)}.")],
+    out_dir: options.Out = Path("results"),
+) -> None:
+    """Send the log of a run to experiment trackers: what they have not got yet, each point once.
+
+    Also of a run that was killed, or trained without --track. Nothing leaves this machine.
+    """
+    from hcnet_cli.runs import find_run
+    from hcnet_cli.track import check_trackers
+    from hcnet_cli.track.sending import send
+
+    names = check_trackers(to)
+    folder = find_run(run, out_dir)
+    folder.require()
+    for name in names:
+        lines = send(folder, name)
+        notice(f"{lines} lines sent: {name} --logdir {folder.path / 'track'}")
 
 
 def doctor(

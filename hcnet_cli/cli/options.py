@@ -9,6 +9,7 @@ import typer
 
 from hcnet_cli.cli import complete
 from hcnet_cli.sizes import SIZES
+from hcnet_cli.track import TRACKERS
 
 
 def _number_or_word(text: str) -> int | str:
@@ -96,6 +97,10 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of goin
 Profile = Annotated[
     int | None,
     typer.Option("--profile", min=1, metavar="N", help="Time N steps by part and keep a Chrome trace: RUN/profile."),
+]
+Track = Annotated[
+    str | None,
+    typer.Option("--track", help=f"Send what is logged to trackers, a comma list of: {', '.join(TRACKERS)}."),
 ]
 EvalOnly = Annotated[
     bool,

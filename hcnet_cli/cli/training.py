@@ -69,6 +69,7 @@ def _parameters(spec: Spec) -> Parameters:
         "fresh": (options.Fresh, False),
         "eval_only": (options.EvalOnly, False),
         "profile": (options.Profile, None),
+        "track": (options.Track, None),
         **studies.OPTIONS,
     }
 
@@ -77,14 +78,16 @@ def train_task(task: str, given: dict[str, Any]) -> None:
     """Runs a training command with the parameters that were given."""
     from hcnet_cli.finished import finished_run, notice_finished
     from hcnet_cli.inputs import check_device, check_inputs
+    from hcnet_cli.track import check_trackers
 
     name = given["name"]
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
-    for flag, others in (("eval_only", ("fresh", "dry_run", "profile")), ("dry_run", ("profile",))):
+    for flag, others in (("eval_only", ("fresh", "dry_run", "profile", "track")), ("dry_run", ("profile", "track"))):
         if given[flag] and (found := [other for other in others if given[other]]):
             one, other = (word.replace("_", "-") for word in (flag, found[0]))
             raise UserError(f"--{one} trains nothing: it cannot be combined with --{other}.")
+    track = check_trackers(given["track"]) if given["track"] is not None else []
     cluster = studies.cluster(given)
     resolved = resolve(task, given)
     if cluster is None:
@@ -99,7 +102,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         return
     started = not (given["dry_run"] or given["eval_only"] or given["fresh"])
     if started and (whole := finished_run(resolved.recipe, given["out_dir"], name or "", given["device"])):
-        notice_finished(whole, given["profile"] or 0)
+        notice_finished(whole, given["profile"] or 0, track)
         return
     from hcnet_cli.run import Options, train
 
@@ -111,6 +114,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         dry_run=given["dry_run"],
         eval_only=given["eval_only"],
         profile=given["profile"] or 0,
+        track=track,
         argv=command_line(),
     )
     _, _, stopped_by = train(resolved, chosen)

@@ -47,7 +47,7 @@ class Watch:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.names = {module: _in_model(name) for name, module in task.named_modules()}
-        self.parameters = {parameter: _in_model(name) for name, parameter in task.named_parameters()}
+        self.parameters: dict[Any, str] = {p: _in_model(name) for name, p in task.named_parameters()}
         self.origin: Origin | None = None
         self.stack: list[nn.Module] = []
         self.owners: dict[Node, nn.Module] = {}

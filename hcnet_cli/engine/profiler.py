@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -36,8 +36,8 @@ class Profiler:
     def __init__(self, job: Job, folder: Path, steps: int) -> None:
         self.job, self.folder, self.steps = job, folder, steps
         self.step = -1  # the current one, counted from where the session began
-        self.seconds: Counter[str] = Counter()  # of every part, over the timed steps
-        self.loading: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)  # of every part, over the timed steps
+        self.loading = dict.fromkeys(LOADING, 0.0)
         self.whole = 0.0
         self.last_gradient: Any = None
         self.hooks: list[Any] = []
@@ -67,14 +67,15 @@ class Profiler:
         """After a step."""
         if self.timing:
             self.whole += self._now() - self.begun
-            self.loading.update({name: self.job.train.loading[name] - self.before[name] for name in LOADING})
+            for name in LOADING:
+                self.loading[name] += self.job.train.loading[name] - self.before[name]
         if self.steps and self.step == WARM_UP + self.steps + TRACED - 1:
             self.close()
 
     def part(self, name: str) -> AbstractContextManager[None]:
         """Times what is inside as a part of the step."""
         if self.trace is not None:
-            return record_function(name)  # type: ignore[no-any-return]
+            return record_function(name)
         return self._timed(name) if self.timing else nullcontext()
 
     @contextmanager
