@@ -269,7 +269,9 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             state.step += 1
             evaluating = state.step == job.total_steps or state.step % job.eval_every == 0
             logging = evaluating or state.step % job.log_every == 0
-            if (logging or guard.checked_every_step) and guard.on_any_process():
+            with profiler.part("optimizer"):
+                failed = (logging or guard.checked_every_step) and guard.on_any_process()
+            if failed:
                 report_non_finite(guard, recent, job, folder, state.step)
             seconds = time.monotonic() - begun
             profiler.end()

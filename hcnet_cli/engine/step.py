@@ -83,12 +83,10 @@ class Stepper:
         parts = self._losses_and_gradients(batches)
         self._check_unused()
         with self.part("optimizer"):
-            norm = self._update(step, parts)
-        total = torch.stack([part.float() for part in parts.values()]).sum()
-        return {**parts, "loss": total, "grad_norm": norm}
+            return {**parts, **self._update(step, parts)}
 
-    def _update(self, step: int, parts: Mapping[str, Tensor]) -> Tensor:
-        """Clips, checks and updates; returns the norm of the gradient before clipping."""
+    def _update(self, step: int, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Clips, checks and updates; returns the sum of `parts` and the norm of the gradient before clipping."""
         job, optimizer = self.job, self.job.optimizer
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -106,7 +104,7 @@ class Stepper:
         optimizer.zero_grad(set_to_none=True)
         if job.ema is not None:
             job.ema.update(job.task.model, step=step)
-        return norm
+        return {"loss": total, "grad_norm": norm}
 
     def _losses_and_gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
