@@ -85,7 +85,7 @@ def _check_protocol(info: RunInfo, notes: dict[str, str], name: str) -> None:
 
 
 def _compare(info: RunInfo, scores: dict[str, float]) -> None:
-    differing = run.differing_scores(info, scores)
+    differing = runs.differing_scores(info, scores)
     if not differing:
         notice("Equal to the run's record.")
         return

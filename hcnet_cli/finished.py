@@ -6,6 +6,7 @@ What is not certain without PyTorch is left to `previous.py`. Torch-free.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def _init_digest(recipe: Recipe, results: Path) -> str:
     return tensors_digest(file)
 
 
-def notice_finished(folder: RunFolder) -> None:
-    notice(f"This run is finished: {folder.path}")
+def notice_finished(folder: RunFolder, profile: int = 0, track: Sequence[str] = ()) -> None:
+    """`profile`: steps that were to be timed; `track`: trackers that were to follow it."""
+    notice(f"This run is finished: {folder.path}{'. Nothing was profiled.' if profile else ''}")
+    if track:
+        notice(f"Nothing was tracked: `hcnet track {folder.path} --to {','.join(track)}` sends its log.")
     notice("Start it over with --fresh; `hcnet report` prints the table.")

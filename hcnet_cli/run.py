@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -43,6 +44,7 @@ from hcnet_cli.previous import check_finished, identity, notice_unfinished, prev
 from hcnet_cli.privacy import home, host_id
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo, Session
+from hcnet_cli.track import tracking
 from hcnet_cli.weights import LoadReport
 
 WAITING_TOO_LONG = 0.2  # share of the training time spent waiting for data
@@ -58,6 +60,8 @@ class Options:
     fresh: bool = False
     dry_run: bool = False
     eval_only: bool = False
+    profile: int = 0  # steps to time
+    track: Sequence[str] = ()  # trackers to send the log to
     argv: Sequence[str] = ()
 
 
@@ -91,8 +95,9 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         info = _describe(setup, options)
         if options.eval_only:
             return setup.folder.path, _evaluate_only(setup, info), 0
-        with dist.on_main(setup.folder.lock):  # what goes wrong on the main process, goes wrong on all
-            return _train_in(setup, info, options)
+        # what goes wrong on the main process, goes wrong on all
+        with dist.on_main(setup.folder.lock), contextlib.ExitStack() as trackers:
+            return _train_in(setup, info, options, trackers)
 
 
 def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSetup:
@@ -130,7 +135,9 @@ def _with_short_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": data, "model": model, "init": home(recipe.init)})
 
 
-def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, RunInfo | None, int]:
+def _train_in(
+    run: RunSetup, info: RunInfo, options: Options, trackers: contextlib.ExitStack
+) -> tuple[Path, RunInfo | None, int]:
     folder, recipe = run.folder, run.recipe
     fresh = options.fresh and not dist.from_main(lambda: folder.waited)  # what was waited for is fresh
     if fresh or dist.from_main(folder.is_cleared):
@@ -140,13 +147,14 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
         dist.from_main(lambda: check_finished(folder, earlier))
-        finished.notice_finished(folder)
+        finished.notice_finished(folder, options.profile, options.track)
         return folder.path, earlier, 0
     dist.from_main(lambda: plan.check_disk(folder.path, recipe, run.task))
     if earlier is None and dist.is_main():
         notice_unfinished(folder, info, recipe)
     job = build.build_job(recipe, run.data, run.task, run.device, identity(info))
     job.describe_weights = {**job.describe_weights, "config": info.config}
+    job.profile = options.profile
     state = engine.restore(job, folder.path)
     if earlier is not None:
         if earlier.steps_done and not state.step:
@@ -165,6 +173,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
         first_batches.show_data(job, folder, info, earlier, run.data)
         folder.rewind(state.step)
         folder.write(info)
+        trackers.enter_context(tracking(folder, options.track))
 
     try:
         with trial.explaining_memory(recipe, run.device):
@@ -388,15 +397,6 @@ def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
     return scores
 
 
-def differing_scores(info: RunInfo, scores: Mapping[str, float]) -> str:
-    """The scores that differ from the record, with both values, for people; "" where none does."""
-    return ", ".join(
-        f"{name} {value:.4f} (record: {info.metrics[name]:.4f})"
-        for name, value in scores.items()
-        if name in info.metrics and abs(info.metrics[name] - value) > 1e-6
-    )
-
-
 def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
     """Metrics, on the validation data, of the run's best weights; where nothing was trained, of those of --init.
 
@@ -427,7 +427,7 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         metrics |= suffixed(found, one, first=number == 0)
     if dist.is_main():
         out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-    if earlier is not None and (differing := differing_scores(earlier, metrics)):
+    if earlier is not None and (differing := runs.differing_scores(earlier, metrics)):
         warn(f"The weights score otherwise than the run's record says: {differing}.")
     if earlier is None:
         info = info.model_copy(

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process t
 LINK_VARIABLE = "HCNET_LINK"  # in the environment: a path that becomes a link to the folder of the run
 WAITING = "Waiting for another process that is working"
 LOG_BYTES = 256 * 2**20  # of a metrics.jsonl; a run of 1.5 million steps writes some 10 MiB
-RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain", "progress")
+RUN_FOLDERS = (
+    *("last", "previous", ".last.tmp", "final", "progress", "explain"),
+    *("failure", ".failure.tmp", "profile", "track"),
+)
 RUN_FILES = (
     *("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml", "model.py"),
     *("batches.png", "progress.png"),
@@ -283,12 +286,29 @@ def with_weights(
     if any_weights and info.config and (reason := recipe_contradiction(folder, info)):
         raise UserError(reason, hint="Restore the file, or train the run again with --fresh.")
     recipe = rcp.resolve(folder.recipe_file).recipe
+    return info, with_paths(folder, recipe, model, data)
+
+
+def with_paths(folder: RunFolder, recipe: Recipe, model: str | None, data: str | None) -> Recipe:
+    """The recipe of a run with the places of its model's file and of its data as the command line names them.
+
+    UserError for a file that is not what made the run's model.
+    """
     require_own_model(folder, recipe, named=model is not None)
     given = [("model.name", model, "--model"), ("data.path", data, "--data")]
     found = rcp.resolve(folder.recipe_file, [one for one in given if one[1] is not None]).recipe
     if (found.model.label, found.model.digest) != (recipe.model.label, recipe.model.digest):
         raise UserError(f"{model} is not what made the model of this run: the file has changed, or it is another.")
-    return info, found
+    return found
+
+
+def differing_scores(info: RunInfo, scores: Mapping[str, float]) -> str:
+    """The scores that differ from the record, with both values, for people; "" where none does."""
+    return ", ".join(
+        f"{name} {value:.4f} (record: {info.metrics[name]:.4f})"
+        for name, value in scores.items()
+        if name in info.metrics and abs(info.metrics[name] - value) > 1e-6
+    )
 
 
 # --- whether the files of a run belong together -----------------------------------------------------------------------

@@ -20,7 +20,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["bench", "push"],
-    ["evaluate", "predict", "export", "verify", "explain", "check", "doctor"],
+    ["evaluate", "predict", "export", "verify", "explain", "replay", "check", "doctor"],
     ["run"],
     ["rehearsal"],
     ["plan", "previous", "reading", "first_batches"],
@@ -33,7 +33,7 @@ LAYERS = [
     ["models", "data", "optim", "profile", "checkpoint", "weights", "device"],
     ["dist", "rng"],
     ["report", "manage"],
-    ["finished", "evaluation_request"],
+    ["finished", "evaluation_request", "failure", "track"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
     ["published", "statistics", "grouping", "charts"],
@@ -51,8 +51,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
-    *("own_model", "model_names", "cache", "finished", "evaluation_request", "bench.choices", "published"),
-    *("statistics", "results", "manage", "study.design", "study.runner", "study.table", "report", "report.card"),
+    *("own_model", "model_names", "cache", "finished", "failure", "evaluation_request", "bench.choices", "published"),
+    *("statistics", "results", "manage", "track", "track.sending", "study.design", "study.runner", "study.table"),
+    *("report", "report.card"),
 ]
 LINES = 450  # of a room at most
 

@@ -15,14 +15,15 @@ from typing import Any
 import fresh
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from hcnet_cli import checkpoint, engine, optim
 from hcnet_cli.console import RunFailed, UserError
-from hcnet_cli.data.loader import EvalLoader, TrainLoader
+from hcnet_cli.data.loader import EvalLoader, TrainLoader, epoch_batches
 from hcnet_cli.engine import Evaluation, Job, State
-from hcnet_cli.rng import keyed_uniform, seeded
+from hcnet_cli.rng import derive, keyed_uniform, seeded
 from hcnet_cli.runs import RunFolder, read_log
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,6 +34,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "muon": ("muon", {"fallback_list": ["2.*"]}),
     "lion": ("lion", {}),
 }
+MICRO_BATCH = [0, 2, 4, 6, 7, 5, 3, 1]  # pairs are mixed with their mirror image, so the second halves are turned
 TIMES = ("images_per_second", "data_wait")
 
 
@@ -297,10 +299,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(what: str, name
     assert error.value.exit_code == 1
     for a, b in zip(task.model.parameters(), good.task.model.parameters(), strict=True):
         assert torch.equal(a, b)
-    report = json.loads((tmp_path / "nonfinite.json").read_text())
+    report = json.loads((tmp_path / "failure" / "failure.json").read_text())
     assert report["step"] == 7
-    assert len(report["samples"]) == 8
-    assert report["files"] == [f"point {index}" for index in report["samples"]]
+    (batch,) = report["batches"]
+    assert [one["sample"] for one in batch["samples"]] == epoch_batches(40, 8, 3, 1)[2][MICRO_BATCH].tolist()
+    assert [one["key"] for one in batch["samples"]] == [derive(3, "sample", 1, s["sample"]) for s in batch["samples"]]
+    assert [one["file"] for one in batch["samples"]] == [f"point {one['sample']}" for one in batch["samples"]]
+    kept = load_file(tmp_path / "failure" / "weights.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in good.task.model.state_dict().items())
 
 
 def test_a_loss_that_one_of_two_processes_sees_stops_both(tmp_path: Path) -> None:
@@ -310,7 +316,8 @@ def test_a_loss_that_one_of_two_processes_sees_stops_both(tmp_path: Path) -> Non
     for optimizer in ("adamw", "lamb"):
         folder = tmp_path / optimizer
         assert [(folder / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["loss of step 3, unmoved"] * 2
-        assert len(json.loads((folder / "nonfinite.json").read_text())["samples"]) == 8
+        batches = json.loads((folder / "failure" / "failure.json").read_text())["batches"]
+        assert [(batch["process"], len(batch["samples"])) for batch in batches] == [(0, 4), (1, 4)]
 
 
 def test_a_parameter_no_loss_depends_on_is_named(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from torchvision.ops import sigmoid_focal_loss
 from hcnet_cli import engine, optim, runs
 from hcnet_cli.console import UserError
 from hcnet_cli.data.balance import class_counts, class_weights
+from hcnet_cli.engine.profiler import Profiler
 from hcnet_cli.engine.step import Stepper
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone, layers
@@ -215,7 +216,7 @@ def test_a_step_moves_each_layer_by_its_rate() -> None:
             task.model, name="sgd", args={}, lr=0.02, weight_decay=0.0, no_decay="1d", scales=scales
         )
         before = {name: value.clone() for name, value in task.model.state_dict().items()}
-        Stepper(job).step(4, [next(job.train.iterate(0))])
+        Stepper(job, Profiler(job, Path(), 0)).step(4, [next(job.train.iterate(0))])
         changes.append({name: value - before[name] for name, value in task.model.state_dict().items()})
     for name, whole in changes[0].items():
         torch.testing.assert_close(changes[1][name], whole * (0.25 if name.startswith("0.") else 1.0))

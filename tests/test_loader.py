@@ -244,7 +244,7 @@ def test_workers_leave_signals_to_the_main_process_and_use_one_thread() -> None:
 
 def test_what_workers_need_survives_pickling_for_systems_that_cannot_fork() -> None:
     fetch = pickle.loads(pickle.dumps(loader()._dataset))
-    batch, _ = fetch[next(loader().requests(2))]
+    batch, _, _ = fetch[next(loader().requests(2))]
     assert same([batch], [next(loader().iterate(2))])
 
 

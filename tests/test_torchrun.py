@@ -75,13 +75,15 @@ def test_sigusr1_saves_and_the_run_goes_on_by_one_process(whole: Path, folder_of
 
 
 def test_two_nodes_give_the_numbers_of_one(whole: Path, folder_of_images: Path, tmp_path: Path) -> None:
+    """While the time that they wait for each other is measured."""
     launcher = documented("torchrun --nnodes", nproc_per_node="1", rdzv_endpoint=f"127.0.0.1:{free_port()}")
-    line = [*launcher, *RUN, "--data", str(folder_of_images), "--out", str(tmp_path)]
+    line = [*launcher, *RUN, "--data", str(folder_of_images), "--out", str(tmp_path), "--profile", "2"]
     nodes = [subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for node in nodes:
         _, err = node.communicate(timeout=250)
         assert node.returncode == 0, err
     assert runs.read_record(tmp_path / "runs" / "mine" / "run.json").processes == 2
+    assert "| all-reduce |" in (tmp_path / "runs" / "mine" / "profile" / "profile.md").read_text()
     assert_same(tmp_path / "runs" / "mine", whole)
 
 

@@ -1,4 +1,4 @@
-"""`hcnet check`, `shards`, `explain` and `doctor`: what is in data, in a trained model, and on this machine; tars."""
+"""`hcnet check`, `shards`, `explain`, `replay`, `track` and `doctor`: what is in data, models, runs, this machine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from typing import Annotated
 
 import typer
 
-from hcnet_cli.cli import options
+from hcnet_cli.cli import complete, options
 from hcnet_cli.cli.base import resolve
-from hcnet_cli.console import UserError, notice, out
+from hcnet_cli.console import UserError, notice, out, warn
+from hcnet_cli.track import TRACKERS
+
+Run = Annotated[
+    str, typer.Argument(help="A run: its folder, or its name under results/runs/.", autocompletion=complete.runs)
+]
 
 
 def check(
@@ -106,6 +111,62 @@ def explain(
         made = explaining.compare(runs, image, out_dir, model)
     for path in made:
         out.print(str(path))
+
+
+def replay(
+    run: Run,
+    data: options.DataPath = None,
+    model: options.OwnModel = None,
+    out_dir: options.Out = Path("results"),
+    device: options.Device = "auto",
+) -> None:
+    """Compute again the step at which a run stopped because its loss or gradient was not finite.
+
+    In fp32 and in the run's precision, from the weights, samples and keys in RUN/failure: names the first module whose
+    output or gradient is not finite, the parameter and the images. Exits with 1 if everything is finite here.
+    """
+    from hcnet_cli.failure import read_failure
+    from hcnet_cli.inputs import check_data, check_device
+    from hcnet_cli.recipe import resolve as resolve_recipe
+    from hcnet_cli.runs import find_run, with_paths
+
+    folder = find_run(run, out_dir)
+    info = folder.require()
+    failure, weights = read_failure(folder)  # this and what follows before PyTorch is loaded, which takes seconds
+    recipe = with_paths(folder, resolve_recipe(folder.recipe_file).recipe, model, data)
+    check_device(device)
+    check_data(recipe)
+    from hcnet_cli import replay as replaying
+
+    losses = ", ".join(f"{name} {value}" for name, value in failure.losses.items())
+    out.print(f"Step {failure.step}, {len(failure.samples)} images, {losses} in {failure.precision}")
+    if failure.later_steps:
+        warn(f"The weights are those after {failure.later_steps} more steps: an fp16 step is looked at later.")
+    found = replaying.replay(folder, info, recipe, failure, weights, device)
+    for line in (line for one in found for line in one.lines()):
+        out.print(line)
+    raise typer.Exit(all(one.origin is None for one in found))
+
+
+def track(
+    run: Run,
+    to: Annotated[str, typer.Option("--to", help=f"Comma list of: {', '.join(TRACKERS)}.")],
+    out_dir: options.Out = Path("results"),
+) -> None:
+    """Send the log of a run to experiment trackers: what they have not got yet, each point once.
+
+    Also of a run that was killed, or trained without --track. Nothing leaves this machine.
+    """
+    from hcnet_cli.runs import find_run
+    from hcnet_cli.track import check_trackers
+    from hcnet_cli.track.sending import send
+
+    names = check_trackers(to)
+    folder = find_run(run, out_dir)
+    folder.require()
+    for name in names:
+        lines = send(folder, name)
+        notice(f"{lines} lines sent: {name} --logdir {folder.path / 'track'}")
 
 
 def doctor(

@@ -9,6 +9,7 @@ import typer
 
 from hcnet_cli.cli import complete
 from hcnet_cli.sizes import SIZES
+from hcnet_cli.track import TRACKERS
 
 
 def _number_or_word(text: str) -> int | str:
@@ -93,6 +94,14 @@ Set = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on.")]
+Profile = Annotated[
+    int | None,
+    typer.Option("--profile", min=1, metavar="N", help="Time N steps by part and keep a Chrome trace: RUN/profile."),
+]
+Track = Annotated[
+    str | None,
+    typer.Option("--track", help=f"Send what is logged to trackers, a comma list of: {', '.join(TRACKERS)}."),
+]
 EvalOnly = Annotated[
     bool,
     typer.Option("--eval-only", help="Evaluate the run's best weights; those of --init where nothing was trained."),

@@ -68,6 +68,8 @@ def _parameters(spec: Spec) -> Parameters:
         "dry_run": (options.DryRun, False),
         "fresh": (options.Fresh, False),
         "eval_only": (options.EvalOnly, False),
+        "profile": (options.Profile, None),
+        "track": (options.Track, None),
         **studies.OPTIONS,
     }
 
@@ -76,13 +78,16 @@ def train_task(task: str, given: dict[str, Any]) -> None:
     """Runs a training command with the parameters that were given."""
     from hcnet_cli.finished import finished_run, notice_finished
     from hcnet_cli.inputs import check_device, check_inputs
+    from hcnet_cli.track import check_trackers
 
     name = given["name"]
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
-    if given["eval_only"] and (given["dry_run"] or given["fresh"]):
-        other = "fresh" if given["fresh"] else "dry-run"
-        raise UserError(f"--eval-only trains nothing: it cannot be combined with --{other}.")
+    for flag, others in (("eval_only", ("fresh", "dry_run", "profile", "track")), ("dry_run", ("profile", "track"))):
+        if given[flag] and (found := [other for other in others if given[other]]):
+            one, other = (word.replace("_", "-") for word in (flag, found[0]))
+            raise UserError(f"--{one} trains nothing: it cannot be combined with --{other}.")
+    track = check_trackers(given["track"]) if given["track"] is not None else []
     cluster = studies.cluster(given)
     resolved = resolve(task, given)
     if cluster is None:
@@ -96,8 +101,8 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         submit_run(label, words, recipe.train.seed, given["out_dir"], cluster, given["dry_run"])
         return
     started = not (given["dry_run"] or given["eval_only"] or given["fresh"])
-    if started and (found := finished_run(resolved.recipe, given["out_dir"], name or "", given["device"])):
-        notice_finished(found)
+    if started and (whole := finished_run(resolved.recipe, given["out_dir"], name or "", given["device"])):
+        notice_finished(whole, given["profile"] or 0, track)
         return
     from hcnet_cli.run import Options, train
 
@@ -108,6 +113,8 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         fresh=given["fresh"],
         dry_run=given["dry_run"],
         eval_only=given["eval_only"],
+        profile=given["profile"] or 0,
+        track=track,
         argv=command_line(),
     )
     _, _, stopped_by = train(resolved, chosen)

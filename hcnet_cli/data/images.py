@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hcnet_cli import rng
 from hcnet_cli.console import UserError
+from hcnet_cli.data.decoding import timed
 from hcnet_cli.data.member import Member, Source
 from hcnet_cli.schema import MAX_PIXELS
 
@@ -108,6 +109,7 @@ def _refusal(file: Image.Image, max_pixels: int) -> str:
     return ""
 
 
+@timed
 def read_image(
     path: Source, size: Size | None = None, bits: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:

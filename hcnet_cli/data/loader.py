@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hcnet_cli import rng
 from hcnet_cli.console import RunFailed, UserError, warn
+from hcnet_cli.data import decoding
 from hcnet_cli.data.member import Source
 
 
@@ -116,8 +118,13 @@ def micro_batch(batch: NDArray[np.int64], micro: int, rank: int, accumulate: int
     return np.concatenate([share[0::2], share[1::2][::-1]])
 
 
+Loaded = tuple[dict[str, Any], list[str], dict[str, float]]  # batch, unreadable files, seconds
+
+
 class BatchDataset(Dataset[Any]):
-    """A data set of batches: a list of requests -> (batch, unreadable files). Runs in a worker process.
+    """A data set of batches: a list of requests -> (batch, unreadable files, seconds). Runs in a worker process.
+
+    The seconds are those of "decode" and "augment".
 
     A UserError is returned, not raised: a raised one would reach the main process wrapped in the worker's traceback.
     """
@@ -126,16 +133,19 @@ class BatchDataset(Dataset[Any]):
         self.dataset = dataset
         self.collate = collate
 
-    def __getitem__(self, requests: list[SampleRequest]) -> tuple[dict[str, Any], list[str]] | UserError:
+    def __getitem__(self, requests: list[SampleRequest]) -> Loaded | UserError:
         rng.prebuild(request.key for request in requests)
+        begun, decoded = time.perf_counter(), decoding.seconds()
         try:
             items = [self.dataset[request] for request in requests]
             unreadable = [item.pop("unreadable") for item in items if "unreadable" in item]
+            decode = decoding.seconds() - decoded
+            seconds = {"decode": decode, "augment": time.perf_counter() - begun - decode}
             batch = self.collate(items)
         except UserError as error:
             return error
         batch["step_key"] = requests[0].step_key
-        return batch, unreadable
+        return batch, unreadable, seconds
 
 
 def _unchanged(item: Any) -> Any:
@@ -200,7 +210,7 @@ def _worker_died(reason: str) -> RunFailed:
     )
 
 
-def _batches(loader: DataLoader[Any]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def _batches(loader: DataLoader[Any]) -> Iterator[Loaded]:
     try:
         with watching_workers():
             for result in loader:
@@ -257,6 +267,7 @@ class TrainLoader:
         self.groups = groups
         self.max_unreadable = max_unreadable
         self.unreadable: list[str] = []
+        self.loading = {"decode": 0.0, "augment": 0.0}
         self._size = len(dataset)
         self._dataset = BatchDataset(dataset, collate or collate_items)
 
@@ -296,7 +307,8 @@ class TrainLoader:
         Raises the UserError of a data set, and one of its own if too many files cannot be read.
         """
         loader = _data_loader(self._dataset, self.requests(start_step), self.workers, persistent=False)
-        for batch, unreadable in _batches(loader):
+        for batch, unreadable, seconds in _batches(loader):
+            self.loading = {name: self.loading[name] + value for name, value in seconds.items()}
             for path in unreadable:
                 self._count_unreadable(path)
             yield batch
@@ -319,6 +331,11 @@ def sample_batch(dataset: RequestDataset, indices: Sequence[int], seed: int, col
     """One training batch of the samples `indices`, read in this process, for a trial before training."""
     step_key = rng.derive(seed, "step", 0)
     requests = [SampleRequest(index, rng.derive(seed, "sample", 0, index), step_key) for index in indices]
+    return load_batch(dataset, requests, collate)
+
+
+def load_batch(dataset: RequestDataset, requests: list[SampleRequest], collate: Collate | None) -> dict[str, Any]:
+    """One training batch, read in this process."""
     result = BatchDataset(dataset, collate or collate_items)[requests]
     if isinstance(result, UserError):
         raise result
@@ -354,7 +371,7 @@ class EvalLoader:
         return len(self._chunks)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch, _ in _batches(self._loader):
+        for batch, _, _ in _batches(self._loader):
             yield batch
 
     def head(self, count: int) -> EvalLoader:

@@ -93,6 +93,8 @@ class TrainBatches(Protocol):
 
     unreadable: list[str]  # files that could not be read so far
     steps_per_epoch: int
+    workers: int  # processes that load; 0: this one does
+    loading: dict[str, float]  # seconds of "decode" and "augment" in all batches so far, summed over the workers
 
     def first(self, count: int, most: int) -> Iterator[tuple[Batch, int]]:
         """At most `most` samples of a micro-batch of each of the first `count` steps, and its whole size."""
@@ -148,6 +150,7 @@ class Job:
     patience: int | None = None  # evaluations without a better score, after which training stops early
     describe_weights: Mapping[str, Any] = field(default_factory=dict)  # safetensors metadata of best.safetensors
     identity: Mapping[str, str] = field(default_factory=dict)  # of the run: kept in checkpoints, compared on restoring
+    profile: int = 0  # steps to time by part
     kernels: Sequence[str] = ()  # the faster forms of layers that were applied, in words, for the record
 
     @property

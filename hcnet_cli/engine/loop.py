@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,13 +18,15 @@ from timm.utils import distribute_bn
 from torch import Tensor
 
 from hcnet_cli import checkpoint, dist
-from hcnet_cli.console import Progress, RunFailed, UserError
+from hcnet_cli.console import Progress, UserError
 from hcnet_cli.data.loader import watching_workers
+from hcnet_cli.engine.failure_report import StepKeys, report_non_finite, step_keys
 from hcnet_cli.engine.job import EvalBatches, Evaluation, Evaluator, Job, autocast, to_device
+from hcnet_cli.engine.profiler import Profiler
 from hcnet_cli.engine.state import State, save
-from hcnet_cli.engine.step import NonFiniteGuard, Stepper
+from hcnet_cli.engine.step import Stepper
 from hcnet_cli.engine.strip import add_row
-from hcnet_cli.files import optional, write_text
+from hcnet_cli.files import optional
 from hcnet_cli.profile import evaluating, peak_memory_mb
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.weights import digest
@@ -207,11 +208,12 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
     finite. A signal interrupts an evaluation too; the run that goes on begins with it. Predictions and pictures come
     after the checkpoint: nothing depends on them.
     """
-    stepper = Stepper(job)
+    profiler = Profiler(job, folder.path / "profile", job.profile)
+    stepper = Stepper(job, profiler)
     if state.scaler:
         stepper.scaler.load_state_dict(state.scaler)
     guard = stepper.guard
-    recent: deque[tuple[int, list[int]]] = deque(maxlen=1 if guard.checked_every_step else job.log_every)
+    recent: deque[StepKeys] = deque(maxlen=1 if guard.checked_every_step else job.log_every)
     window = Window(job.device, **state.window)
     last_save = time.monotonic()
     micro_batches = job.train.iterate(state.step)
@@ -250,8 +252,8 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
         """What the progress line has beside the means of the log."""
         return {"lr": job.lr_at(state.step - 1), "memory_mb": peak_memory_mb(job.device)}
 
-    shown_total = Progress(job.total_steps, state.step, job.task.primary, job.train.steps_per_epoch)
-    with Stopper() as stopper, shown_total as progress:
+    progress = Progress(job.total_steps, state.step, job.task.primary, job.train.steps_per_epoch)
+    with Stopper() as stopper, progress, contextlib.closing(profiler):
         if dist.from_main(lambda: state.step == state.best_step and (folder.path / "final" / MISSING).exists()):
             _, again = evaluate(job, job.evaluations[0], progress)
             if main:
@@ -260,17 +262,24 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
         if state.evaluation_due and (stopping := evaluate_and_save()):
             return stopping
         while state.step < job.total_steps and not out_of_patience(job, state):
+            profiler.begin()
             begun = time.monotonic()
-            batches = [next(micro_batches) for _ in range(job.accumulate)]
+            with profiler.part("wait for data"):
+                batches = [next(micro_batches) for _ in range(job.accumulate)]
             waited = time.monotonic() - begun
-            recent.append((state.step, [index for batch in batches for index in batch["sample"].tolist()]))
-            window.add(stepper.step(state.step, [to_device(batch, job.device) for batch in batches]))
+            recent.append(step_keys(state.step, batches))
+            with profiler.part("transfer"):
+                moved = [to_device(batch, job.device) for batch in batches]
+            window.add(stepper.step(state.step, moved))
             state.step += 1
             evaluating = state.step == job.total_steps or state.step % job.eval_every == 0
             logging = evaluating or state.step % job.log_every == 0
-            if (logging or guard.checked_every_step) and guard.on_any_process():
-                _report_non_finite(guard, recent, job, folder)
+            with profiler.part("optimizer"):
+                failed = (logging or guard.checked_every_step) and guard.on_any_process()
+            if failed:
+                report_non_finite(guard, recent, job, folder, state.step)
             seconds = time.monotonic() - begun
+            profiler.end()
             window.add_time(seconds, waited)
             state.seconds += seconds
             state.waited += waited
@@ -359,23 +368,3 @@ def save_final(evaluator: Evaluator, final: Path) -> None:
 def _save_is_due(last_save: float, minutes: float, logging: bool) -> bool:
     """Whether `minutes` have passed on any process. Only at log steps, where processes communicate anyway."""
     return logging and dist.any_process(time.monotonic() - last_save > 60 * minutes)
-
-
-def _report_non_finite(
-    guard: NonFiniteGuard, recent: Iterable[tuple[int, list[int]]], job: Job, folder: RunFolder
-) -> None:
-    """Writes nonfinite.json (losses, samples and files of the step) and raises RunFailed, on every process."""
-    step, parts = guard.found()
-    samples = sorted(i for items in dist.gather([i for s, items in recent if s == step for i in items]) for i in items)
-    report = folder.path / "nonfinite.json"
-    if dist.is_main():
-        files = [str(job.sample_path(index)) for index in samples]
-        content = {"step": step, "losses": {n: str(v) for n, v in parts.items()}, "samples": samples, "files": files}
-        write_text(report, json.dumps(content, indent=1))
-    what = "gradient" if all(map(math.isfinite, parts.values())) else "loss"
-    shown = ", ".join(f"{name} {value:g}" for name, value in parts.items())
-    raise RunFailed(
-        f"The {what} of step {step} is not finite ({shown}); the weights were left as they were before it.",
-        hint=f"The samples of that step are in {report}. "
-        "A lower --lr or --precision fp32 often helps; the same command resumes from the last checkpoint.",
-    )

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from hcnet_cli import dist, optim
 from hcnet_cli.console import UserError
 from hcnet_cli.engine.job import Batch, Job, Task, autocast
+from hcnet_cli.engine.profiler import Profiler
 from hcnet_cli.rng import derive
 
 
@@ -62,8 +63,8 @@ class NonFiniteGuard:
 class Stepper:
     """Makes the optimizer steps of a job, on this process's share of each batch."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, profiler: Profiler) -> None:
+        self.job, self.part = job, profiler.part
         self.net: Task | DistributedDataParallel = job.task
         if dist.is_distributed():
             ids = [job.device.index] if job.device.type == "cuda" else None
@@ -76,12 +77,17 @@ class Stepper:
     def step(self, step: int, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Returns the mean of each loss part over the micro-batches, their sum as `loss`, and `grad_norm`."""
         job, optimizer = self.job, self.job.optimizer
-        # for draws that are not keyed by sample, such as the drop path of timm's models; each process has its own
-        torch.manual_seed(derive(job.seed, "torch", step, *([dist.rank()] if dist.rank() else [])))
+        seed_step(job.seed, step, dist.rank())
         for group in optimizer.param_groups:
             group["lr"] = job.lr_at(step) * group.get("lr_scale", 1.0)
         parts = self._losses_and_gradients(batches)
         self._check_unused()
+        with self.part("optimizer"):
+            return {**parts, **self._update(step, parts)}
+
+    def _update(self, step: int, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Clips, checks and updates; returns the sum of `parts` and the norm of the gradient before clipping."""
+        job, optimizer = self.job, self.job.optimizer
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if job.clip_grad is not None:
@@ -98,7 +104,7 @@ class Stepper:
         optimizer.zero_grad(set_to_none=True)
         if job.ema is not None:
             job.ema.update(job.task.model, step=step)
-        return {**parts, "loss": total, "grad_norm": norm}
+        return {"loss": total, "grad_norm": norm}
 
     def _losses_and_gradients(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
@@ -106,9 +112,10 @@ class Stepper:
             # processes exchange gradients after the last micro-batch only
             synced = number == len(batches) or not isinstance(self.net, DistributedDataParallel)
             with nullcontext() if synced else cast(DistributedDataParallel, self.net).no_sync():
-                with autocast(self.job.precision, self.job.device):
+                with self.part("forward"), autocast(self.job.precision, self.job.device):
                     losses: dict[str, Tensor] = self.net(batch)
-                self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()
+                with self.part("backward"):
+                    self.scaler.scale(reduce(torch.add, losses.values()) / len(batches)).backward()
             for name, loss in losses.items():
                 share = loss.detach() / len(batches)
                 parts[name] = parts[name] + share if name in parts else share
@@ -119,6 +126,11 @@ class Stepper:
         if not self.checked_unused:
             self.checked_unused = True
             check_unused(self.job.task)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """For draws that are not keyed by sample, such as the drop path of timm's models; each process has its own."""
+    torch.manual_seed(derive(seed, "torch", step, *([rank] if rank else [])))
 
 
 def check_unused(task: nn.Module) -> None:

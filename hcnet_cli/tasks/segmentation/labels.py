@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.decoding import timed
 from hcnet_cli.data.images import UnusableImageError, opened, shown_size
 from hcnet_cli.data.problems import Report, refuse
 from hcnet_cli.files import write_text
@@ -59,6 +60,7 @@ def label_table(num_classes: int, reduce_zero_label: bool, ignore_index: int) ->
     return LabelTable(classes.astype(np.uint8), (classes < num_classes) | (classes == ignore_index))
 
 
+@timed
 def read_label(path: str, table: LabelTable, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Class indices [H, W]; UserError for a value that may not occur (a GPU would only say "device-side assert")."""
     pixels, _ = _read_values(path, max_pixels)
