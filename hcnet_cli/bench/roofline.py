@@ -66,7 +66,7 @@ class Counter(TorchDispatchMode):
     costs: dict[str, Cost] = field(default_factory=lambda: defaultdict(Cost))
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -108,9 +108,9 @@ def kind(name: str, args: Any) -> str:
 def operations(name: str, read: list[Tensor], written: list[Tensor], args: Any) -> int:
     """Two for each multiply-accumulate of convolutions and products; one for each element written by all others."""
     if name == "convolution":
-        return 2 * written[0].numel() * args[1][0].numel()
+        return 2 * written[0].numel() * int(args[1][0].numel())
     if name == "convolution_backward":  # of the input and of the weight: each the work of the forward pass
-        return 2 * args[0].numel() * args[2][0].numel() * sum(args[10][:2])
+        return 2 * int(args[0].numel() * args[2][0].numel() * sum(args[10][:2]))
     if name in ("mm", "addmm", "bmm", "baddbmm"):
         return 2 * written[0].numel() * read[-1].shape[-2]
     return sum(tensor.numel() for tensor in written)
