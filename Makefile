@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz slurm gpu lint format clean
+.PHONY: demo test fuzz slurm gpu signals lint format clean
 
 # The environment is complete when the stamp is newer than what it was made from.
 $(VENV)/.stamp: pyproject.toml
@@ -37,6 +37,10 @@ gpu: $(VENV)/.stamp
 	    --precision fp32,bf16 --batch-size 64 --rounds 5 --device cuda --output results/tables/speed-gpu.md
 	$(BIN)/hcnet bench --models t,convnext_tiny --mode infer,train --precision bf16 --compile --batch-size 64 \
 	    --rounds 5 --device cuda --output results/tables/speed-gpu-compiled.md
+
+# Signals at random moments to 2 processes under torchrun; HCNET_SIGNALS is the number of moments of each signal.
+signals: $(VENV)/.stamp
+	HCNET_SIGNALS=$${HCNET_SIGNALS:-10} $(BIN)/python -m pytest tests/test_signals_at_random.py --timeout 0 -s
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
