@@ -96,12 +96,6 @@ class ImageFolder(DataPart):
         10_000, "order shards: images that are shuffled among each other.", unit="images", fingerprint="changed"
     )
 
-    @model_validator(mode="after")
-    def _window_of_shards(self) -> ImageFolder:
-        if self.order == "images" and self.window != type(self).model_fields["window"].default:
-            raise ValueError('"data.window" has a meaning with "data.order" shards alone')
-        return self
-
 
 class ClassificationEvaluation(EvaluationPart):
     """Top-1 and top-5 of whole images, resized and cropped."""
