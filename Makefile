@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz slurm lint format clean
+.PHONY: demo test fuzz slurm gpu signals lint format clean
 
 # The environment is complete when the stamp is newer than what it was made from.
 $(VENV)/.stamp: pyproject.toml
@@ -28,6 +28,19 @@ fuzz: $(VENV)/.stamp
 # All that a real Slurm on this machine does to the cells of a study; `make test` has one quick test of it.
 slurm: $(VENV)/.stamp
 	HCNET_SLURM=1 $(BIN)/python -m pytest tests/test_real_slurm.py --timeout 3000 -s
+
+# What a GPU computes, then how fast, in results/tables/speed-gpu*.md; under ten minutes on one card, no network.
+gpu: $(VENV)/.stamp
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: PyTorch sees no CUDA device on this machine, so there is nothing to test")'
+	$(BIN)/python -m pytest tests/gpu --timeout 300
+	$(BIN)/hcnet bench --models t,reference,swin_tiny_patch4_window7_224,convnext_tiny --mode infer,train \
+	    --precision fp32,bf16 --batch-size 64 --rounds 5 --device cuda --output results/tables/speed-gpu.md
+	$(BIN)/hcnet bench --models t,convnext_tiny --mode infer,train --precision bf16 --compile --batch-size 64 \
+	    --rounds 5 --device cuda --output results/tables/speed-gpu-compiled.md
+
+# Signals at random moments to 2 processes under torchrun; HCNET_SIGNALS is the number of moments of each signal.
+signals: $(VENV)/.stamp
+	HCNET_SIGNALS=$${HCNET_SIGNALS:-10} $(BIN)/python -m pytest tests/test_signals_at_random.py --timeout 0 -s
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -325,6 +325,7 @@ def build_job(
         workers=workers(recipe),
         collate=data.collate,
         groups=data.groups,
+        shards=data.shards,
         **_rank_and_world_size(),
     )
     return Job(

@@ -22,7 +22,7 @@ from hcnet_cli.sizes import COMPONENTS, INCLUDES
 from hcnet_cli.study import design
 from hcnet_cli.study import table as study_table
 from hcnet_cli.study.design import Base, Study
-from hcnet_cli.study.record import Cell, StudyRecord, find_run
+from hcnet_cli.study.record import Cell, RunSearch, StudyRecord, find_run
 
 # --- studies become recipes -------------------------------------------------------------------------------------------
 
@@ -275,6 +275,31 @@ def test_a_cell_of_a_named_precision_takes_no_other(tmp_path: Path) -> None:
     ran = rcp.resolve(DIGITS, [("train.precision", "fp32", "")]).recipe
     with_recipe(make_run(tmp_path), ran)
     assert find_run(plan.recipe("full", "pretrain", 0), runs.find_runs(tmp_path)) is None
+
+
+def test_records_answer_for_many_cells_and_a_recipe_is_read_only_in_doubt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two arms that no record tells apart but by its fingerprint, each with a run that the study named before."""
+    recipes = {name: rcp.resolve(DIGITS, [("optim.weight_decay", value, ""), ("train.precision", "fp32", "")]).recipe
+               for name, value in (("a", 0.01), ("b", 0.02))}  # fmt: skip
+    for name, recipe in recipes.items():
+        text = rcp.dump_yaml(recipe)
+        written = {"config": "0" * 16, "recipe_digest": runs.text_digest(text)}
+        fingerprint = runs.run_fingerprint(recipe, "digits-digest", "")
+        with_recipe(make_run(tmp_path, name=name, fingerprint=fingerprint, **written), recipe)
+    found = runs.find_runs(tmp_path)
+    search = RunSearch(found)
+    named = {name: Cell(arm="x", task="pretrain", seed=0, run=name) for name in "ab"}
+    fresh = rcp.resolve(DIGITS, [("optim.weight_decay", 0.03, "")]).recipe
+    replaced = named["a"].model_copy(update={"fingerprint": "00000000"})
+    for before in (None, named["b"], replaced):  # in doubt: the recipe of the run decides
+        assert search.find(recipes["a"], before) == find_run(recipes["a"], found) == tmp_path / "runs" / "a"
+    monkeypatch.setattr(rcp, "resolve", lambda *given: pytest.fail("a recipe was read"))
+    for name, recipe in recipes.items():
+        assert search.find(recipe, named[name]) == tmp_path / "runs" / name
+    assert search.find(fresh, None) is None
+    assert find_run(fresh, found) is None
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from hcnet_cli import rng
 from hcnet_cli.console import RunFailed, UserError
-from hcnet_cli.data.loader import EvalLoader, TrainLoader, collate_items, epoch_batches, micro_batch
+from hcnet_cli.data.loader import EvalLoader, Shards, TrainLoader, collate_items, epoch_batches, micro_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -108,6 +108,59 @@ PINNED_ORDER = [1, 4, 0, 9, 3, 8, 5, 2, 6, 7]
 def test_over_epochs_the_samples_left_out_change() -> None:
     seen = set().union(*(epoch_batches(10, 4, 0, epoch).ravel().tolist() for epoch in range(8)))
     assert seen == set(range(10))
+
+
+def shards_of(owner: list[int], window: int) -> Shards:
+    """Sample i lies in the shard owner[i]."""
+    numbers = np.array(owner)
+    return Shards([np.flatnonzero(numbers == one) for one in np.unique(numbers)], window)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    owner=st.lists(st.integers(0, 5), min_size=1, max_size=120),
+    window=st.integers(2, 50),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+)
+def test_the_order_of_shards_is_a_permutation_that_needs_the_shards_of_a_window_at_a_time(
+    owner: list[int], window: int, seed: int, epoch: int
+) -> None:
+    """The windows of a shard follow each other, and those between its first and its last hold nothing else."""
+    order = epoch_batches(len(owner), len(owner), seed, epoch, shards=shards_of(owner, window))[0]
+    assert sorted(order.tolist()) == list(range(len(owner)))
+    for one in set(owner):
+        places = [i // window for i, n in enumerate(order) if owner[n] == one]
+        assert set(places) == set(range(min(places), max(places) + 1))  # contiguous windows
+        between = [n for i, n in enumerate(order) if min(places) < i // window < max(places)]
+        assert all(owner[n] == one for n in between)  # a shard that fills whole windows has them alone
+
+
+def test_orders_of_shards_differ_by_epoch_and_seed_and_the_order_is_pinned() -> None:
+    shards = shards_of([0, 0, 0, 1, 1, 1, 2, 2, 2, 2], 5)
+    orders = [epoch_batches(10, 10, seed, epoch, shards=shards)[0].tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4
+    assert orders[0] == PINNED_SHARDS
+    assert shards.digest != shards_of([0, 0, 1, 1, 1, 1, 2, 2, 2, 2], 5).digest
+
+
+PINNED_SHARDS = [4, 1, 3, 5, 0, 8, 7, 6, 2, 9]
+
+
+@pytest.mark.parametrize(("accumulate", "world_size", "workers"), [(1, 1, 0), (2, 1, 0), (1, 2, 0), (2, 2, 2)])
+@pytest.mark.parametrize("start", [0, 3])
+def test_shards_give_the_same_steps_divided_and_resumed(
+    accumulate: int, world_size: int, workers: int, start: int
+) -> None:
+    """21 samples in 4 shards, 2 steps an epoch: the samples of each step, from any start, on several processes."""
+    shards = shards_of([i % 4 for i in range(21)], 6)
+    expected = [sorted(batch["sample"].tolist()) for batch in loader(shards=shards).iterate(0)][start:]
+    steps: list[list[int]] = [[] for _ in expected]
+    for rank in range(world_size):
+        made = loader(shards=shards, accumulate=accumulate, rank=rank, world_size=world_size, workers=workers)
+        for number, batch in enumerate(made.iterate(start)):
+            steps[number // accumulate] += batch["sample"].tolist()
+    assert [sorted(step) for step in steps] == expected
 
 
 # the split of a batch

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import SMALL_MODEL, Hcnet, only_run, outcome
 from PIL import Image
+from small_data import opened
 from timm.data import create_dataset
 
 from hcnet_cli import engine
@@ -68,12 +69,12 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the same run -----------------------------------------------------------------------------------------------------
 
 
-def train(hcnet: Hcnet, data: Path, results: Path, workers: int) -> Any:
+def train(hcnet: Hcnet, data: Path, results: Path, workers: int, *more: str) -> Any:
     return hcnet(
         *("pretrain", "--recipe", "small", "--data", data, "--out", results, "--batch-size", "8"),
         *("--set", "schedule.length=6", "--set", "schedule.warmup=0", "--set", "train.save_every=1000"),
         *("--set", "data.img_size=16", "--set", "train.eval_every=3", "--set", "train.eval_batch_size=5"),
-        *("--workers", str(workers), "--device", "cpu", *SMALL_MODEL),
+        *("--workers", str(workers), "--device", "cpu", *SMALL_MODEL, *more),
     )
 
 
@@ -98,6 +99,32 @@ def test_a_folder_and_its_shards_give_one_run(
     for results in (tmp_path / "shards", tmp_path / "killed"):
         assert only_run(results).name == expected.name
         assert outcome(only_run(results)) == outcome(expected)
+
+
+def test_the_order_of_shards_is_another_run_that_goes_on_bit_for_bit(
+    folder_of_images: Path, sharded: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a folder it is one sentence; the default leaves name and fingerprint as they are."""
+    order = ("--data-order", "shards", "--set", "data.window=8")
+    assert train(hcnet, sharded, tmp_path / "whole", 0, *order).code == 0
+    real = engine.loop.Stepper.step
+
+    def killed(self: Any, step: int, batches: Any) -> Any:
+        if step == 4:
+            raise SystemExit(9)
+        return real(self, step, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.loop.Stepper, "step", killed)
+        assert train(hcnet, sharded, tmp_path / "killed", 0, *order).code == 9
+    assert "Going on from step 3" in train(hcnet, sharded, tmp_path / "killed", 2, *order).err
+    assert outcome(only_run(tmp_path / "killed")) == outcome(only_run(tmp_path / "whole"))
+    refused = train(hcnet, folder_of_images, tmp_path / "folder", 0, *order)
+    assert refused.code == 2
+    assert "--data-order shards is for images in tars" in refused.err
+    plain, ordered = (opened(sharded, order=order).info.digest for order in ("images", "shards"))
+    assert plain == scan(folder_of_images).digest
+    assert ordered.startswith(f"{plain}-")
 
 
 @pytest.mark.parametrize("trust", ["content", "names"])

@@ -1,4 +1,4 @@
-"""`hcnet bench`: models and the input pipeline, timed side by side."""
+"""`hcnet bench`: models and the input pipeline, timed side by side; and what a model needs at least, on paper."""
 
 from __future__ import annotations
 
@@ -105,3 +105,38 @@ def bench_data(
         write_output(output, (bench_data.json_text if output.suffix == ".json" else bench_data.page)(made, known))
     if made.stopped:
         raise typer.Exit(128 + made.stopped)
+
+
+@app.command("roofline")
+def bench_roofline(
+    models: Annotated[
+        str, typer.Option(help="Comma list: sizes and names of timm.")
+    ] = "hcnet_tiny,swin_tiny_patch4_window7_224,convnext_tiny",
+    mode: Annotated[str, typer.Option(help="Comma list of infer and train.")] = "infer",
+    precision: Annotated[str, typer.Option(help="Of weights and activations: fp32, bf16 or fp16.")] = "bf16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
+    img_size: Annotated[int, typer.Option(min=8, help="Height and width of the images.")] = 224,
+    bandwidth: Annotated[
+        float, typer.Option(min=0.001, help="TB/s of the device's memory (default: an H100's).")
+    ] = 3.35,
+    rate: Annotated[
+        float, typer.Option(min=0.001, help="TFLOP/s of dense matrix products (default: an H100's in bf16).")
+    ] = 989,
+    output: options.Output = None,
+) -> None:
+    """Estimate on paper: operations and bytes of each kind of layer, and the time that a device needs at least."""
+    from hcnet_cli.bench.choices import check_output, choices
+
+    check_output(output)
+    asked = choices(models, mode, precision)  # before PyTorch is loaded, which takes seconds
+    if len(asked.precisions) > 1 or "reference" in asked.models:
+        raise UserError("An estimate is of one precision, and of sizes and names of timm.")
+    from hcnet_cli.bench import roofline
+    from hcnet_cli.files import write_output
+    from hcnet_cli.report import render
+
+    machine = roofline.Machine(1e12 * bandwidth, 1e12 * rate, asked.precisions[0])
+    made = [roofline.table(asked.models, one, batch_size, img_size, machine) for one in asked.modes]
+    sys.stdout.write(render(made, "rich"))
+    if output is not None:
+        write_output(output, (roofline.json_text if output.suffix == ".json" else roofline.page)(made))

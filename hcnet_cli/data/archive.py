@@ -174,6 +174,11 @@ class Members:
     def member(self, i: int, name: str) -> Member:
         return Member(self.tars[self.tar[i]], name, int(self.offset[i]), int(self.size[i]))
 
+    def by_tar(self) -> list[NDArray[np.int64]]:
+        """Of each tar with images their numbers, in the order in which they lie."""
+        order = np.lexsort((self.offset, self.tar))
+        return np.split(order, np.flatnonzero(np.diff(self.tar[order])) + 1)
+
 
 @dataclass(frozen=True, eq=False)
 class Contents:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import itertools
 import math
 import os
@@ -71,6 +72,32 @@ def collate_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+class Shards(NamedTuple):
+    """Files that hold many samples each, for storage that reads whole files faster than single samples.
+
+    `samples`: of each shard, the data set indices in the order in which they lie; together each index once.
+    `window`: samples that are shuffled among each other.
+    """
+
+    samples: Sequence[NDArray[np.int64]]
+    window: int
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits over which samples lie together, and in which order: what `order` depends on but `window`."""
+        made = hashlib.blake2b(digest_size=4)
+        for one in self.samples:
+            made.update(np.array([len(one), *one], dtype="<i8").tobytes())
+        return made.hexdigest()
+
+    def order(self, random: np.random.RandomState) -> NDArray[np.int64]:
+        """A permutation of all indices: the shards in random order, then each window of it shuffled."""
+        order = np.concatenate([self.samples[i] for i in random.permutation(len(self.samples))])
+        for start in range(0, len(order), self.window):
+            random.shuffle(order[start : start + self.window])
+        return order
+
+
 def steps_per_epoch(count: int, batch_size: int, groups: NDArray[np.integer] | None = None) -> int:
     """The number of full batches in an epoch; UserError if there is none."""
     sizes = [count] if groups is None else np.unique(groups, return_counts=True)[1].tolist()
@@ -85,9 +112,15 @@ def steps_per_epoch(count: int, batch_size: int, groups: NDArray[np.integer] | N
 
 
 def epoch_batches(
-    count: int, batch_size: int, seed: int, epoch: int, groups: NDArray[np.integer] | None = None
+    count: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    groups: NDArray[np.integer] | None = None,
+    shards: Shards | None = None,
 ) -> NDArray[np.int64]:
-    """The global batches of an epoch, [steps, batch_size] dataset indices, each at most once.
+    """The global batches of an epoch, [steps, batch_size] dataset indices, each at most once. With `shards` in their
+    order, else shuffled.
 
     With `groups`, all samples of a global batch come from one group. The batches and the number of steps of an epoch
     therefore do not depend on the split over processes and micro-batches. Samples that do not fill a batch (at most
@@ -96,7 +129,7 @@ def epoch_batches(
     # numpy guarantees that the stream of RandomState never changes; it gives no such guarantee for newer generators
     key = rng.derive(seed, "epoch", epoch)
     random = np.random.RandomState([key & 0xFFFFFFFF, key >> 32])
-    order = random.permutation(count)
+    order = random.permutation(count) if shards is None else shards.order(random)
     if groups is None:
         return order[: count // batch_size * batch_size].reshape(-1, batch_size)
     full = []
@@ -227,8 +260,9 @@ class TrainLoader:
     """Micro-batches for steps 0 .. total_steps; workers keep running from one epoch to the next.
 
     `batch_size` counts the samples of one optimizer step over all processes and micro-batches. `groups`
-    [len(dataset)] (by aspect ratio) are never mixed within a batch, see `epoch_batches`. Each file that cannot be
-    read gives one warning and is listed in `unreadable`; more than `max_unreadable` of them stop the run.
+    [len(dataset)] (by aspect ratio) are never mixed within a batch, see `epoch_batches`, also for `shards`. Each file
+    that cannot be read gives one warning and is listed in `unreadable`; more than `max_unreadable` of them stop the
+    run.
     """
 
     def __init__(
@@ -244,6 +278,7 @@ class TrainLoader:
         world_size: int = 1,
         collate: Collate | None = None,
         groups: NDArray[np.integer] | None = None,
+        shards: Shards | None = None,
         max_unreadable: int = 100,
     ) -> None:
         assert 0 <= rank < world_size
@@ -265,6 +300,7 @@ class TrainLoader:
         self.rank = rank
         self.world_size = world_size
         self.groups = groups
+        self.shards = shards
         self.max_unreadable = max_unreadable
         self.unreadable: list[str] = []
         self.loading = {"decode": 0.0, "augment": 0.0}
@@ -278,7 +314,7 @@ class TrainLoader:
         for step in range(start_step, self.total_steps):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                batches = epoch_batches(self._size, self.batch_size, self.seed, epoch, self.groups)
+                batches = epoch_batches(self._size, self.batch_size, self.seed, epoch, self.groups, self.shards)
             step_key = rng.derive(self.seed, "step", step)
             for micro in range(self.accumulate):
                 share = micro_batch(

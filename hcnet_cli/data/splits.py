@@ -17,8 +17,8 @@ class DataSplits:
     """The two splits of a data set. A format may subclass it to hand its task more (see tasks/detection/coco.py).
 
     `img_size` (height, width): what MACs and images/s are given for. `groups` [len(train)]: samples of two groups never
-    share a batch. `class_counts` [num_classes]: training images of each class, or
-    objects or pixels where each of these has one.
+    share a batch. `shards`: the files whose order training follows. `class_counts` [num_classes]: training images of
+    each class, or objects or pixels where each of these has one.
     """
 
     info: DataInfo
@@ -29,6 +29,7 @@ class DataSplits:
     collate: loader.Collate | None = None  # of training samples; None: loader.collate_items
     val_collate: loader.Collate | None = None
     groups: NDArray[np.int64] | None = None
+    shards: loader.Shards | None = None
     class_counts: NDArray[np.int64] | None = None
     class_unit: str = "images"  # what `class_counts` counts
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.grouping import Run
 from hcnet_cli.plain_json import read_json
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.runs import RunInfo
+from hcnet_cli.runs import RunInfo, run_fingerprint
 from hcnet_cli.study.analysis import Analysis, Fixed, Points
 from hcnet_cli.tasks import TASKS
 
@@ -138,11 +139,43 @@ def same_recipe(folder: Path, recipe: Recipe) -> bool:
     return kept[0] == kept[1] and recipe.train.precision in (other.train.precision, "auto")
 
 
+def likeness(recipe: Recipe) -> tuple[str, str, int]:
+    """What a record says of a run's recipe: the task, the variant and the seed."""
+    return recipe.task, rcp.variant(recipe), recipe.train.seed
+
+
+def allowing(recipe: Recipe) -> Callable[[RunInfo], bool]:
+    """Tells from the record of a run whether it may have this recipe, before its recipe is read, which takes longer:
+    its fingerprint is that of the recipe on the run's own data and initial weights. Old records allow everything.
+    """
+    train = recipe.train
+
+    @functools.cache
+    def expected(precision: str, data: str, init: str) -> str:
+        taken = train if train.precision != "auto" else train.model_copy(update={"precision": precision})
+        return run_fingerprint(recipe.model_copy(update={"train": taken}), data, init)
+
+    def allows(info: RunInfo) -> bool:
+        init = str(info.init.get("digest") or "")
+        return not info.config or expected(info.precision, info.data.digest, init) == info.fingerprint
+
+    return allows
+
+
 def find_run(recipe: Recipe, found: Found) -> Path | None:
     """The folder of the run with this recipe, whatever command started it: the finished one, else the latest.
 
     A folder with a broken record is found only if there is no other. Precision "auto" matches any precision.
     """
+    quick, allows = likeness(recipe), allowing(recipe)
+    good, broken = found
+    alike = [
+        (folder, info)
+        for folder, info in good
+        if quick == (info.task, info.variant, info.seed) and not info.evaluated_only and allows(info)
+    ]
+    if not alike and not broken:
+        return None
     key = run_key(recipe)
 
     def same(folder: Path) -> bool:
@@ -152,13 +185,34 @@ def find_run(recipe: Recipe, found: Found) -> Path | None:
             return False
         return recipe.train.precision in (other.train.precision, "auto") and run_key(other) == key
 
-    quick = (recipe.task, rcp.variant(recipe), recipe.train.seed)  # before recipes are read
-    good, broken = found
-    candidates = [
-        (Run(folder, info).finished, info.started, folder)
-        for folder, info in good
-        if quick == (info.task, info.variant, info.seed) and not info.evaluated_only and same(folder)
-    ]
+    candidates = [(Run(folder, info).finished, info.started, folder) for folder, info in alike if same(folder)]
     if candidates:
         return max(candidates)[-1]
     return next((folder for folder, _ in broken if same(folder)), None)
+
+
+class RunSearch:
+    """Finds the runs of the cells of a study, which are many: a run's recipe is read only where its record leaves a
+    doubt.
+    """
+
+    def __init__(self, found: Found) -> None:
+        self.broken = found[1]
+        self.names = {path.name: (path, info) for path, info in found[0]}
+        self.alike: dict[tuple[str, str, int], list[tuple[Path, RunInfo]]] = {}
+        for path, info in found[0]:
+            self.alike.setdefault((info.task, info.variant, info.seed), []).append((path, info))
+
+    def find(self, recipe: Recipe, before: Cell | None) -> Path | None:
+        """As `find_run`; else the run that an earlier record names, if it still is the cell's: its data may have
+        another path since, or it may have been replaced.
+        """
+        allows = allowing(recipe)
+        near = [(path, info) for path, info in self.alike.get(likeness(recipe), []) if allows(info)]
+        path, info = self.names.get(before.run, (None, None)) if before else (None, None)
+        known = before is not None and info is not None and before.fingerprint in ("", info.fingerprint)
+        if known and info and info.config and [one for one, _ in near] == [path]:
+            return path
+        if (found := find_run(recipe, (near, self.broken))) is not None:
+            return found
+        return path if known and path and same_recipe(path, recipe) else None

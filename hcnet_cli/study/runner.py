@@ -29,7 +29,7 @@ from hcnet_cli.study.analysis import fix
 from hcnet_cli.study.design import Design, model_arguments
 from hcnet_cli.study.machine import environment
 from hcnet_cli.study.planning import later_seeds, power_lines
-from hcnet_cli.study.record import Cell, Found, StudyRecord, find_run, read_study, same_recipe
+from hcnet_cli.study.record import Cell, Found, RunSearch, StudyRecord, find_run, read_study
 from hcnet_cli.study.table import runs_by_name
 from hcnet_cli.table import is_number
 from hcnet_cli.tasks import TASKS
@@ -100,6 +100,7 @@ class StudyProcess:
             detect=settings.detect,
             cells=[Cell(arm=a, task=t, seed=s) for s in seeds for t in design.tasks for a in design.arms],
         )
+        self.places = {(cell.arm, cell.task, cell.seed): cell for cell in self.record.cells}
         self.start_over: set[str] = set()  # names of runs
         self.jobs: dict[int, _Job] = {}
         self.durations: list[float] = []  # seconds, of the cells that finished
@@ -119,8 +120,7 @@ class StudyProcess:
 
     def source(self, cell: Cell) -> Cell | None:
         """The cell whose weights this one starts from."""
-        wanted = (cell.arm, self.design.sources.get(cell.task), cell.seed)
-        return next((c for c in self.record.cells if (c.arm, c.task, c.seed) == wanted), None)
+        return self.places.get((cell.arm, self.design.sources.get(cell.task, ""), cell.seed))
 
     def recipe(self, cell: Cell) -> Recipe:
         source = self.source(cell)
@@ -140,14 +140,13 @@ class StudyProcess:
         earlier = {(c.arm, c.task, c.seed): c for c in before}
         found = runs.find_runs(self.settings.results)
         names = {path.name: Run(path, info) for path, info in found[0]}
+        search = RunSearch(found)
         code, others = runs.git_state(), 0
         for cell in self.record.cells:
             if not self.ready(cell):
                 continue
-            folder = find_run(self.recipe(cell), found)
             old = earlier.get((cell.arm, cell.task, cell.seed))
-            if folder is None and old and (moved := names.get(old.run)) and self._is_of(moved, cell, old):
-                folder = moved.folder
+            folder = search.find(self.recipe(cell), old)
             if folder is None:
                 continue
             cell.run = folder.name
@@ -166,11 +165,6 @@ class StudyProcess:
                 f"{others} finished runs are of another version of the code than this one; they will not be compared "
                 "with runs made now. --fresh starts them over."
             )
-
-    def _is_of(self, run: Run, cell: Cell, before: Cell) -> bool:
-        """Whether the run that an earlier record names is still the one of the cell: it may have been replaced."""
-        known = before.fingerprint in ("", run.info.fingerprint)
-        return known and same_recipe(run.folder, self.recipe(cell))
 
     @property
     def file(self) -> Path:

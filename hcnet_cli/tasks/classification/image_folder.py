@@ -29,7 +29,7 @@ from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, is_image, reading_folder, walk
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import EXTENSIONS, first_usable, read_image
-from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.data.loader import SampleRequest, Shards
 from hcnet_cli.data.member import Member, Source
 from hcnet_cli.data.problems import Report, refuse, reported
 from hcnet_cli.data.splits import DataSplits
@@ -360,10 +360,19 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
         *("re_prob", "re_mode", "re_count", "mean"),
     }
     train = train_transform(**shared, **config.model_dump(include=names))
+    shards, digest = None, index.digest
+    if config.order == "shards":
+        if index.train.members is None:
+            raise UserError(
+                f"--data-order shards is for images in tars; those of {index.root} are files of their own.",
+                hint="Write tars with: hcnet shards FOLDER OUT",
+            )
+        shards = Shards(index.train.members.by_tar(), config.window)
+        digest = f"{index.digest}-{shards.digest}"
     return DataSplits(
         info=DataInfo(
             name=index.name,
-            digest=index.digest,
+            digest=digest,
             path=str(index.root),
             num_train=index.num_train,
             num_val=index.num_val,
@@ -380,6 +389,7 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
         collate=collate,
         val_collate=collate,
         class_counts=np.bincount(index.train.labels, minlength=len(index.classes)),
+        shards=shards,
     )
 
 

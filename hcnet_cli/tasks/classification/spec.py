@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from hcnet_cli.schema import ClassWeights, DataPart, EvaluationPart, Fraction, FromTo, Part, Side, field, in_order
-from hcnet_cli.tasks.spec import Column, Format, Metric, Spec
+from hcnet_cli.tasks.spec import Column, Format, Metric, Option, Spec
 
 FOLDER = "hcnet_cli.tasks.classification"
 
@@ -86,6 +86,15 @@ class ImageFolder(DataPart):
     mixup_switch_prob: Fraction = field(0.5, "Probability of CutMix where both are on.")
     smoothing: float = field(0.1, "Label smoothing.", ge=0, lt=1)
     crop_pct: CropShare = field(0.875, "Evaluation: side of the centre crop over the resized side.")
+    order: Literal["images", "shards"] = field(
+        "images",
+        "Order of training. `images`: all are shuffled; `shards`, for slow storage: first the tars are shuffled, then "
+        "their images within windows of `window`, so that a tar is read once and as a whole.",
+        fingerprint="changed",
+    )
+    window: Annotated[int, Field(ge=2, le=10**7)] = field(
+        10_000, "order shards: images that are shuffled among each other.", unit="images", fingerprint="changed"
+    )
 
 
 class ClassificationEvaluation(EvaluationPart):
@@ -126,7 +135,15 @@ SPEC = Spec(
     },
     evaluation=ClassificationEvaluation,
     evaluations={"val": {"when": "training"}},
-    options=(),
+    options=(
+        Option(
+            "data_order",
+            ("--data-order",),
+            str,
+            "images (default: all are shuffled), or shards: tars are shuffled, then windows; for slow storage.",
+            key="data.order",
+        ),
+    ),
     length_flag="epochs",
     embedded="digits",
     embedded_note="1,797 real handwritten digits, drawn 32 x 32 on textures",
