@@ -23,7 +23,7 @@ LAYERS = [
     ["evaluate", "predict", "export", "explain", "check", "doctor"],
     ["run"],
     ["rehearsal"],
-    ["plan", "previous", "reading"],
+    ["plan", "previous", "reading", "scores"],
     ["trial"],
     ["build"],
     ["task modules"],  # tasks/*/task.py, tasks/*/predict.py
@@ -36,7 +36,7 @@ LAYERS = [
     ["finished", "evaluation_request"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
-    ["published", "statistics", "grouping", "pictures"],
+    ["published", "statistics", "calibration", "grouping", "pictures"],
     ["table", "runs"],
     ["recipe", "record"],
     ["plausible"],
@@ -51,7 +51,7 @@ TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
     *("own_model", "model_names", "cache", "finished", "evaluation_request", "bench.choices", "published"),
-    *("statistics", "results", "manage", "study.design", "study.runner", "study.table", "report"),
+    *("statistics", "calibration", "results", "manage", "study.design", "study.runner", "study.table", "report"),
 ]
 LINES = 450  # of a room at most
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL_MODEL, Done, only_run, run_here
+from safetensors.torch import load_file
 
-from hcnet_cli import runs
+from hcnet_cli import checkpoint, runs
 from hcnet_cli.console import UserError
+from hcnet_cli.header import read_metadata
 from hcnet_cli.recipe import parse_override, recipe_file, resolve
 
 Hcnet = Callable[..., Done]
@@ -37,9 +39,13 @@ def test_a_new_protocol_is_added_to_the_record(run: Path, hcnet: Hcnet) -> None:
     done = hcnet("evaluate", run, "--set", "evaluation.large.img_size=24", "--set", "evaluation.large.crop_pct=1.0")
     assert done.code == 0, done.err
     after = runs.read_record(run / "run.json")
-    assert after.metrics.keys() == {"top1", "top5", "top1_large", "top5_large"}
+    figures = {"top1", "top5", "nll", "ece", "brier"}
+    named = {name for name in after.metrics if "_95_" not in name}  # an interval is there unless all are right
+    assert named == figures | {f"{name}_large" for name in figures}
     assert {name: after.metrics[name] for name in before.metrics} == before.metrics
     assert after.metric_notes["top1_large"] == "24 x 24, crop 1"
+    assert after.metric_notes["ece"] == after.metric_notes["ece_large"]
+    assert after.metric_notes["ece"].startswith("15 bins of equal width")
     assert after.evaluations[0]["name"] == "large"
     assert after.evaluations[0]["settings"]["img_size"] == 24
     assert after.fingerprint == before.fingerprint
@@ -60,6 +66,23 @@ def test_without_further_evaluations_the_record_is_checked(run: Path, hcnet: Hcn
     done = hcnet("evaluate", run)
     assert done.code == 2
     assert "score otherwise than the run's record says" in done.err
+
+
+def test_a_run_of_an_older_version_gains_the_figures_that_it_lacks(run: Path, hcnet: Hcnet) -> None:
+    folder = runs.RunFolder(run)
+    info = folder.require()
+    whole = dict(info.metrics)
+    info.metrics = {name: whole[name] for name in ("top1", "top5")}
+    info.metric_notes = {}
+    about = {**read_metadata(folder.best), "metrics": info.metrics}
+    checkpoint.save_tensors(folder.best, load_file(folder.best), about)
+    folder.write(info)
+    done = hcnet("evaluate", run)
+    assert done.code == 0, done.err
+    after = runs.read_record(folder.record)
+    assert after.metrics == pytest.approx(whole, abs=2e-4)
+    assert after.metric_notes["nll"] == "mean negative logarithm of the label's probability"
+    assert not runs.contradiction(folder, after)
 
 
 def test_an_evaluation_that_sees_the_same_pixels_gives_the_same_score(run: Path, hcnet: Hcnet) -> None:

@@ -76,6 +76,26 @@ def test_unlike_runs_are_not_averaged(tmp_path, change):
     assert [row["n"] for row in measured(tmp_path)] == [1, 1]
 
 
+def test_figures_beside_the_metrics_divide_no_row_and_are_averaged_where_they_are_made_alike(tmp_path):
+    make_run(tmp_path, seed=0, score=90)  # from before the figure was computed
+    titles = {column.title for table in tables(collect([tmp_path]), "imagenet") for column in table.columns}
+    assert "ECE (%)" not in titles
+    for seed, (ece, bins) in enumerate([(2.0, "15 bins"), (3.0, "15 bins"), (9.0, "10 bins")], 1):
+        metrics = {"top1": 90.0, "top5": 99.0, "ece": ece}
+        make_run(tmp_path, seed=seed, metrics=metrics, metric_notes={"ece": bins})
+    (row,) = measured(tmp_path)
+    assert (row["n"], row["ece"]) == (4, None)  # one lacks it
+    for seed in (0, 3):
+        shutil.rmtree(next((tmp_path / "runs").glob(f"*-s{seed}-*")))
+    (row,) = measured(tmp_path)
+    assert (row["n"], row["ece"]) == (2, 2.5)
+    table = next(one for one in tables(collect([tmp_path]), "imagenet") if one.measured)
+    assert "ECE (%)" in [column.title for column in table.columns]
+    make_run(tmp_path, seed=4, metrics={"top1": 90.0, "top5": 99.0, "ece": 9.0}, metric_notes={"ece": "10 bins"})
+    (row,) = measured(tmp_path)
+    assert (row["n"], row["ece"]) == (3, None)  # one has another protocol
+
+
 def test_a_protocol_of_no_shipped_name_hides_no_difference(tmp_path):
     """Seeds at lr 3e-3, 1e-6, 3e-3 of a recipe of the user's own: two rows, and each says its learning rate."""
     digits = rcp.recipes_dir() / "pretrain" / "digits.yaml"

@@ -105,7 +105,8 @@ class Spec:
     table: str = ""
     subject: str = ""  # of the table, for data sets other than the benchmark
     metrics: Sequence[Metric] = ()  # the first chooses the best weights
-    columns: Sequence[Column] = ()
+    figures: Sequence[Metric] = ()  # of runs alone, beside the metrics, in their own units
+    columns: Sequence[Column] = ()  # one that is measured only is left out where no row has a value
     benchmark: str = ""  # the name of the data set of the published rows
     benchmark_title: str = ""
     protocols: Mapping[str, str] = field(default_factory=dict)  # recipe -> protocol of the published rows

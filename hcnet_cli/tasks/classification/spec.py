@@ -137,6 +137,7 @@ SPEC = Spec(
     table="imagenet",
     subject="image classification",
     metrics=(Metric("top1", "top-1"), Metric("top5", "top-5")),
+    figures=(Metric("nll", "NLL"), Metric("ece", "ECE"), Metric("brier", "Brier")),
     columns=(
         Column("model", "model"),
         Column("img_size", "image", "integer"),
@@ -145,6 +146,9 @@ SPEC = Spec(
         Column("images_per_second", "images/s", "short"),
         Column("top1", "top-1", "percent", best=True),
         Column("top5", "top-5", "percent", best=True, secondary=True),
+        Column("nll", "NLL", "number", secondary=True, measured_only=True),
+        Column("ece", "ECE (%)", "percent", secondary=True, measured_only=True),
+        Column("brier", "Brier", "number", secondary=True, measured_only=True),
     ),
     benchmark="imagenet-1k",
     protocols={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.classification import augment, image_folder
 from hcnet_cli.tasks.classification.augment import Normalise, mix
 from hcnet_cli.tasks.classification.loss import ClassLoss
-from hcnet_cli.tasks.classification.metric import Accuracy
+from hcnet_cli.tasks.classification.metric import CALIBRATION, INTERVAL, Accuracy
 from hcnet_cli.tasks.classification.spec import Classes, ClassificationEvaluation, ImageFolder
 
 
@@ -34,6 +35,7 @@ class ClassificationTask(Task):
 
     primary = "top1"
     protocol = ""
+    protocols = MappingProxyType({**CALIBRATION, **INTERVAL})
 
     def __init__(
         self,
