@@ -43,8 +43,8 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
             primary = evaluation.name == first
             notes = protocols([evaluation], first=primary)
             _check_protocol(info, notes, evaluation.name)
-            how = f": {evaluation.task.protocol}" if evaluation.task.protocol else ""
-            notice(f"Evaluating {evaluation.name} on {info.data.num_val} images of {info.data.name}{how}.")
+            how = evaluation.task.protocol or f"{info.data.num_val} images of {info.data.name}"
+            notice(f"Evaluating {evaluation.name}: {how}.")
             metrics, evaluator = engine.evaluate(job, evaluation)
             scores = suffixed(metrics, evaluation, first=primary)
             if dist.is_main():

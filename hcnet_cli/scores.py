@@ -28,7 +28,9 @@ def differing_scores(info: RunInfo, scores: Mapping[str, float]) -> str:
     """The scores that differ from the record, with both values, for people; "" where none does. Figures that move with
     the rounding of a model's outputs are not compared.
     """
-    rounded = tuple(metric.key for metric in TASKS[info.task].figures)
+    spec = TASKS[info.task]
+    exact = tuple(metric.key for metric in spec.metrics)
+    rounded = tuple(figure.key for figure in spec.figures if not figure.key.startswith(exact))
     return ", ".join(
         f"{name} {value:.4f} (record: {info.metrics[name]:.4f})"
         for name, value in scores.items()

@@ -40,6 +40,8 @@ class Accuracy:
     for scores that are no logits.
     """
 
+    interval = True  # of top-1: the images are drawn independently
+
     def __init__(
         self,
         num_classes: int,
@@ -92,7 +94,7 @@ class Accuracy:
         right = int(self._confusion.trace())
         metrics = {"top1": 100 * right / images, "top5": 100 * int(self._top5.sum()) / images}
         metrics |= self._calibration()
-        if interval := calibration.share_interval(right, images):
+        if self.interval and (interval := calibration.share_interval(right, images)):
             metrics |= {f"top1_95_{end}": 100 * share for end, share in zip(("lower", "upper"), interval, strict=True)}
         return metrics
 
@@ -132,8 +134,9 @@ class Accuracy:
             write_text(folder / "per_class.json", json.dumps(per_class, indent=1, ensure_ascii=False) + "\n")
         with optional(folder / "confusion.json"):
             write_text(folder / "confusion.json", json.dumps(confusion, ensure_ascii=False) + "\n")
-        with optional(folder / "predictions.csv"):
-            write_text(folder / "predictions.csv", self._predictions())
+        if self._kept:
+            with optional(folder / "predictions.csv"):
+                write_text(folder / "predictions.csv", self._predictions())
         if self.bins:
             bins = {"protocol": CALIBRATION["ece"], "bins": [one._asdict() for one in self.bins]}
             with optional(folder / "calibration.json"):
