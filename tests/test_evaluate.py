@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.header import read_metadata
 from hcnet_cli.recipe import parse_override, recipe_file, resolve
 
+DOC = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
 Hcnet = Callable[..., Done]
 
 
@@ -124,6 +126,22 @@ def test_another_protocol_under_the_same_name_is_refused(run: Path, hcnet: Hcnet
     again = hcnet("evaluate", run, "--set", "evaluation.large.img_size=24")
     assert (again.code, "Evaluating large" in again.err, "Equal to the run's record." in again.err) == (0, True, True)
     assert (run / "run.json").read_bytes() == record
+
+
+def test_features_of_the_run(run: Path, hcnet: Hcnet) -> None:
+    """As the docs type it; in the record with its protocol, and the same again with other batches."""
+    (line,) = re.findall(r"^hcnet evaluate results/runs/RUN (.*knn.*)$", DOC, flags=re.MULTILINE)
+    done = hcnet("evaluate", run, *line.split())
+    assert done.code == 0, done.err
+    assert "C = 0.001: " in done.err
+    info = runs.read_record(run / "run.json")
+    assert {"top1_knn", "top1_probe", "ece_probe"} <= info.metrics.keys()
+    assert "nll_knn" not in info.metrics
+    assert info.metric_notes["top1_knn"].startswith("20 nearest neighbours by cosine, votes exp(s / 0.07)")
+    assert "C of 0.001, 0.01, 0.1, 1, 10 by a held-out fifth" in info.metric_notes["top1_probe"]
+    again = hcnet("evaluate", run, "--on", "probe,knn", "--set", "train.eval_batch_size=3")
+    assert again.code == 0, again.err
+    assert again.err.count("Equal to the run's record.") == 2
 
 
 def test_half_a_run_and_no_run(run: Path, hcnet: Hcnet, tmp_path: Path) -> None:

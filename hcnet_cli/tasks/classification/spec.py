@@ -110,6 +110,8 @@ SHORT = {  # evaluation -> the title of its top-1
     "imagenet-r": "R",
     "imagenet-sketch": "Sketch",
     "imagenet-c": "C",
+    "knn": "kNN",
+    "probe": "probe",
 }
 LOOKS_LIKE = {  # how a folder inside is called; by default as a class of ImageNet
     "imagenet-v2": r"\d{1,3}",
@@ -118,7 +120,9 @@ LOOKS_LIKE = {  # how a folder inside is called; by default as a class of ImageN
 }
 
 
-On = Literal["val", "imagenet-v2", "imagenet-real", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c"]
+On = Literal[
+    "val", "imagenet-v2", "imagenet-real", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "knn", "probe"
+]
 
 
 class ClassificationEvaluation(EvaluationPart):
@@ -126,8 +130,8 @@ class ClassificationEvaluation(EvaluationPart):
 
     on: On = field(
         "val",
-        "What is scored: `val`: the run's validation images; the others are ImageNet's further test sets "
-        "(docs/evaluation.md).",
+        "What is scored: `val`: the run's validation images; `knn`, `probe`: their features, by nearest neighbours and "
+        "by a linear probe; the others are ImageNet's further test sets (docs/evaluation.md).",
         fingerprint="changed",
     )
     path: Line | None = field(
@@ -198,7 +202,7 @@ SPEC = Spec(
     },
     evaluation=ClassificationEvaluation,
     evaluations={"val": {"when": "training"}},
-    further=tuple(IN_FOLDERS),
+    further=(*IN_FOLDERS, "knn", "probe"),
     in_folders=tuple(IN_FOLDERS),
     check_evaluation=check_evaluation,
     options=(),

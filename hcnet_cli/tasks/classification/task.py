@@ -24,7 +24,7 @@ from hcnet_cli.models.backbone import takes_noise
 from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
 from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
-from hcnet_cli.tasks.classification import augment, benchmarks, image_folder, spec
+from hcnet_cli.tasks.classification import augment, benchmarks, features, image_folder, spec
 from hcnet_cli.tasks.classification.augment import Normalise, mix
 from hcnet_cli.tasks.classification.loss import ClassLoss
 from hcnet_cli.tasks.classification.metric import CALIBRATION, INTERVAL, Accuracy
@@ -144,6 +144,8 @@ def build_evaluation(
     if entry.on in spec.IN_FOLDERS:
         root = Path(os.path.expanduser(entry.path or data.val.folder))
         return _on_benchmark(task, benchmarks.require(entry.on, task.class_names, root, config), transform, resized)
+    if entry.on in ("knn", "probe"):
+        return _on_features(entry.on, task, data, data.val.with_transform(transform), resized)
     view = ClassificationTask(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name)
     view.protocol = resized
     return view, data.val.with_transform(transform), data.val_collate
@@ -167,6 +169,41 @@ def _on_benchmark(
     )
     view.protocol, view.protocols = f"{images.protocol}, {resized}", MappingProxyType(protocols)
     return view, benchmarks.BenchmarkImages(images, transform), augment.collate
+
+
+class FeatureTask(ClassificationTask):
+    """`predict` returns the pooled features [B, D] that the head's last layer takes."""
+
+    def predict(self, batch: dict[str, Any]) -> Tensor:
+        maps = self.model.forward_features(self.normalise(batch))
+        return self.model.forward_head(maps, pre_logits=True).flatten(1).float()
+
+
+def _on_features(
+    on: str, task: ClassificationTask, data: DataSplits, queries: image_folder.ImageFolder, resized: str
+) -> tuple[ClassificationTask, RequestDataset, Collate | None]:
+    """What scores the features of the validation images by those of the training images."""
+    assert isinstance(data.train, image_folder.ImageFolder)
+    if not (hasattr(task.model, "forward_features") and hasattr(task.model, "forward_head")):
+        raise UserError(
+            f"The model has no features for {on}: {type(task.model).__name__} lacks timm's forward_features and "
+            "forward_head."
+        )
+    bank = len(data.train)
+    if on == "knn":
+        classify, figures = features.nearest_neighbours, ()
+        how = f"{features.NEIGHBOURS} nearest neighbours by cosine, votes exp(s / {features.TEMPERATURE:g})"
+    else:
+        classify, figures = features.linear_probe, tuple(CALIBRATION)
+        strengths = ", ".join(f"{c:g}" for c in features.STRENGTHS)
+        how = f"logistic regression on standardised features, C of {strengths} by a held-out fifth"
+    evaluator = functools.partial(features.OnFeatures, bank=bank, classify=classify, figures=figures)
+    view = FeatureTask(
+        *(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name), evaluator=evaluator
+    )
+    view.protocol = f"{how}, pooled features of {bank:,} training images, {resized}"
+    view.protocols = MappingProxyType({**{name: CALIBRATION[name] for name in figures}, **INTERVAL})
+    return view, features.BankAndQueries(data.train, queries), data.val_collate
 
 
 def count_macs(task: ClassificationTask, size: tuple[int, int]) -> int:
