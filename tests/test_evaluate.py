@@ -128,20 +128,27 @@ def test_another_protocol_under_the_same_name_is_refused(run: Path, hcnet: Hcnet
     assert (run / "run.json").read_bytes() == record
 
 
-def test_features_of_the_run(run: Path, hcnet: Hcnet) -> None:
+def test_features_and_corruptions_of_the_run(run: Path, hcnet: Hcnet) -> None:
     """As the docs type it; in the record with its protocol, and the same again with other batches."""
     (line,) = re.findall(r"^hcnet evaluate results/runs/RUN (.*knn.*)$", DOC, flags=re.MULTILINE)
     done = hcnet("evaluate", run, *line.split())
     assert done.code == 0, done.err
     assert "C = 0.001: " in done.err
     info = runs.read_record(run / "run.json")
-    assert {"top1_knn", "top1_probe", "ece_probe"} <= info.metrics.keys()
+    assert {"top1_knn", "top1_probe", "ece_probe", "top1_corruptions"} <= info.metrics.keys()
     assert "nll_knn" not in info.metrics
     assert info.metric_notes["top1_knn"].startswith("20 nearest neighbours by cosine, votes exp(s / 0.07)")
     assert "C of 0.001, 0.01, 0.1, 1, 10 by a held-out fifth" in info.metric_notes["top1_probe"]
-    again = hcnet("evaluate", run, "--on", "probe,knn", "--set", "train.eval_batch_size=3")
+    assert info.metric_notes["top1_corruptions"].startswith("computed by hcnet, not ImageNet-C")
+    groups = json.loads((run / "final" / "corruptions" / "groups.json").read_text())
+    assert {name: list(severities) for name, severities in groups.items()} == {
+        name: ["1", "2", "3"] for name in ("noise", "blur", "contrast", "pixelate", "jpeg")
+    }
+    scores = [one["top1"] for severities in groups.values() for one in severities.values()]
+    assert info.metrics["top1_corruptions"] == pytest.approx(sum(scores) / 15)
+    again = hcnet("evaluate", run, "--on", "corruptions,probe,knn", "--set", "train.eval_batch_size=3")
     assert again.code == 0, again.err
-    assert again.err.count("Equal to the run's record.") == 2
+    assert again.err.count("Equal to the run's record.") == 3
 
 
 def test_half_a_run_and_no_run(run: Path, hcnet: Hcnet, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def evaluate(
         typer.Option(
             "--on",
             help="Comma list: evaluations of the recipe (default: those without a score, else the first), or, for "
-            "classifiers, knn, probe, "
+            "classifiers, knn, probe, corruptions, "
             "imagenet-v2, imagenet-real, imagenet-a, imagenet-r, imagenet-sketch, imagenet-c.",
         ),
     ] = None,

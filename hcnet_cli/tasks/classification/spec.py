@@ -112,6 +112,7 @@ SHORT = {  # evaluation -> the title of its top-1
     "imagenet-c": "C",
     "knn": "kNN",
     "probe": "probe",
+    "corruptions": "corrupted",
 }
 LOOKS_LIKE = {  # how a folder inside is called; by default as a class of ImageNet
     "imagenet-v2": r"\d{1,3}",
@@ -121,7 +122,16 @@ LOOKS_LIKE = {  # how a folder inside is called; by default as a class of ImageN
 
 
 On = Literal[
-    "val", "imagenet-v2", "imagenet-real", "imagenet-a", "imagenet-r", "imagenet-sketch", "imagenet-c", "knn", "probe"
+    "val",
+    "knn",
+    "probe",
+    "corruptions",
+    "imagenet-v2",
+    "imagenet-real",
+    "imagenet-a",
+    "imagenet-r",
+    "imagenet-sketch",
+    "imagenet-c",
 ]
 
 
@@ -131,7 +141,8 @@ class ClassificationEvaluation(EvaluationPart):
     on: On = field(
         "val",
         "What is scored: `val`: the run's validation images; `knn`, `probe`: their features, by nearest neighbours and "
-        "by a linear probe; the others are ImageNet's further test sets (docs/evaluation.md).",
+        "by a linear probe; `corruptions`: them, corrupted by hcnet; the others are ImageNet's further test sets "
+        "(docs/evaluation.md).",
         fingerprint="changed",
     )
     path: Line | None = field(
@@ -202,7 +213,7 @@ SPEC = Spec(
     },
     evaluation=ClassificationEvaluation,
     evaluations={"val": {"when": "training"}},
-    further=(*IN_FOLDERS, "knn", "probe"),
+    further=(*IN_FOLDERS, "knn", "probe", "corruptions"),
     in_folders=tuple(IN_FOLDERS),
     check_evaluation=check_evaluation,
     options=(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup
@@ -24,7 +25,7 @@ from hcnet_cli.models.backbone import takes_noise
 from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
 from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
-from hcnet_cli.tasks.classification import augment, benchmarks, features, image_folder, spec
+from hcnet_cli.tasks.classification import augment, benchmarks, corruptions, features, image_folder, spec
 from hcnet_cli.tasks.classification.augment import Normalise, mix
 from hcnet_cli.tasks.classification.loss import ClassLoss
 from hcnet_cli.tasks.classification.metric import CALIBRATION, INTERVAL, Accuracy
@@ -146,6 +147,8 @@ def build_evaluation(
         return _on_benchmark(task, benchmarks.require(entry.on, task.class_names, root, config), transform, resized)
     if entry.on in ("knn", "probe"):
         return _on_features(entry.on, task, data, data.val.with_transform(transform), resized)
+    if entry.on == "corruptions":
+        return _corrupted(task, data.val, transform, resized)
     view = ClassificationTask(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name)
     view.protocol = resized
     return view, data.val.with_transform(transform), data.val_collate
@@ -169,6 +172,22 @@ def _on_benchmark(
     )
     view.protocol, view.protocols = f"{images.protocol}, {resized}", MappingProxyType(protocols)
     return view, benchmarks.BenchmarkImages(images, transform), augment.collate
+
+
+def _corrupted(
+    task: ClassificationTask, val: image_folder.ImageFolder, transform: augment.Transform, resized: str
+) -> tuple[ClassificationTask, RequestDataset, Collate | None]:
+    """What scores the model on corrupted validation images."""
+    images = corruptions.CorruptedImages(val, transform)
+    group = np.repeat(np.arange(len(corruptions.GROUPS)), len(val))
+    view = ClassificationTask(
+        *(task.model, task.class_names, task.normalise, None, 0.0, images.sample_name),
+        evaluator=functools.partial(GroupMean, groups=corruptions.GROUPS, group=group),
+    )
+    names = ", ".join(corruptions.STRENGTHS)
+    view.protocol = f"computed by hcnet, not ImageNet-C: mean over {names} at 3 severities, {resized}"
+    view.protocols = MappingProxyType(CALIBRATION)
+    return view, images, augment.collate
 
 
 class FeatureTask(ClassificationTask):
