@@ -37,9 +37,8 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
         task = build.build_task(recipe, data)
         build.load_own(task, folder.path)
         job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
-        made = build.build_evaluations(recipe, task, data, when=("training", "end", "asked"))
         changed = wanted != [first]
-        for evaluation in [one for one in made if one.name in wanted]:
+        for evaluation in build.build_evaluations(recipe, task, data, wanted):
             primary = evaluation.name == first
             notes = protocols([evaluation], first=primary)
             _check_protocol(info, notes, evaluation.name)

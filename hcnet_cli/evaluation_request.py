@@ -57,7 +57,9 @@ def _by_name(
     """`--on imagenet-a` as the entry `imageneta` of the recipe, which is added; --data is then the folder of its images
     or holds that folder, imagenet-a.
     """
-    spec = TASKS[folder.require().task]
+    spec = TASKS.get(folder.require().task)
+    if spec is None:
+        return list(overrides), list(names)  # the recipe says the same, and is refused
     entries = [name.replace("-", "") if name in spec.further else name for name in names]
     added: list[Override] = []
     rest = list(overrides)

@@ -212,3 +212,7 @@ def test_scores_go_to_the_record_and_into_the_table(run: Path, hcnet: Hcnet, tmp
     done = hcnet("evaluate", run, "--on", "imagenet-a")
     assert done.code == 2
     assert "would now be made as ImageNet-A, 2 of 7,500" in done.err
+    # what is not asked for is not read
+    shutil.rmtree(tmp_path / "imagenet-a")
+    assert "Equal to the run's record." in hcnet("evaluate", run, "--on", "imagenet-v2").err
+    assert "does not exist" in hcnet("evaluate", run, "--on", "imagenet-a").err
