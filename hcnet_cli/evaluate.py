@@ -59,7 +59,7 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
             if dist.is_main():
                 engine.save_final(evaluator, folder.path / "final" / evaluation.name)
             commit, dirty = runs.git_state()
-            settings = recipe.evaluation[evaluation.name].model_dump(mode="json")
+            settings = recipe.evaluation[evaluation.name].model_dump(mode="json", exclude={"path"})
             info.metrics |= scores
             info.metric_notes |= notes
             info.evaluations.append(

@@ -13,6 +13,7 @@ from hcnet_cli import runs
 from hcnet_cli.console import UserError, warn
 from hcnet_cli.header import read_metadata
 from hcnet_cli.inputs import check_data
+from hcnet_cli.privacy import home
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.tasks import TASKS
@@ -69,7 +70,7 @@ def _by_name(
             added.append((f"evaluation.{entry}.on", name, "--on"))
         if name in spec.in_folders and data:
             inside = Path(os.path.expanduser(data[0])) / name
-            added.append((f"evaluation.{entry}.path", str(inside) if inside.is_dir() else data[0], "--data"))
+            added.append((f"evaluation.{entry}.path", home(str(inside) if inside.is_dir() else data[0]), "--data"))
             rest = [one for one in rest if one[2] != "--data"]
     return [*rest, *added], entries
 

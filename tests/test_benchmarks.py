@@ -179,7 +179,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         put(root / "val" / IDS[number] / f"ILSVRC2012_val_{number + 1:08d}.png", says=number)
     results = tmp_path_factory.mktemp("benchmarks")
     line = ["pretrain", "--recipe", "digits", *SMALL_MODEL, "--batch-size", "8", "--workers", "0", "--data", str(root)]
-    line += ["--set", "data.img_size=16", "--set", "schedule.unit=steps", "--epochs", "1"]
+    line += ["--set", "data.img_size=16", "--set", "schedule.unit=steps", "--set", "schedule.length=1"]
     run_here(*line, "--out", results)
     return only_run(results)
 

@@ -54,7 +54,7 @@ def test_pixels_of_pixelate_are_means() -> None:
     image = Image.fromarray(random.randint(0, 255, (8, 8, 3)).astype(np.uint8))
     found = pixels(corrupt(image, "pixelate", 1, 0))
     means = pixels(image).reshape(4, 2, 4, 2, 3).mean(axis=(1, 3))
-    assert found == pytest.approx(means.repeat(2, axis=0).repeat(2, axis=1), abs=0.51)
+    assert found == pytest.approx(means.repeat(2, axis=0).repeat(2, axis=1), abs=1.01)  # rounded after each direction
 
 
 @pytest.mark.parametrize("name", STRENGTHS)
