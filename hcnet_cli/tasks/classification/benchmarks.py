@@ -155,7 +155,9 @@ def _flat(name: str, root: Path) -> dict[str, Any]:
 
 def _real(root: Path) -> dict[str, Any]:
     left_out: LeftOut = {}
-    names, several, unlabelled = [], [], 0
+    names: list[bytes] = []
+    several: list[list[int]] = []
+    unlabelled = 0
     real = RealLabelsImagenet(range(50_000)).real_labels
     for one in walk(os.fsencode(root), is_image, "files that are not images", left_out):
         if match := OF_VALIDATION.search(os.fsdecode(os.path.basename(one))):

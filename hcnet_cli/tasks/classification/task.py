@@ -209,11 +209,12 @@ def _on_features(
             "forward_head."
         )
     bank = len(data.train)
+    figures = () if on == "knn" else tuple(CALIBRATION)
     if on == "knn":
-        classify, figures = features.nearest_neighbours, ()
+        classify = features.nearest_neighbours
         how = f"{features.NEIGHBOURS} nearest neighbours by cosine, votes exp(s / {features.TEMPERATURE:g})"
     else:
-        classify, figures = features.linear_probe, tuple(CALIBRATION)
+        classify = features.linear_probe
         strengths = ", ".join(f"{c:g}" for c in features.STRENGTHS)
         how = f"logistic regression on standardised features, C of {strengths} by a held-out fifth"
     evaluator = functools.partial(features.OnFeatures, bank=bank, classify=classify, figures=figures)
