@@ -24,7 +24,7 @@ class AnyLabel(Accuracy):
     """
 
     def __init__(self, *arguments: Any, labels: Sequence[Sequence[int]], **named: Any) -> None:
-        super().__init__(*arguments, figures=("ece",), **named)
+        super().__init__(*arguments, **{**named, "figures": ("ece",)})
         self.labels = labels
 
     def update(self, predictions: Tensor, batch: dict[str, Any]) -> None:
