@@ -119,7 +119,7 @@ def read(name: str, root: Path, trust: Trust = "content", bits: int | None = Non
     facts = {"benchmark": name, "labels": made["labels"], "several": made.get("several", [])}
     identity = identify(root, made["names"], facts, trust=trust, bits=bits)
     arrays = {key: np.array(made[key], dtype=np.int64) for key in ("labels", "group") if key in made}
-    rest = {**made, **arrays, "names": Packed(made["names"])}
+    rest: dict[str, Any] = {**made, **arrays, "names": Packed(made["names"])}
     return Benchmark(name=name, root=root, digest=identity.digest, bits=identity.bits, **rest)
 
 
