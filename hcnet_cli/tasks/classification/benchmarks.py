@@ -118,8 +118,8 @@ def read(name: str, root: Path, trust: Trust = "content", bits: int | None = Non
         raise UserError(f"{root} holds no images of {name}.", hint=f"{name}: {IN_FOLDERS[name]}")
     facts = {"benchmark": name, "labels": made["labels"], "several": made.get("several", [])}
     identity = identify(root, made["names"], facts, trust=trust, bits=bits)
-    arrays = {key: np.array(made[key], dtype=np.int64) for key in ("labels", "group") if key in made}
-    rest: dict[str, Any] = {**made, **arrays, "names": Packed(made["names"])}
+    arrays: dict[str, Any] = {k: np.array(made[k], dtype=np.int64) for k in ("labels", "group") if k in made}
+    rest = {**made, **arrays, "names": Packed(made["names"])}
     return Benchmark(name=name, root=root, digest=identity.digest, bits=identity.bits, **rest)
 
 
