@@ -166,7 +166,9 @@ def stopped_early(infos: Sequence[RunInfo]) -> str:
 
 
 def metric_notes(notes: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {text}" for name, text in sorted(notes.items()))
+    """Protocols by score, for people. What a further evaluation (ece_ms) shares with the first (ece) is said once."""
+    own = {name: text for name, text in sorted(notes.items()) if notes.get(name.rpartition("_")[0]) != text}
+    return "; ".join(f"{name}: {text}" for name, text in own.items())
 
 
 def in_units(count: int | None, unit: float) -> float | None:

@@ -18,7 +18,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.published import read_published, shipped_published
-from hcnet_cli.results import Results, collect, tables
+from hcnet_cli.results import Results, collect, metric_notes, tables
 from hcnet_cli.table import Value
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.spec import Column, Metric
@@ -89,6 +89,7 @@ def test_figures_beside_the_metrics_divide_no_row_and_are_averaged_where_they_ar
         shutil.rmtree(next((tmp_path / "runs").glob(f"*-s{seed}-*")))
     (row,) = measured(tmp_path)
     assert (row["n"], row["ece"]) == (2, 2.5)
+    assert metric_notes({"ece": "15 bins", "ece_a": "15 bins", "top1_a": "A"}) == "ece: 15 bins; top1_a: A"
     table = next(one for one in tables(collect([tmp_path]), "imagenet") if one.measured)
     assert "ECE (%)" in [column.title for column in table.columns]
     make_run(tmp_path, seed=4, metrics={"top1": 90.0, "top5": 99.0, "ece": 9.0}, metric_notes={"ece": "10 bins"})

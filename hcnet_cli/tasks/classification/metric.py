@@ -143,7 +143,7 @@ class Accuracy:
                 write_text(folder / "calibration.json", json.dumps(bins, indent=1) + "\n")
             with optional(folder / "pictures"):
                 (folder / "pictures").mkdir(exist_ok=True)
-                self._draw().save(folder / "pictures" / "calibration.png")
+                self._draw().save(folder / "pictures" / "calibration.png", compress_level=1)
 
     def _draw(self) -> Image.Image:
         error = 100 * calibration.calibration_error(self.bins)
