@@ -20,6 +20,7 @@ from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.data.images import Size, UnusableImageError, is_turned, read_image
 from hcnet_cli.inputs import check_folder, layouts
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.record import DataCard, data_card
 from hcnet_cli.report.escape import to_json
 from hcnet_cli.table import Column, Row, Style, Table, Value
 from hcnet_cli.tasks import TASKS
@@ -164,10 +165,19 @@ def _class_table(audit: Audit) -> Table:
         names.sort(key=lambda name: audit.classes[name].get(splits[0], 0))
         names = names[: CLASSES_SHOWN // 2] + names[-CLASSES_SHOWN // 2 :]
         title += f": the {CLASSES_SHOWN // 2} rarest and the {CLASSES_SHOWN // 2} commonest"
+    card = audit_card(audit)
+    remarks = [f"Training: {card.balance_text()}.", *audit.remarks] if card.imbalance else audit.remarks
     style: Style = "percent" if audit.unit.startswith("%") else "integer"
     columns = [Column("class", "class"), *(Column(split, split, style) for split in splits)]
     rows = [Row("measured", {"class": name, **audit.classes[name]}) for name in names]
-    return Table("check", title, columns, rows, audit.remarks)
+    return Table("check", title, columns, rows, remarks)
+
+
+def audit_card(audit: Audit) -> DataCard:
+    """What training puts into its record: classes, sizes and imbalance of the training images, all of them here."""
+    split = next(iter(audit.images), "")
+    counts = {name: audit.counts.get(split, {}).get(name, of.get(split, 0)) for name, of in audit.classes.items()}
+    return data_card(audit.unit.removeprefix("% of the "), counts, audit.sizes[split])
 
 
 def lines(audit: Audit) -> list[str]:
@@ -209,6 +219,7 @@ def json_text(audit: Audit) -> str:
         "images": audit.images,
         "unit": audit.unit,
         "classes": audit.classes,
+        "card": audit_card(audit).model_dump(),
         "problems": list(map(str, audit.problems)),
         "findings": [asdict(finding) for finding in audit.findings],
     }

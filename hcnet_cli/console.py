@@ -11,17 +11,18 @@ import contextlib
 import difflib
 import errno
 import io
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from rich.console import Console, ConsoleOptions
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.segment import Segment
 from rich.text import Text
@@ -222,6 +223,28 @@ def about(seconds: float) -> str:
     return f"{max(1, round(seconds))} s"
 
 
+def clock_time(seconds: float) -> str:
+    """The time of day in so many seconds: 14:05, on another day Mon 14:05, after a week 12 Dec."""
+    then = time.time() + seconds
+    if seconds > 6 * 86400:
+        return time.strftime("%d %b", time.localtime(then)).lstrip("0")
+    today = time.localtime().tm_yday == time.localtime(then).tm_yday
+    return time.strftime("%H:%M" if today else "%a %H:%M", time.localtime(then))
+
+
+def megabytes(mebibytes: float) -> str:
+    """Memory where there is little room: 312 MB, 7.9 GB."""
+    return f"{mebibytes:.0f} MB" if mebibytes < 1000 else f"{mebibytes / 1024:.1f} GB"
+
+
+def brief(value: float) -> str:
+    """A number in at most 7 characters, for columns."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{min(3, max(0, 3 - math.floor(math.log10(abs(value))))) if value else 0}f}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
 def main_metrics(metrics: Iterable[str], most: int = 6) -> list[str]:
     """The names to show where a line has room for few: the first of each kind (box_, mask_) before further ones."""
     names = [name for name in metrics if "_95_" not in name]  # without the ends of intervals
@@ -230,27 +253,46 @@ def main_metrics(metrics: Iterable[str], most: int = 6) -> list[str]:
     return [names[i] for i in sorted(range(len(names)), key=lambda i: (rank[i] // 3, i))][:most]
 
 
+class Bar(RichProgress):
+    """A bar with a line of values below it."""
+
+    values = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.values, no_wrap=True, overflow="ellipsis")
+
+
 class Progress:
-    """Training progress: a live bar on a terminal; elsewhere a plain line every QUIET seconds, however long a step or
-    an evaluation takes.
+    """Training progress: a live bar and its values on a terminal; elsewhere a row of a table every QUIET seconds,
+    however long a step or an evaluation takes. Both fit into 80 columns, and each evaluation is a line of its own.
     """
 
     QUIET = 5.0
+    ROWS = 20  # of the table, after which its head is printed again
+    COLUMNS: ClassVar = {
+        "step": 7,
+        "epoch": 6,
+        "loss": 7,
+        "lr": 8,
+        "|grad|": 7,
+        "memory": 7,
+        "img/s": 7,
+        "wait": 5,
+        "left": 7,
+        "ends": 9,
+    }
 
-    def __init__(self, total: int, start: int = 0, metric: str = "") -> None:
+    def __init__(self, total: int, start: int = 0, metric: str = "", steps_per_epoch: int = 0) -> None:
         self.total, self.start, self.metric = total, start, metric
+        self.steps_per_epoch = steps_per_epoch
+        self.rows = 0
         self.live = err.is_terminal and is_main_process()
         self.began = self.printed = time.monotonic()
         self.at_work = f"step {start + 1}/{total}"  # what takes place now, for a step that is long
         self.work_began = self.began
-        self.best: float | None = None
-        columns = (
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}", markup=False),
-            TimeElapsedColumn(),
-        )
-        self.bar = RichProgress(*columns, console=err, disable=not self.live, expand=True)
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
+        self.bar = Bar(*columns, console=err, disable=not self.live, expand=True)
         self.row = self.bar.add_task("", total=total, completed=start)
         self.over = threading.Event()
         self.watch = threading.Thread(target=self._watch, daemon=True)
@@ -290,20 +332,37 @@ class Progress:
         return time.monotonic() - self.printed > self.QUIET
 
     def step(self, step: int, entry: Mapping[str, float]) -> None:
-        """Shows the means since the last log line: loss, images_per_second, data_wait (share of the time)."""
-        left = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
-        text = f"loss {entry['loss']:.3f} · {entry['images_per_second']:.{0 if entry['images_per_second'] > 9 else 1}f}"
-        text += " img/s"
-        if entry["data_wait"] >= 0.05:
-            text += f" · data {entry['data_wait']:.0%}"
-        if self.best is not None:
-            text += f" · {self.metric} {self.best:.2f}"
-        text += f" · {duration(left)} left"
-        self.bar.update(self.row, completed=step, description=text)
+        """Shows the means since the last log line: loss, lr, grad_norm, memory_mb, images_per_second, data_wait (share
+        of the time). What an entry lacks stays empty.
+        """
+        seconds = (time.monotonic() - self.began) / max(1, step - self.start) * (self.total - step)
+        of = {"step": str(step), "left": about(seconds) if step < self.total else "0 s", "ends": clock_time(seconds)}
+        if self.steps_per_epoch:
+            of["epoch"] = f"{step / self.steps_per_epoch:.{1 if step < 1000 * self.steps_per_epoch else 0}f}"
+        if "memory_mb" in entry:
+            of["memory"] = megabytes(entry["memory_mb"])
+        if "data_wait" in entry:
+            of["wait"] = f"{entry['data_wait']:.0%}"
+        for name, key in (("loss", "loss"), ("lr", "lr"), ("|grad|", "grad_norm"), ("img/s", "images_per_second")):
+            if key in entry:
+                of[name] = brief(entry[key])
         if self.live:
-            self.printed = time.monotonic()
+            self._show(step, of)
         elif self.due or step == self.total:
-            self._line(f"step {step}/{self.total} · {text}")
+            if self.rows % self.ROWS == 0:
+                self._line(" ".join(name.rjust(width) for name, width in self.COLUMNS.items()))
+            self.rows += 1
+            self._line(" ".join(of.get(name, "").rjust(width) for name, width in self.COLUMNS.items()))
+
+    def _show(self, step: int, of: Mapping[str, str]) -> None:
+        """The bar with epoch and time, and the values below it."""
+        epochs = f"epoch {of['epoch']}/{self.total / self.steps_per_epoch:.0f} · " if "epoch" in of else ""
+        values = [f"{name} {of[name]}" for name in ("loss", "lr", "|grad|") if name in of]
+        values += [of["memory"]] if "memory" in of else []
+        values += [f"{of['img/s']} img/s"] if "img/s" in of else []
+        self.bar.values = " · ".join([*values, f"wait {of['wait']}"] if "wait" in of else values)
+        self.bar.update(self.row, completed=step, description=f"{epochs}{of['left']} left, ends {of['ends']}")
+        self.printed = time.monotonic()
 
     def evaluating(self, done: int, of: int) -> None:
         self.bar.update(self.row, description=f"evaluating {done}/{of}")
@@ -311,11 +370,18 @@ class Progress:
         if not self.live and self.due:
             self._line(f"evaluating · batch {done}/{of}")
 
-    def evaluated(self, step: int, metrics: Mapping[str, float], best: float | None) -> None:
-        self.best = best
-        if not self.live:
-            shown = " · ".join(f"{name} {metrics[name]:.2f}" for name in main_metrics(metrics))
-            self._line(f"step {step}/{self.total} · evaluated: {shown}")
+    def evaluated(self, step: int, metrics: Mapping[str, float], before: float | None) -> None:
+        """A line with the scores and the change since the best before: as many as fit into 80 columns."""
+        line = f"step {step} · evaluated:"
+        for number, name in enumerate(main_metrics(metrics)):
+            part = f"{' ·' if number else ''} {name} {metrics[name]:.2f}"
+            if name == self.metric and before is not None:
+                change = metrics[name] - before
+                part += f" ({change:+.2f}, the best)" if change > 0 else f" ({change:+.2f} from the best)"
+            if number and len(line + part) > 80:
+                break
+            line += part
+        self._line(line)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ INK, PAPER, GREY = (32, 33, 36), (250, 250, 248), (110, 112, 116)
 PANEL = 640  # pixels, the longer side of a panel
 LONGEST = 200  # letters of a name or a title
 TILE = 180  # pixels, the side of an image in a grid
+SMALL = 128  # pixels, the side of an image in a strip over time
 GAP = 24  # pixels between panels
 IGNORED = (60, 60, 60)  # colour of pixels without a class
 Colour = tuple[int, int, int]
@@ -86,9 +87,9 @@ def file_names(images: Sequence[str]) -> list[str]:
 # --- panels and sheets ------------------------------------------------------------------------------------------------
 
 
-def enlarged(image: Image.Image) -> Image.Image:
-    """The image with a longer side of PANEL pixels."""
-    return ImageOps.scale(image, PANEL / max(image.size), Image.Resampling.BICUBIC)
+def enlarged(image: Image.Image, longest: int = PANEL) -> Image.Image:
+    """The image with a longer side of `longest` pixels."""
+    return ImageOps.scale(image, longest / max(image.size), Image.Resampling.BICUBIC)
 
 
 def squared(image: Image.Image) -> Image.Image:
@@ -106,47 +107,103 @@ def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:
     return framed
 
 
+def shortened(text: str, size: int, width: float) -> str:
+    """The text as one line (`one_line`), cut so that it is at most `width` pixels wide."""
+    text = one_line(text)
+    if _font(size).getlength(text) <= width:
+        return text
+    while text and _font(size).getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"
+
+
 def sheet(panels: Sequence[Image.Image], caption: str, legend: Sequence[tuple[str, Colour]] = ()) -> Image.Image:
     """Panels of one size in a row; below them a legend of names with their colours, and a caption."""
     width, height = panels[0].size
-    legend = [(one_line(name), colour) for name, colour in legend]
     total = len(panels) * (width + GAP) + GAP
-    places, rows = _flow([name for name, _ in legend], total - 2 * GAP)
+    names = _legend(legend, total - 2 * GAP)
     top = height + GAP  # of the legend
-    image = Image.new("RGB", (total, top + 28 * rows + 44), PAPER)
+    image = Image.new("RGB", (total, top + names.height + 44), PAPER)
     for n, one in enumerate(panels):
         image.paste(one, (GAP + n * (width + GAP), GAP // 2))
+    image.paste(names, (GAP, top))
     draw = ImageDraw.Draw(image)
-    for (name, colour), (x, row) in zip(legend, places, strict=True):
-        y = top + 28 * row
-        draw.rounded_rectangle((GAP + x, y + 5, GAP + x + 24, y + 21), radius=3, fill=colour)
-        draw.text((GAP + x + 32, y + 13), name, fill=INK, font=_font(15), anchor="lm")
-    draw.text((GAP, top + 28 * rows + 20), one_line(caption), fill=GREY, font=_font(15), anchor="lm")
+    draw.text((GAP, top + names.height + 20), one_line(caption), fill=GREY, font=_font(15), anchor="lm")
     return image
 
 
-def tile(image: Image.Image | None, lines: Sequence[tuple[str, Colour]]) -> Image.Image:
-    """An image in a square of TILE pixels (None: an empty one) above lines of text in their colours."""
-    made = Image.new("RGB", (TILE, TILE + 22 * len(lines)), PAPER)
+def tile(image: Image.Image | None, lines: Sequence[tuple[str, Colour]], side: int = TILE) -> Image.Image:
+    """An image in a square of `side` pixels (None: an empty one) above lines of text in their colours."""
+    made = Image.new("RGB", (side, side + 22 * len(lines)), PAPER)
     if image is not None:
-        shown = ImageOps.contain(image, (TILE, TILE), Image.Resampling.BICUBIC)
-        made.paste(shown, ((TILE - shown.width) // 2, (TILE - shown.height) // 2))
+        shown = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
+        made.paste(shown, ((side - shown.width) // 2, (side - shown.height) // 2))
     draw = ImageDraw.Draw(made)
     for n, (text, colour) in enumerate(lines):
-        draw.text((0, TILE + 22 * n + 12), one_line(text), fill=colour, font=_font(15), anchor="lm")
+        draw.text((0, side + 22 * n + 12), shortened(text, 15, side), fill=colour, font=_font(15), anchor="lm")
     return made
 
 
-def grid(tiles: Sequence[Image.Image], columns: int, caption: str) -> Image.Image:
-    """Tiles of one size in rows, and a caption below them."""
+def beside(images: Sequence[Image.Image], gap: int = 4, margin: int = 0) -> Image.Image:
+    """Images in a row, in the middle of its height."""
+    width, height = sum(one.width + gap for one in images) - gap, max(one.height for one in images)
+    row = Image.new("RGB", (width + 2 * margin, height + 2 * margin), PAPER)
+    left = margin
+    for one in images:
+        row.paste(one, (left, margin + (height - one.height) // 2))
+        left += one.width + gap
+    return row
+
+
+def label(lines: Sequence[tuple[str, Colour]], width: int, height: int, ground: Colour = PAPER) -> Image.Image:
+    """Lines of text in their colours, in the middle of a height."""
+    image = Image.new("RGB", (width, height), ground)
+    draw = ImageDraw.Draw(image)
+    lines = [line for line in lines if line[0]]
+    for n, (text, colour) in enumerate(lines):
+        y = height / 2 + 16 * (n - (len(lines) - 1) / 2)
+        draw.text((6, y), shortened(text, 12, width - 12), fill=colour, font=_font(12), anchor="lm")
+    return image
+
+
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """Images one below the other, at the left."""
+    column = Image.new("RGB", (max(one.width for one in images), sum(one.height for one in images)), PAPER)
+    top = 0
+    for one in images:
+        column.paste(one, (0, top))
+        top += one.height
+    return column
+
+
+def grid(
+    tiles: Sequence[Image.Image], columns: int, caption: str, legend: Sequence[tuple[str, Colour]] = ()
+) -> Image.Image:
+    """Tiles of one size in rows, below them a legend of names with their colours, and a caption."""
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     width, height = tiles[0].size
-    image = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP + 40), PAPER)
+    total = columns * (width + GAP) + GAP
+    names = _legend(legend, total - 2 * GAP)
+    image = Image.new("RGB", (total, rows * (height + GAP) + GAP + names.height + 40), PAPER)
     for n, one in enumerate(tiles):
         image.paste(one, (GAP + n % columns * (width + GAP), GAP + n // columns * (height + GAP)))
+    image.paste(names, (GAP, image.height - 44 - names.height))
     draw = ImageDraw.Draw(image)
     draw.text((GAP, image.height - 30), one_line(caption), fill=GREY, font=_font(15), anchor="lm")
+    return image
+
+
+def _legend(entries: Sequence[tuple[str, Colour]], width: int) -> Image.Image:
+    """Names behind their colours, in rows of `width` pixels."""
+    entries = [(one_line(name), colour) for name, colour in entries]
+    places, rows = _flow([name for name, _ in entries], width)
+    image = Image.new("RGB", (width, 28 * rows), PAPER)
+    draw = ImageDraw.Draw(image)
+    for (name, colour), (x, row) in zip(entries, places, strict=True):
+        y = 28 * row
+        draw.rounded_rectangle((x, y + 5, x + 24, y + 21), radius=3, fill=colour)
+        draw.text((x + 32, y + 13), name, fill=INK, font=_font(15), anchor="lm")
     return image
 
 
@@ -215,9 +272,11 @@ class DrawnObject:
     mask: Pixels | None = None
 
 
-def draw_objects(image: Image.Image, objects: Sequence[DrawnObject]) -> Image.Image:
-    """The enlarged image under the objects' masks, boxes and names, large objects first."""
-    canvas = enlarged(image)
+def draw_objects(
+    image: Image.Image, objects: Sequence[DrawnObject], longest: int = PANEL, size: int = 15
+) -> Image.Image:
+    """The enlarged image under the objects' masks, boxes and names of `size` pixels, large objects first."""
+    canvas = enlarged(image, longest)
     scale = canvas.width / image.width
     objects = sorted(objects, key=lambda one: -one.box[2] * one.box[3])
     for one in objects:
@@ -230,23 +289,26 @@ def draw_objects(image: Image.Image, objects: Sequence[DrawnObject]) -> Image.Im
     draw = ImageDraw.Draw(canvas)
     for one in objects:
         x, y, width, height = (scale * v for v in one.box)
-        draw.rectangle((x, y, x + width, y + height), outline=one.colour, width=3)
-        text = one_line(one.text)
-        text_width = draw.textlength(text, font=_font(15)) + 12
+        width, height = max(0.0, width), max(0.0, height)
+        draw.rectangle((x, y, x + width, y + height), outline=one.colour, width=max(1, size // 5))
+        text, tall, pad = one_line(one.text), size * 8 // 5, size * 2 // 5
+        text_width = draw.textlength(text, font=_font(size)) + 2 * pad
         left = min(max(x, 0), max(canvas.width - text_width, 0))
-        top = y - 24 if y >= 24 else min(y + height, canvas.height - 24)
-        draw.rounded_rectangle((left, top, left + text_width, top + 24), radius=4, fill=one.colour)
+        top = y - tall if y >= tall else min(y + height, canvas.height - tall)
+        draw.rounded_rectangle((left, top, left + text_width, top + tall), radius=4, fill=one.colour)
         dark = np.dot(one.colour, (0.299, 0.587, 0.114)) < 150
-        draw.text((left + 6, top + 12), text, fill="white" if dark else INK, font=_font(15), anchor="lm")
+        draw.text((left + pad, top + tall / 2), text, fill="white" if dark else INK, font=_font(size), anchor="lm")
     return canvas
 
 
 # --- class maps -------------------------------------------------------------------------------------------------------
 
 
-def draw_classes(image: Image.Image, classes: Pixels, colours: Pixels, ignore_index: int) -> Image.Image:
+def draw_classes(
+    image: Image.Image, classes: Pixels, colours: Pixels, ignore_index: int, longest: int = PANEL
+) -> Image.Image:
     """The enlarged image under a map of classes [H, W]."""
-    canvas = enlarged(image)
+    canvas = enlarged(image, longest)
     large = Image.fromarray(classes).resize(canvas.size, Image.Resampling.NEAREST)
     return Image.fromarray(overlay(np.asarray(canvas), np.asarray(large), colours, ignore_index))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
@@ -18,6 +18,77 @@ from hcnet_cli.plausible import implausible
 
 SCHEMA = 1
 CLEARED = {"schema_version": SCHEMA, "status": "cleared"}
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]  # a record may be anybody's: numbers that can be computed with
+
+
+class DataCard(BaseModel):
+    """What the training data look like. `classes`: how many `unit` ("images", "objects", "pixels") each class has, the
+    commonest first, at most CLASSES_KEPT of them; `empty`: classes without any. `width`, `height`: smallest, median and
+    largest of `sized` images, in pixels.
+    """
+
+    unit: str = ""
+    classes: dict[str, Count] = {}
+    num_classes: Count = 0
+    empty: Count = 0
+    smallest: Count = 0  # count of the rarest class that has any
+    largest: Count = 0  # of the commonest
+    width: tuple[Count, Count, Count] | None = None
+    height: tuple[Count, Count, Count] | None = None
+    sized: Count = 0
+
+    @property
+    def imbalance(self) -> float | None:
+        """How often the commonest class is there for the rarest; None where nothing was counted."""
+        return self.largest / self.smallest if self.smallest else None
+
+    def balance_text(self) -> str:
+        """Counts of the classes and how far they are apart; "" where nothing was counted."""
+        if not self.imbalance:
+            return ""
+        plural = "es" if self.num_classes != 1 else ""
+        text = f"{self.num_classes:,} class{plural} of {self.smallest:,} to {self.largest:,} {self.unit}"
+        text += f", {self.imbalance:.{1 if self.imbalance < 10 else 0}f} to 1"
+        return f"{text}, {self.empty:,} without any" if self.empty else text
+
+    def size_text(self) -> str:
+        """Sizes of the images; "" where none was looked at."""
+        if self.width is None or self.height is None:
+            return ""
+        sides = [f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,})"
+                 for low, middle, high in (self.width, self.height)]  # fmt: skip
+        return f"{sides[0]} x {sides[1]} pixels, of {self.sized:,} images"
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, [self.balance_text(), self.size_text()]))
+
+
+CLASSES_KEPT = 1000  # in a card
+
+
+def data_card(unit: str, counts: Mapping[str, float], sizes: Sequence[tuple[int, int]]) -> DataCard:
+    """The card of classes with these counts and of images of these sizes (height, width)."""
+    ordered = sorted(counts.items(), key=lambda pair: -pair[1])
+    some = [int(count) for _, count in ordered if count]
+    heights, widths = ([sorted(side) for side in zip(*sizes, strict=True)]) if sizes else ([], [])
+    return DataCard(
+        unit=unit,
+        classes={name: int(count) for name, count in ordered[:CLASSES_KEPT]},
+        num_classes=len(counts),
+        empty=len(counts) - len(some),
+        smallest=min(some, default=0),
+        largest=max(some, default=0),
+        width=_three(widths),
+        height=_three(heights),
+        sized=len(sizes),
+    )
+
+
+def _three(ordered: Sequence[int]) -> tuple[int, int, int] | None:
+    """Smallest, median and largest."""
+    return (ordered[0], ordered[len(ordered) // 2], ordered[-1]) if ordered else None
 
 
 class DataInfo(BaseModel):
@@ -39,6 +110,7 @@ class DataInfo(BaseModel):
     bits: int | None = None
     left_out: dict[str, int] = {}
     notes: list[str] = []
+    card: DataCard | None = None  # records from before there were cards have none
 
     def remarks(self) -> list[str]:
         """What people must know of the data before a run, a line each."""

@@ -21,6 +21,7 @@ from hcnet_cli import (
     engine,
     files,
     finished,
+    first_batches,
     optim,
     own_model,
     plan,
@@ -162,6 +163,7 @@ def _train_in(run: RunSetup, info: RunInfo, options: Options) -> tuple[Path, Run
     _announce_time(run, info, state, seconds)
     if dist.is_main():
         _write_recipe(run, info)
+        first_batches.show_data(job, folder, info, earlier, run.data)
         folder.rewind(state.step)
         folder.write(info)
 
@@ -256,9 +258,8 @@ def _session(info: RunInfo, from_step: int) -> Session:
 
 
 def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
-    label = (f"model {info.model}" if info.model else f"size {info.size}") + (
-        f" ({info.variant})" if info.variant else ""
-    )
+    variant = f" ({info.variant})" if info.variant else ""
+    label = (f"model {info.model}" if info.model else f"size {info.size}") + variant
     notice(
         f"{info.protocol} · {label} · {info.data.name}: {info.data.num_train} training and "
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"

@@ -31,8 +31,11 @@ WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process t
 LINK_VARIABLE = "HCNET_LINK"  # in the environment: a path that becomes a link to the folder of the run
 WAITING = "Waiting for another process that is working"
 LOG_BYTES = 256 * 2**20  # of a metrics.jsonl; a run of 1.5 million steps writes some 10 MiB
-RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain")
-RUN_FILES = ("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml", "model.py")
+RUN_FOLDERS = ("last", "previous", ".last.tmp", "final", "explain", "progress")
+RUN_FILES = (
+    *("best.safetensors", "metrics.jsonl", "nonfinite.json", "log.txt", "recipe.yaml", "model.py"),
+    *("batches.png", "progress.png"),
+)
 
 
 def run_name(recipe: Recipe, data_name: str, fingerprint: str) -> str:
@@ -65,6 +68,7 @@ class RunFolder:
         self.log_file = path / "metrics.jsonl"
         self.best = path / "best.safetensors"
         self.model_file = path / "model.py"  # a copy of the file of the user's own that the model is made by
+        self.batches_file = path / "batches.png"  # the first batches as the model gets them
         self.waited = False
         self.held: Lock | None = None
 

@@ -98,7 +98,7 @@ def test_two_processes_give_the_numbers_of_one_to_the_last_digit(monkeypatch: py
         return next(totals[name] for part in parts for name in totals if getattr(part, name) is x)
 
     def gathered(x: object) -> list[object]:
-        (name,) = {name for part in parts for name in ("kept", "fit") if getattr(part, name) is x}
+        (name,) = {name for part in parts for name in ("kept", "fit", "mistakes") if getattr(part, name) is x}
         return [getattr(part, name) for part in parts]
 
     monkeypatch.setattr(dist, "all_reduce_sum", summed)

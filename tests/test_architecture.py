@@ -23,7 +23,7 @@ LAYERS = [
     ["evaluate", "predict", "export", "explain", "check", "doctor"],
     ["run"],
     ["rehearsal"],
-    ["plan", "previous", "reading", "scores"],
+    ["plan", "previous", "reading", "first_batches", "scores"],
     ["trial"],
     ["build"],
     ["task modules"],  # tasks/*/task.py, tasks/*/predict.py
@@ -36,7 +36,8 @@ LAYERS = [
     ["finished", "evaluation_request"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
-    ["published", "statistics", "calibration", "grouping", "pictures"],
+    ["published", "statistics", "calibration", "grouping", "charts"],
+    ["pictures"],
     ["table", "runs"],
     ["recipe", "record"],
     ["plausible"],

@@ -341,6 +341,9 @@ def test_one_image_instead_of_the_data(drawn: Path, folder_of_images: Path, tmp_
     shutil.copytree(drawn, run, ignore=shutil.ignore_patterns("explain"))
     file = next((folder_of_images / "val" / "red").iterdir())
     explain(run, image=file)
+    with Image.open(run / "explain" / "0-photo.png") as photo:  # of the red class: its own pixels, in its own colours
+        red, _, blue = np.asarray(photo.convert("RGB"))[200:400, 200:400].mean(axis=(0, 1))
+        assert red > blue + 50
     found = numbers(run)
     assert found["images"] == 1
     assert file.name in found["model"]
@@ -463,7 +466,7 @@ def test_data_that_are_gone_ask_for_an_image(drawn: Path, folder_of_images: Path
     assert "--image" in caught.value.hint
     assert not (run / "explain").exists()
     picture = next((folder_of_images / "val" / "green").iterdir())
-    assert [path.name for path in explain(run, image=picture)] == ["captions.md", "explain.json"]
+    assert [path.name for path in explain(run, image=picture)] == ["0-photo.png", "captions.md", "explain.json"]
 
 
 @pytest.mark.parametrize(("content", "reason"), [(None, "No such file"), (b"not an image", "it is not an image")])

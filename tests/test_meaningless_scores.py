@@ -246,7 +246,7 @@ def test_the_range_of_bits_is_that_of_the_data(kind: str, peak: int, bits: int, 
     assert any(f"{bits}-bit" in line for line in data.info.remarks())
     train: Any = data.train
     if kind == "classes":
-        pixels = np.asarray(train._read(0))
+        pixels = np.asarray(train.load_image(0))
         np.testing.assert_array_equal(pixels[..., 0], np.asarray(Image.open(deep_file)).astype(int) >> (bits - 8))
     elif kind == "coco":
         np.testing.assert_array_equal(

@@ -208,7 +208,9 @@ ablate --study huge.yaml | more than 5,000
 ablate --study latin.yaml | is not UTF-8 text
 report --format pdf | pdf
 report --results nowhere | There is no results folder nowhere.
-report --watch | --watch refreshes a page in a file.
+report --watch --format csv | --watch serves a page, not csv.
+report --watch --output all.md | --watch refreshes a page.
+report --port 1 | --port is that of the page that --watch serves.
 report --compare run | hcnet report --compare results/runs/RUN results/runs/OTHER
 report --compare run run | are one run
 report --compare run other --format csv | --format has no place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -120,7 +121,71 @@ def test_lines_come_by_time_whatever_a_step_or_an_evaluation_takes(
         assert "evaluating · batch" in capfd.readouterr().err
         progress.printed -= 1
         progress.step(2, {"loss": 1.0, "images_per_second": 3.21, "data_wait": 0.0})
-        assert "step 2/10 · loss 1.000 · 3.2 img/s" in capfd.readouterr().err
+        *_, row = capfd.readouterr().err.splitlines()
+        assert row.split()[:4] == ["2", "1.000", "3.210", "0%"]
+
+
+def progress_entry(loss: float = 1.234, **more: float) -> dict[str, float]:
+    return {
+        "loss": loss,
+        "lr": 9.6e-4,
+        "grad_norm": 1.24,
+        "memory_mb": 312.0,
+        "images_per_second": 181.2,
+        "data_wait": 0.02,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("total", "step", "entry"),
+    [
+        (440, 120, progress_entry()),
+        (1_501_200, 1_501_100, progress_entry(loss=12345.6, lr=1e-7, grad_norm=98765.4, images_per_second=98765.4)),
+        (1_501_200, 3, progress_entry(loss=-0.00012, lr=1.25e-10, grad_norm=1e12, memory_mb=120_000, data_wait=1.0)),
+        (10, 10, progress_entry(loss=float("nan"), grad_norm=float("inf"))),
+    ],
+)
+def test_progress_has_all_values_in_80_columns(
+    total: int, step: int, entry: dict[str, float], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a table of plain lines, and under the bar of a terminal."""
+    progress = Progress(total, 0, "top1", steps_per_epoch=5)
+    progress.began -= 3000.0
+    progress.printed -= 100.0
+    progress.step(step, entry)
+    head, row = capfd.readouterr().err.splitlines()
+    assert head.split() == list(Progress.COLUMNS)
+    assert len(row.split()) >= len(Progress.COLUMNS)
+    assert max(len(head), len(row)) <= 80
+
+    said = io.StringIO()
+    terminal = console.ErrorConsole(file=said, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "err", terminal)
+    progress = Progress(total, 0, "top1", steps_per_epoch=5)
+    progress.began -= 3000.0
+    progress.step(step, entry)
+    with terminal.capture() as captured:
+        terminal.print(progress.bar.get_renderable())
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines)
+    for word in ("epoch ", " left, ends ", "loss ", " lr ", "|grad| ", "B · ", " img/s", "wait "):
+        assert word in text, text
+    assert "…" not in text
+
+
+def test_each_evaluation_says_the_change_since_the_best(capfd: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(100, 0, "box_AP")
+    numbers = {f"{kind}_{name}": 12.5 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75", "AP_s")}
+    progress.evaluated(10, numbers, None)
+    progress.evaluated(20, {"box_AP": 14.0}, 12.5)
+    progress.evaluated(30, {"box_AP": 13.0}, 14.0)
+    first, better, worse = capfd.readouterr().err.splitlines()
+    assert first.startswith("step 10 · evaluated: box_AP 12.50 · box_AP50 12.50")
+    assert len(first) <= 80
+    assert better == "step 20 · evaluated: box_AP 14.00 (+1.50, the best)"
+    assert worse == "step 30 · evaluated: box_AP 13.00 (-1.00 from the best)"
 
 
 def test_standard_error_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

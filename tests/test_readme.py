@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,10 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return only_run(results)
 
 
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("line", [line for line in commands() if not line.startswith("make ")])
 def test_every_command_runs(
     line: str, small_run: Path, hcnet: Hcnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,6 +102,9 @@ def test_every_command_runs(
             Image.new("RGB", (40, 30), "orange").save(photo)
     if "OTHER" in line:
         shutil.copytree("results/runs/RUN", "results/runs/OTHER")
+    if "--watch" in arguments:  # until Ctrl-C
+        arguments += ["--port", "0"]
+        monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
     if arguments[0] == "ablate":
         arguments = [*arguments, "--dry-run"]
     if arguments[:2] == ["bench", "data"]:

@@ -270,6 +270,7 @@ def test_predictions_lost_between_checkpoint_and_saving_are_made_again(
     assert sorted(p.name for p in (folder / "final").iterdir()) == [
         "calibration.json",
         "confusion.json",
+        "mistakes.png",
         "per_class.json",
         "pictures",
         "predictions.csv",

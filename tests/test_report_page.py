@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from synthetic_runs import make_run, picture
 
+from hcnet_cli.record import data_card, read_record
 from hcnet_cli.report import figures, page, report
 from hcnet_cli.table import Column, Row, Table
 
@@ -154,6 +155,18 @@ def test_large_pictures_are_made_smaller_and_damaged_ones_left_out(tmp_path):
     assert text.count("data:image/png;base64,") == 1
     assert "1 more picture lies in" in text
     assert len(text) < 600_000 + len(report([tmp_path / "none"], fmt="html"))
+
+
+def test_a_run_shows_its_first_batches_and_its_data(tmp_path):
+    folder = make_run(tmp_path)
+    picture(folder / "batches.png", 0)
+    info = read_record(folder / "run.json")
+    info.data.card = data_card("images", {"cat": 30, "dog": 10}, [(32, 48)])
+    (folder / "run.json").write_text(info.model_dump_json())
+    text = report([tmp_path], fmt="html")
+    assert "the first training batches" in text
+    assert "how it learns, and what is wrong" in text
+    assert "2 classes of 10 to 30 images, 3.0 to 1; 48 x 32 pixels, of 1 images" in text
 
 
 def test_page_stops_taking_pictures(tmp_path, monkeypatch):
@@ -353,8 +366,10 @@ def test_curves_follow_the_choice(tab):
     """Unchecking a run takes its curve away; another data set draws its own metric; finding hides names."""
     load(tab)
     curves = "[...document.querySelectorAll('#charts figure')].map(f => f.querySelectorAll('path.curve').length)"
-    before = tab.js(curves)
-    assert before == [6, 6, 6]
+    assert tab.js(curves) == [3, 3, 3]  # what is trained now comes first
+    assert tab.js("document.querySelector('#curve-runs label').title") == "HcNet-B, seed 0"
+    enter(tab, "#curve-group", "digits: top1")
+    assert tab.js(curves) == [6, 6, 6]
     tab.js("document.querySelector('#curve-runs input').click()")
     assert tab.js(curves) == [5, 5, 5]
     enter(tab, "#curve-group", "digit-stuff: mIoU")
@@ -363,6 +378,14 @@ def test_curves_follow_the_choice(tab):
     enter(tab, "#curve-find", "seed 1")
     assert tab.js("[...document.querySelectorAll('#curve-runs label')].filter(l => l.offsetParent).length") == 1
     assert tab.errors == []
+
+
+def test_curves_leave_out_what_all_runs_share_and_begin_with_the_best(tmp_path):
+    for seed in range(3):
+        changes = {"schedule.length": 20, "optim.lr": 0.1 * (seed + 1)}
+        make_run(tmp_path, seed=seed, score=90.0 + seed, changes=changes)
+    labels = re.findall(r'"label":"([^"]+)"', report([tmp_path], fmt="html"))
+    assert labels == [f"HcNet-pico, seed {seed} (optim.lr={0.1 * (seed + 1)})" for seed in (2, 1, 0)]
 
 
 @needs_chromium

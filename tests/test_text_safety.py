@@ -408,7 +408,7 @@ def test_progress_notices_and_mistakes_obey_nothing(payload: str, capsys: pytest
     shown = capsys.readouterr().err
     assert not obeyed(shown)
     assert shown.count(console.visible(payload)) >= 6
-    assert len(shown.splitlines()) == 7
+    assert len(shown.splitlines()) == 8
 
 
 @pytest.mark.parametrize(

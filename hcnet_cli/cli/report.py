@@ -11,6 +11,8 @@ import typer
 
 from hcnet_cli.console import UserError, notice, out, warn
 
+DEFAULT_PORT = 8787  # of the page that --watch serves
+
 
 def report(
     fmt: Annotated[
@@ -32,7 +34,13 @@ def report(
         tuple[Path, Path] | None,
         typer.Option(help="Two classifiers image by image; --output FILE.png draws images on which they differ."),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Write the page anew every 10 seconds, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Serve the page on this machine while runs go on; with --output, write it anew."),
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of --watch (default 8787); 0: a free one.")
+    ] = None,
 ) -> None:
     """Print the paper's tables from the runs, published numbers beside measured ones."""
     from hcnet_cli.files import write_output
@@ -63,9 +71,23 @@ def report(
         if not differing:
             notice(f"All tables in {check} agree with the runs.")
         raise typer.Exit(1 if differing else 0)
+    if port is not None and (not watch or output is not None):
+        raise UserError("--port is that of the page that --watch serves.", hint="hcnet report --watch --port 8787")
+    if watch and output is None:
+        if fmt not in (None, "html"):
+            raise UserError(f"--watch serves a page, not {fmt}.", hint="hcnet report --watch")
+        from hcnet_cli.report.serve import LivePage, serve
+
+        def page(version: str) -> str:
+            again, _ = tables(where)
+            return make(where, table=table, fmt="html", published=more, extra=again, public=public, version=version)
+
+        page("check")  # a mistake is said here, not in the browser
+        serve(LivePage(where, page), DEFAULT_PORT if port is None else port)
+        return
     fmt = fmt or format_for(output)
-    if watch and (fmt != "html" or output is None):
-        raise UserError("--watch refreshes a page in a file.", hint="Add --format html --output report.html")
+    if watch and fmt != "html":
+        raise UserError("--watch refreshes a page.", hint="Add --output report.html, or leave --output out.")
     while True:
         text = make(
             where,
@@ -83,7 +105,10 @@ def report(
         write_output(output, text)
         if not watch:
             return
-        time.sleep(10)
+        try:
+            time.sleep(10)
+        except KeyboardInterrupt:
+            return
         studies, _ = tables(where)
 
 

@@ -76,6 +76,7 @@ class Audit:
     problems: list[UserError] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # on the classes
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # pixels by split and class, after `note_pixels`
     sizes: dict[str, list[Size]] = field(default_factory=lambda: defaultdict(list))  # of the images, by split
 
     @property
@@ -112,6 +113,7 @@ class Audit:
                 if own and not trained
             ]
             self.note(f"classes in {split} labels that no {first} label has, so that they cannot be learned", strange)
+            self.counts[split] = dict(zip(self.classes, pixels[:-1].tolist(), strict=False))
             shares = 100 * pixels / pixels.sum()
             for name, share in zip(self.classes, shares.tolist(), strict=False):  # the last is no class
                 self.classes[name][split] = share

@@ -284,6 +284,13 @@ def resize(image: Tensor, size: Size) -> Tensor:
     return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
 
 
+def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """A normalised image [3, H, W] as a picture: the opposite of `normalise`; what is beyond black and white is cut."""
+    image = image.detach().float().cpu()
+    pixels = (image * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1) * 255
+    return Image.fromarray(pixels.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Uint8 [3, H, W] -> float32; mean and std are those of values in 0..1."""
     return (image.float() - 255 * torch.tensor(mean)[:, None, None]) / (255 * torch.tensor(std)[:, None, None])

@@ -278,6 +278,18 @@ class TrainLoader:
                     for index in share.tolist()
                 ]
 
+    def first(self, count: int, most: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """A part of the first micro-batch of each of the first `count` steps, read in this process; and its whole size.
+
+        Of at most `most` samples: those at the ends, which are mixed with each other (see `micro_batch`).
+        """
+        for requests in itertools.islice(self.requests(0), 0, count * self.accumulate, self.accumulate):
+            half = most // 2
+            result = self._dataset[requests if len(requests) <= most else [*requests[:half], *requests[-half:]]]
+            if isinstance(result, UserError):
+                raise result
+            yield result[0], len(requests)
+
     def iterate(self, start_step: int) -> Iterator[dict[str, Any]]:
         """Micro-batches from `start_step` to `total_steps`; no file of an earlier step is read.
 

@@ -17,7 +17,8 @@ class DataSplits:
     """The two splits of a data set. A format may subclass it to hand its task more (see tasks/detection/coco.py).
 
     `img_size` (height, width): what MACs and images/s are given for. `groups` [len(train)]: samples of two groups never
-    share a batch. `class_counts` [num_classes]: training images of each class, or pixels where each pixel has one.
+    share a batch. `class_counts` [num_classes]: training images of each class, or
+    objects or pixels where each of these has one.
     """
 
     info: DataInfo
@@ -29,6 +30,7 @@ class DataSplits:
     val_collate: loader.Collate | None = None
     groups: NDArray[np.int64] | None = None
     class_counts: NDArray[np.int64] | None = None
+    class_unit: str = "images"  # what `class_counts` counts
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Optimizer steps in one pass over the training samples."""

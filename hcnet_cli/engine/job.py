@@ -63,6 +63,10 @@ class Task(nn.Module):
     def evaluator(self) -> Evaluator:
         raise NotImplementedError
 
+    def draw_batch(self, batch: Batch, caption: str) -> Image.Image | None:
+        """A picture of a training batch as the model gets it, with its labels, over a caption; None: there is none."""
+        return None
+
 
 class Predictor(Protocol):
     """Predictions for images without labels. One file of them at the end, in a form that other programs read."""
@@ -90,6 +94,11 @@ class TrainBatches(Protocol):
     """Training data: `accumulate` micro-batches for each optimizer step."""
 
     unreadable: list[str]  # files that could not be read so far
+    steps_per_epoch: int
+
+    def first(self, count: int, most: int) -> Iterator[tuple[Batch, int]]:
+        """At most `most` samples of a micro-batch of each of the first `count` steps, and its whole size."""
+        ...
 
     def iterate(self, start_step: int) -> Iterator[Batch]: ...
 

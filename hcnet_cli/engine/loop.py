@@ -24,8 +24,9 @@ from hcnet_cli.data.loader import watching_workers
 from hcnet_cli.engine.job import EvalBatches, Evaluation, Evaluator, Job, autocast, to_device
 from hcnet_cli.engine.state import State, save
 from hcnet_cli.engine.step import NonFiniteGuard, Stepper
+from hcnet_cli.engine.strip import add_row
 from hcnet_cli.files import optional, write_text
-from hcnet_cli.profile import evaluating
+from hcnet_cli.profile import evaluating, peak_memory_mb
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.weights import digest
 
@@ -245,7 +246,12 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             save_final(evaluator, folder.path / "final")
         return 0
 
-    with Stopper() as stopper, Progress(job.total_steps, state.step, job.task.primary) as progress:
+    def shown() -> dict[str, float]:
+        """What the progress line has beside the means of the log."""
+        return {"lr": job.lr_at(state.step - 1), "memory_mb": peak_memory_mb(job.device)}
+
+    shown_total = Progress(job.total_steps, state.step, job.task.primary, job.train.steps_per_epoch)
+    with Stopper() as stopper, shown_total as progress:
         if dist.from_main(lambda: state.step == state.best_step and (folder.path / "final" / MISSING).exists()):
             _, again = evaluate(job, job.evaluations[0], progress)
             if main:
@@ -274,9 +280,9 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
                 window = Window(job.device)
                 if main:
                     folder.append(step=state.step, lr=job.lr_at(state.step - 1), **entry)
-                progress.step(state.step, entry)
+                progress.step(state.step, entry | shown())
             elif progress.due and main:
-                progress.step(state.step, window.peek(job.batch_size))
+                progress.step(state.step, window.peek(job.batch_size) | shown())
             if evaluating:
                 state.evaluation_due = True
             if evaluating and not stopping:
@@ -295,7 +301,7 @@ def _evaluate_and_keep_best(
 ) -> Evaluator | None:
     """Returns the evaluator if these weights are the best so far: its predictions are worth keeping."""
     metrics, evaluator = evaluate(job, job.evaluations[0], progress, stopper)
-    value = metrics[job.task.primary]
+    value, before = metrics[job.task.primary], state.best
     if state.best is None or value > state.best:
         state.improved_step = state.step
     is_best = state.best is None or value >= state.best  # of equal scores the later one, which has trained longer
@@ -309,7 +315,10 @@ def _evaluate_and_keep_best(
             mark_final_missing(folder.path / "final")
     if dist.is_main():
         folder.append(step=state.step, **metrics)
-    progress.evaluated(state.step, metrics, state.best)
+        with optional(folder.path / "progress.png"):
+            number = -(-state.step // job.eval_every)
+            add_row(folder.path, evaluator, state.step, number, f"{job.task.primary} {value:.1f}")
+    progress.evaluated(state.step, metrics, before)
     return evaluator if is_best else None
 
 

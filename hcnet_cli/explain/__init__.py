@@ -6,6 +6,7 @@ the heat steps, and how far receptive fields and heat spread. Equal runs give eq
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from torch import Tensor
 from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
-from hcnet_cli.data.images import UnusableImageError, normalise, read_image, rescale, resize, to_tensor
+from hcnet_cli.data.images import (
+    UnusableImageError,
+    normalise,
+    read_image,
+    rescale,
+    resize,
+    to_picture,
+    to_tensor,
+)
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.explain import beside
 from hcnet_cli.explain.captions import captions
@@ -25,6 +34,7 @@ from hcnet_cli.explain.pictures import draw
 from hcnet_cli.files import replacing, writing
 from hcnet_cli.models import HcNet
 from hcnet_cli.models.backbone import FeatureMaps
+from hcnet_cli.pictures import enlarged, panel, sheet
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report.escape import in_markdown, to_json
 from hcnet_cli.runs import RunFolder, RunInfo, with_weights
@@ -57,7 +67,8 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     texts = captions(found)
     sections = [f"\n## {name[2:].capitalize()}\n\n![{name}]({name}.png)\n\n{text}\n" for name, text in texts.items()]
     about = {"run": run.resolve().name, "model": label, "step": info.best_step, "images": len(images)}
-    made = {f"{name}.png": content for name, content in draw(found, label).items()}
+    made = {"0-photo.png": _photo(recipe, images[0], source)} if image else {}
+    made |= {f"{name}.png": content for name, content in draw(found, label).items()}
     for stage in found["stages"]:
         del stage["receptive_field"]["field"]  # one number per pixel: the picture shows it better
     made["captions.md"] = f"# Inside the heat layers\n\n{in_markdown(label)}\n{''.join(sections)}".encode()
@@ -168,6 +179,16 @@ def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str
     else:
         images = [item["images"][0] if "images" in item else item["image"] for item in items]
     return images, f"{len(images)} validation image{'s' * (len(images) > 1)}"
+
+
+def _photo(recipe: Recipe, image: Tensor, name: str) -> bytes:
+    """A PNG of the image [3, H, W] that was measured on, as the model got it."""
+    config: Any = recipe.data
+    shown = enlarged(to_picture(image, config.mean, config.std))
+    content = io.BytesIO()
+    size = f"{image.shape[2]} x {image.shape[1]}, as the model gets it"
+    sheet([panel(shown, "image")], f"{name}: {size}").save(content, "PNG")
+    return content.getvalue()
 
 
 def _normalised(config: ImageFolder, items: list[dict[str, Any]]) -> list[Tensor]:

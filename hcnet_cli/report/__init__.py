@@ -12,6 +12,7 @@ from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.report import text
 from hcnet_cli.results import collect, public_table, tables
 from hcnet_cli.sizes import SIZES
+from hcnet_cli.study.status import statuses
 from hcnet_cli.table import Table
 from hcnet_cli.tasks import FIRST_TASK, TASKS
 
@@ -32,6 +33,7 @@ def report(
     width: int | None = None,
     refresh: float | None = None,
     public: bool = False,
+    version: str = "",
 ) -> str:
     """The report as text in one of FORMATS. UserError for an unknown table or format, or a bad published file.
 
@@ -44,6 +46,7 @@ def report(
         output: The file that the text is for; links to runs are relative to its folder.
         width: Of the terminal ("rich" only).
         public: Without secrets, folders, and the names of computer and user.
+        version: Of a page that is served and follows the runs, with every cell of the studies ("html" only).
         refresh: Seconds after which a browser loads the page again ("html" only).
     """
     _check_known("table", table, (*TABLES, "all"))
@@ -64,7 +67,12 @@ def report(
     if fmt == "html":
         from hcnet_cli.report import page  # loads jinja2 and Pillow
 
-        return page.html(made, notes, found, refresh)
+        studies = []
+        for folder in results if version and not public else ():  # a cell may say anything
+            cells, unknown = statuses(folder)
+            studies += cells
+            notes += unknown
+        return page.html(made, notes, found, refresh, version, studies)
     if fmt == "rich" and table == "all" and found.runs:
         if hidden := dict.fromkeys(t.name for t in made if not t.measured):
             notes.insert(0, f"Published numbers alone: hcnet report --table {' or '.join(hidden)}.")

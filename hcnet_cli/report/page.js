@@ -97,8 +97,8 @@ if ($("#charts")) {
     const readout = element("span", { class: "readout" });
     const figure = element("figure", {}, element("figcaption", {}, element("span", {}, title), readout));
     if (!shown.length) { figure.append(element("p", { class: "muted" }, "Nothing chosen has this curve.")); return figure; }
-    const width = Math.max(280, charts.clientWidth - 34), height = key === "lr" ? 170 : 250;
-    const left = 52, right = width - 12, top = 8, bottom = height - 26;
+    const width = Math.max(280, charts.clientWidth - 34), height = key === "lr" ? 184 : 264;
+    const left = 52, right = width - 12, top = 8, bottom = height - 40;
     const all = shown.flatMap((run) => run[key]), values = all.map((p) => p[1]).sort((a, b) => a - b);
     const last = Math.max(1, ...all.map((p) => p[0]));
     // a metric's first, far values would flatten all the rest: the axis begins at the 5 % point of what was measured
@@ -114,8 +114,9 @@ if ($("#charts")) {
       svg.append(element("path", { class: "grid", d: `M${left} ${y(tick)}H${right}` }), element("text", { class: "tick", x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, show(tick)));
     }
     for (const tick of ticks(0, last, width > 500 ? 8 : 4)) {
-      svg.append(element("text", { class: "tick", x: x(tick), y: height - 8, "text-anchor": tick / last > 0.97 ? "end" : "middle" }, short(tick)));
+      svg.append(element("text", { class: "tick", x: x(tick), y: height - 22, "text-anchor": tick / last > 0.97 ? "end" : "middle" }, short(tick)));
     }
+    svg.append(element("text", { class: "tick", x: (left + right) / 2, y: height - 2, "text-anchor": "middle" }, "step"));
     const group = element("g", { "clip-path": `url(#${clip})` });
     for (const run of shown) {
       const path = run[key].map(([step, value]) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("L");
@@ -171,7 +172,9 @@ if ($("#charts")) {
   });
   $(".picker").addEventListener("submit", (event) => event.preventDefault());
   const groups = Map.groupBy(runs, (run) => run.group);
-  const byNumber = [...groups.keys()].sort((a, b) => groups.get(b).length - groups.get(a).length);
+  // first what is trained now, then the data and metric that most was trained for: trials of a few steps come last
+  const weight = (group) => Math.max(...groups.get(group).map((run) => run.images)) + (groups.get(group).some((run) => run.running) ? 1e15 : 0);
+  const byNumber = [...groups.keys()].sort((a, b) => weight(b) - weight(a));
   choice.append(...byNumber.map((group) => element("option", { value: group }, `${group} (${groups.get(group).length})`)));
   choice.addEventListener("change", fill);
   let seen = 0;

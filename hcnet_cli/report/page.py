@@ -23,6 +23,7 @@ from hcnet_cli.privacy import public_text
 from hcnet_cli.report import figures
 from hcnet_cli.report.escape import to_json
 from hcnet_cli.results import Results, command, model_name
+from hcnet_cli.study.status import StudyStatus
 from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
 from hcnet_cli.tasks import TASKS
 
@@ -34,15 +35,37 @@ PICTURE_BYTES = 200_000  # a larger file is shrunk
 LARGEST_PICTURE = 64 * 2**20, 50_000_000  # bytes of a file, pixels; a larger one is left out
 ALL_PICTURES_BYTES = 8_000_000  # of the page; further pictures are counted, not shown
 RECIPE_BYTES = 2**20
-PICTURE_FOLDERS = {"final/pictures": "predictions", "explain": "inside the heat layers"}
+OVERVIEW = "how it learns, and what is wrong"
+PICTURES = {  # of a run: what they show -> the files
+    OVERVIEW: ("progress.png", "final/*.png", "batches.png"),
+    "predictions": ("final/pictures/*.png",),
+    "inside the heat layers": ("explain/*.png",),
+}
+CAPTIONS = {  # files whose names do not say what they show
+    "progress": "the same images at each evaluation",
+    "batches": "the first training batches",
+    "errors": "precision and recall, kinds of errors",
+    "per_class": "each class",
+    "mistakes": "the worst mistakes",
+}
 HIDDEN_ON_PHONES = ("img_size", "images_per_second", "difference")  # columns, with the secondary ones
 DRAWN = 1e9  # figures leave out what is larger: no model has such values, and axes need room
 FOREST_TITLE = "difference to the full model"
 COLUMNS_LEFT_OUT = ("seeds", "recipe")  # links to the runs show the seeds, and each run's section its recipe
 
 
-def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: float | None = None) -> str:
-    """The page. Tables with measured rows come first. `refresh`: seconds after which it loads itself again."""
+def html(
+    made: Sequence[Table],
+    notes: Sequence[str],
+    found: Results,
+    refresh: float | None = None,
+    version: str = "",
+    studies: Sequence[StudyStatus] = (),
+) -> str:
+    """The page. Tables with measured rows come first. `refresh`: seconds after which it loads itself again.
+
+    `version`: of a page that `serve` hands out, which loads itself again when there is another one.
+    """
     anchors = {run.folder: f"run-{i}" for i, run in enumerate(found.runs)}
     ordered = sorted(made, key=lambda table: not table.measured)
     sections = [_section(table, f"table-{i}", anchors) for i, table in enumerate(ordered)]
@@ -52,6 +75,8 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
     pictures, left_out = _pictures(ordered)
     curves = to_json(_curves(found.runs, anchors), indent=None, separators=(",", ":"))
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    if version:
+        script += (FOLDER / "live.js").read_text(encoding="utf-8")
     if refresh:
         script = f"setTimeout(() => location.reload(), {int(refresh * 1000)});\n{script}"
     text = environment.get_template("page.html").render(
@@ -65,6 +90,8 @@ def html(made: Sequence[Table], notes: Sequence[str], found: Results, refresh: f
         pictures=pictures,
         left_out=left_out,
         notes=notes,
+        version=version,
+        studies=studies,
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script runs
     )
@@ -197,9 +224,24 @@ def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[s
         series = {name: _thin(log, key) for name, key in (("loss", "loss"), ("metric", metric), ("lr", "lr"))}
         if any(series.values()):
             group = f"{run.info.data.name}: {metric}"
-            about = {"id": anchors[run.folder], "label": _label(run), "group": group, "primary": metric}
-            curves.append({**about, **series})
-    return curves
+            about: dict[str, Any] = {"id": anchors[run.folder], "label": _label(run), "group": group, "primary": metric}
+            about |= {"running": run.state == "running", "best": run.info.metrics.get(metric)}
+            about |= {"images": run.info.steps_done * run.info.batch_size}
+            curves.append((run, {**about, **series}))
+    return _with_short_labels(curves)
+
+
+def _with_short_labels(curves: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Without the settings that all runs of a group share; running ones first, then the best."""
+    for group in {curve["group"] for _, curve in curves}:
+        members = [(run, curve) for run, curve in curves if curve["group"] == group]
+        first = members[0][0].info.changes if len(members) > 1 else {}
+        shared = [k for k, v in first.items() if all(run.info.changes.get(k) == v for run, _ in members)]
+        for run, curve in members:
+            own = {key: value for key, value in run.info.changes.items() if key not in shared}
+            curve["label"] = _label(Run(run.folder, run.info.model_copy(update={"changes": own})))
+    ordered = [curve for _, curve in curves]
+    return sorted(ordered, key=lambda curve: (not curve["running"], -(curve["best"] or -1)))
 
 
 def _drawn(value: object) -> TypeGuard[float]:
@@ -242,6 +284,7 @@ def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
         "started from": str(i.init.get("source") or "random weights"),
         "steps": f"{steps}, {i.batch_size} images each",
         "data": f"{i.data.name}: {i.data.num_train:,} to train, {i.data.num_val:,} {i.data.split}, {i.data.digest}",
+        "training data": str(i.data.card or ""),
         "size": size,
         "training": training,
         "inference": speed,
@@ -278,15 +321,17 @@ def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
     room, left_out = ALL_PICTURES_BYTES, 0
     for table in made:
         for row in table.rows:
-            for place, what in PICTURE_FOLDERS.items() if row.runs else ():
-                files = sorted((row.runs[0] / place).glob("*.png"))
-                shown = files[:PICTURES_PER_ROW] if room > 0 else ()
-                images = [image for file in shown if (image := _image(file))]
+            for what, patterns in PICTURES.items() if row.runs else ():
+                files = [file for pattern in patterns for file in sorted(row.runs[0].glob(pattern))]
+                most = PICTURES_PER_ROW * (2 if what == OVERVIEW else 1)
+                images = [image for file in files[:most] if room > 0 and (image := _image(file))]
                 room -= sum(len(image["uri"]) for image in images)
                 left_out += len(files) - len(images)
                 if images:
                     title = f"{table.label(row)} on {row.values.get('data')}: {what}"
-                    groups.append({"title": title, "images": images, "run": row.runs[0].name})
+                    captions = [CAPTIONS.get(image["name"], image["name"].replace("_", " ")) for image in images]
+                    shown = list(zip(images, captions if what == OVERVIEW else [""] * len(images), strict=True))
+                    groups.append({"title": title, "images": shown, "run": row.runs[0].name})
     return groups, left_out
 
 

@@ -314,16 +314,17 @@ class ImageFolder(Dataset[dict[str, Any]]):
         """The file of a sample relative to the data folder, wherever it lies: val/cat/1.jpg."""
         return f"{self.split}/{self.classes[self.files.labels[index]]}/{self.files.name(index)}"
 
-    def _read(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
+        """The image of a sample, before any transform."""
         return read_image(self.sample_path(index), bits=self.bits, max_pixels=self.max_pixels)
 
     def __getitem__(self, request: SampleRequest) -> dict[str, Any]:
         index, key, _ = request
         replaced: dict[str, str] = {}
         if self.train:
-            index, image, replaced = first_usable(self._read, index, key, range(len(self)))
+            index, image, replaced = first_usable(self.load_image, index, key, range(len(self)))
         else:
-            image = self._read(index)
+            image = self.load_image(index)
         with rng.seeded(key):
             made = self.transform(image)
         return {**made, "sample": index, "key": key, "target": int(self.files.labels[index]), **replaced}

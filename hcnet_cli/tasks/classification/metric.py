@@ -21,7 +21,9 @@ from torch import Tensor
 from hcnet_cli import calibration, dist, pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
+from hcnet_cli.engine.strip import IMAGES
 from hcnet_cli.files import optional, write_text
+from hcnet_cli.tasks.classification.mistakes import GREEN, RED, Mistake, draw_mistakes, mistakes, worst
 
 CALIBRATION = {  # what is computed of the probabilities, and how
     "nll": "mean negative logarithm of the label's probability",
@@ -36,8 +38,8 @@ class Accuracy:
     """Counts right answers of a classifier. Of equal scores, that of the lower class number counts as higher.
 
     With fewer than five classes `top5` looks at all of them, and is 100. The five best classes of each image are kept
-    for `save`, which names an image by `sample_name` of its number. `figures`: those of CALIBRATION to compute; none
-    for scores that are no logits.
+    for `save`, which names an image by `sample_name` of its number; `load_image` gives it for the picture of the worst
+    mistakes. `figures`: those of CALIBRATION to compute; none for scores that are no logits.
     """
 
     interval = True  # of top-1: the images are drawn independently
@@ -47,11 +49,14 @@ class Accuracy:
         num_classes: int,
         class_names: Sequence[str],
         sample_name: Callable[[int], str] = str,
+        load_image: Callable[[int], Image.Image] | None = None,
         figures: Collection[str] = tuple(CALIBRATION),
     ) -> None:
         assert num_classes == len(class_names)
         self.partial = False
         self.sample_name = sample_name
+        self.load_image = load_image
+        self.mistakes: list[Mistake] = []
         self.figures = figures
         self.fit: list[NDArray[np.float64]] = []  # [B, 4] confidence, NLL, Brier score, whether it is right
         self.bins: list[calibration.Bin] = []
@@ -75,6 +80,7 @@ class Accuracy:
         scores, order = (x[:, :5] for x in predictions.sort(dim=1, descending=True, stable=True))  # [B, 5]
         among_five = (order == target[:, None]).any(dim=1)  # [B]
         self.kept.append((torch.cat([batch["sample"][:, None], target[:, None], order], dim=1).cpu(), scores.cpu()))
+        self.mistakes = worst([*self.mistakes, *mistakes(predictions, order[:, 0], target, batch["sample"])])
         if self.figures:
             logs = predictions.cpu().double().log_softmax(dim=1).numpy()
             fit = calibration.image_scores(logs, target.cpu().numpy())
@@ -89,6 +95,7 @@ class Accuracy:
         """
         self._confusion, self._top5 = dist.all_reduce_sum(self.confusion), dist.all_reduce_sum(self.top5)
         self._kept = [rows for part in dist.gather(self.kept) for rows in part]
+        self._worst = worst([one for part in dist.gather(self.mistakes) for one in part])
         images = int(self._confusion.sum())
         assert images, "nothing was evaluated"
         right = int(self._confusion.trace())
@@ -113,8 +120,8 @@ class Accuracy:
 
     def save(self, folder: Path) -> None:
         """After `compute`: `per_class.json`, `confusion.json` with the cells that are not zero, and `predictions.csv`
-        with the best classes of each image and their scores; `calibration.json` with the bins of the calibration error,
-        and a picture of them and of the confusion.
+        with the best classes of each image and their scores; `mistakes.png` if there are any; `calibration.json` with
+        the bins of the calibration error, and a picture of them and of the confusion.
 
         `top1`, `top5` of a class are its recall in per cent, null if it has no image.
         """
@@ -137,6 +144,11 @@ class Accuracy:
         if self._kept:
             with optional(folder / "predictions.csv"):
                 write_text(folder / "predictions.csv", self._predictions())
+        if self._worst and self.load_image is not None:
+            with optional(folder / "mistakes.png"):
+                draw_mistakes(self._worst, self.class_names, self.load_image, self.sample_name).save(
+                    folder / "mistakes.png", compress_level=1
+                )
         if self.bins:
             bins = {"protocol": CALIBRATION["ece"], "bins": [one._asdict() for one in self.bins]}
             with optional(folder / "calibration.json"):
@@ -144,6 +156,21 @@ class Accuracy:
             with optional(folder / "pictures"):
                 (folder / "pictures").mkdir(exist_ok=True)
                 self._draw().save(folder / "pictures" / "calibration.png", compress_level=1)
+
+    def strip(self) -> list[tuple[Image.Image, Image.Image]]:
+        """See engine.strip: the image over its class, and the answer, green where it is right."""
+        if self.load_image is None:
+            return []
+        ids = torch.cat([ids for ids, _ in self._kept])
+        ids = ids[ids[:, 0].argsort()]
+        pairs = []
+        for number in range(min(IMAGES, len(ids))):
+            sample, label, answer = ids[number * len(ids) // min(IMAGES, len(ids)), :3].tolist()
+            name = [(self.class_names[label], pictures.INK)]
+            found = [(self.class_names[answer], (255, 255, 255))]
+            image = pictures.tile(self.load_image(sample), name, pictures.SMALL)
+            pairs.append((image, pictures.label(found, pictures.SMALL, 24, GREEN if answer == label else RED)))
+        return pairs
 
     def _draw(self) -> Image.Image:
         error = 100 * calibration.calibration_error(self.bins)

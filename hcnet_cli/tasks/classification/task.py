@@ -16,8 +16,10 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from hcnet_cli import pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.balance import class_counts, class_weights
+from hcnet_cli.data.images import to_picture
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
@@ -37,8 +39,9 @@ class ClassificationTask(Task):
     """`model` maps images [B, 3, H, W], which `normalise` makes of a batch, to logits [B, num_classes].
 
     With `mixup` (timm's, which also smooths) the target is soft; without it plain cross-entropy with `smoothing`.
-    `loss` replaces both. `sample_name` names a validation image by its number. `only`: the classes that are scored, by
-    number, where they are not all; `class_names` are then theirs. `evaluator` takes what Accuracy takes.
+    `loss` replaces both. `sample_name` names a validation image by its number, `load_image` reads it. `only`: the
+    classes that are scored, by number, where they are not all; `class_names` are then theirs. `evaluator` takes what
+    Accuracy takes.
     """
 
     primary = "top1"
@@ -55,6 +58,7 @@ class ClassificationTask(Task):
         sample_name: Callable[[int], str] = str,
         loss: nn.Module | None = None,
         class_weights: Sequence[float] = (),
+        load_image: Callable[[int], Image.Image] | None = None,
         only: Sequence[int] | None = None,
         evaluator: Callable[..., Accuracy] = Accuracy,
     ) -> None:
@@ -64,6 +68,7 @@ class ClassificationTask(Task):
         self.normalise = normalise
         self.class_names = list(class_names)
         self.sample_name = sample_name
+        self.load_image = load_image
         self.mixup = mixup
         usual = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.criterion = loss or usual
@@ -83,8 +88,38 @@ class ClassificationTask(Task):
         logits = self.model(self.normalise(batch)).float()
         return logits if self.only is None else logits[:, self.only]
 
+    def draw_batch(self, batch: dict[str, Any], caption: str) -> Image.Image:
+        """See engine.Task. A mixed image is labelled with both classes and their shares: 0.70 cat, + 0.30 dog."""
+        images, target = self.normalise(batch), batch["target"]
+        lines = [[self.class_names[i]] for i in target.tolist()]
+        if self.mixup:
+            images, soft = mix(images, target, batch["step_key"], self.mixup)
+            for own, (first, second, share) in zip(lines, mixed_classes(target, soft, self.mixup), strict=True):
+                if share < 0.995 and first != second:
+                    names = [f"× {name}" if name[:1].isdigit() else name for name in self.class_names]
+                    own[:] = [f"{share:.2f} {names[first]}", f"+ {1 - share:.2f} {names[second]}"]
+        rows = max(map(len, lines))
+        _, mean, std = self.normalise.constants.tolist()
+        tiles = [
+            pictures.tile(to_picture(image, mean, std), [(text, pictures.INK) for text in [*own, ""][:rows]])
+            for image, own in zip(images, lines, strict=True)
+        ]
+        mixing = ", with their shares in the label" if rows > 1 else ""
+        return pictures.grid(tiles, 8, f"{caption}{mixing}")
+
     def evaluator(self) -> Accuracy:
-        return self.make_evaluator(len(self.class_names), self.class_names, self.sample_name)
+        return self.make_evaluator(len(self.class_names), self.class_names, self.sample_name, self.load_image)
+
+
+def mixed_classes(target: Tensor, soft: Tensor, mixup: Mixup) -> list[tuple[int, int, float]]:
+    """For each image its class, that of the image mixed into it (the other end of the batch), and its own share.
+
+    target [B], soft targets [B, num_classes]. Mixup's smoothing leaves smoothing / num_classes to every class.
+    """
+    rest = mixup.label_smoothing / soft.shape[1]
+    own = (soft.gather(1, target[:, None])[:, 0] - rest) / (1 - mixup.label_smoothing)
+    pairs = zip(target.tolist(), target.flip(0).tolist(), own.tolist(), strict=True)
+    return [(first, second, min(1.0, max(0.0, share))) for first, second, share in pairs]
 
 
 def build_task(
@@ -120,8 +155,10 @@ def build_task(
             weights=weights,
             counts=class_counts(data).tolist() if head.loss == "balanced-softmax" else (),
         )
-    name = images.sample_name
-    return ClassificationTask(model, data.class_names, normalise, mixup, config.smoothing, name, loss, weights)
+    return ClassificationTask(
+        *(model, data.class_names, normalise, mixup, config.smoothing, images.sample_name, loss, weights),
+        load_image=images.load_image,
+    )
 
 
 def build_evaluation(
@@ -149,7 +186,9 @@ def build_evaluation(
         return _on_features(entry.on, task, data, data.val.with_transform(transform), resized)
     if entry.on == "corruptions":
         return _corrupted(task, data.val, transform, resized)
-    view = ClassificationTask(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name)
+    view = ClassificationTask(
+        *(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name), load_image=task.load_image
+    )
     view.protocol = resized
     return view, data.val.with_transform(transform), data.val_collate
 

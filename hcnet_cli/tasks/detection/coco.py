@@ -235,6 +235,8 @@ def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
         collate=collate,
         val_collate=collate,
         groups=train_set.groups,
+        class_counts=np.bincount(train.labels, minlength=len(val.class_names) + 1)[1:],
+        class_unit="objects",
         annotations=val,
     )
 

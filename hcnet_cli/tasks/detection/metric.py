@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,9 @@ from PIL import Image
 from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
+from hcnet_cli.engine.strip import IMAGES
 from hcnet_cli.files import optional, write_text
+from hcnet_cli.tasks.detection import errors
 from hcnet_cli.tasks.detection import masks as mask_bytes
 from hcnet_cli.tasks.detection.annotations import Annotations
 
@@ -24,7 +27,9 @@ Backend = Literal["faster-coco-eval", "pycocotools"]
 # COCO's twelve numbers in the order of COCOeval.stats
 NUMBERS = ("AP", "AP50", "AP75", "AP_s", "AP_m", "AP_l", "AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l")
 IOU_TYPES = {"box": "bbox", "mask": "segm"}
-DRAW_THRESHOLD = 0.5  # detections with a lower score are not drawn
+CONFIDENT = 0.5  # detections from this score on are drawn
+AT_LEAST = 3  # and as many of the others, so that a picture is not empty
+CURVES = {"0.5": 0, "0.75": 5}  # IoU -> its place among COCO's ten
 
 
 class Detections(NamedTuple):
@@ -71,6 +76,7 @@ class CocoAP:
         self.load_image, self.num_pictures = load_image, num_pictures
         self.found: dict[int, Detections] = {}  # by image id; of this process, after `compute` of all of them
         self.per_class: dict[str, dict[str, float]] = {}
+        self.curves: dict[str, list[float]] = {}  # see `precision_curves`; of the main process
 
     def update(self, predictions: Sequence[dict[str, Any]], batch: dict[str, Any]) -> None:
         for prediction, target in zip(predictions, batch["target"], strict=True):
@@ -107,6 +113,8 @@ class CocoAP:
                 if value > -1:
                     numbers[f"{kind}_{name}"] = 100 * float(value)
             precision = np.asarray(evaluation.eval["precision"])  # IoU, recall, class, area, detections
+            if kind == "box":
+                self.curves = precision_curves(precision[:, :, :, 0, -1])
             for k, category_id in enumerate(evaluation.params.catIds):
                 own = per_class[self.class_names[self.category_ids.index(int(category_id))]]
                 for name, values in (("AP", precision[:, :, k, 0, -1]), ("AP50", precision[0, :, k, 0, -1])):
@@ -140,7 +148,7 @@ class CocoAP:
 
     def save(self, folder: Path) -> None:
         """Writes predictions_bbox.json and predictions_segm.json (COCO results, each for the scoring in its name),
-        per_class.json and pictures/.
+        per_class.json, errors.json with errors.png (see errors.py) and pictures/.
         """
         folder.mkdir(parents=True, exist_ok=True)
         for kind in self.kinds:
@@ -149,9 +157,40 @@ class CocoAP:
                 write_text(file, json.dumps(self.results_of(kind)))
         with optional(folder / "per_class.json"):
             write_text(folder / "per_class.json", json.dumps(self.per_class, indent=1, ensure_ascii=False))
+        with optional(folder / "errors.png"):
+            self._save_errors(folder)
         if self.load_image is not None and self.num_pictures:
             with optional(folder / "pictures"):
                 self._save_pictures(folder / "pictures")
+
+    def _save_errors(self, folder: Path) -> None:
+        truth = self.truth.coco(self.found if self.partial else None)
+        ap50, kinds = errors.by_kind(truth, self.results_of("box"))
+        found = {name: {"count": kind.number, "AP50_lost": kind.lost} for name, kind in kinds.items()}
+        content = {"box_AP50": ap50, "errors": found, "precision": self.curves}
+        write_text(folder / "errors.json", json.dumps(content) + "\n")
+        (folder / "errors.png").write_bytes(errors.draw(self.curves, ap50, kinds))
+
+    def strip(self) -> list[tuple[Image.Image, Image.Image]]:
+        """See engine.strip: the objects, and the best detections."""
+        if self.load_image is None:
+            return []
+        truth = self.truth.coco(self.truth.image_ids[:IMAGES].tolist())
+        pairs = []
+        for entry in truth["images"]:
+            image = self.load_image(entry["id"])
+            objects = [one for one in truth["annotations"] if one["image_id"] == entry["id"]]
+            found, _ = worth_drawing(self._results(entry["id"]) if entry["id"] in self.found else [])
+            tiles = []
+            for items in (objects, found):
+                drawn = [replace(self._drawn(item, image), text=self._name(item)) for item in items]
+                canvas = pictures.draw_objects(image, drawn, pictures.SMALL, size=10)
+                tiles.append(pictures.tile(canvas, [], pictures.SMALL))
+            pairs.append((tiles[0], tiles[1]))
+        return pairs
+
+    def _name(self, item: dict[str, Any]) -> str:
+        return self.class_names[self.category_ids.index(item["category_id"])]
 
     def _save_pictures(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -170,18 +209,18 @@ class CocoAP:
         assert self.load_image is not None
         image = self.load_image(entry["id"])
         found = self._results(entry["id"]) if entry["id"] in self.found else []
-        confident = [item for item in found if item["score"] >= DRAW_THRESHOLD]
+        shown, note = worth_drawing(found)
+        count = f"{len(objects)} object{'' if len(objects) == 1 else 's'}"
         panels = []
-        for items, title in ((objects, "ground truth"), (confident, f"prediction, score {DRAW_THRESHOLD} and up")):
+        for items, title, beside in ((objects, "ground truth", count), (shown, "prediction", note)):
             canvas = pictures.draw_objects(image, [self._drawn(item, image) for item in items])
-            count = f"{len(items)} object{'' if len(items) == 1 else 's'}"
-            panels.append(pictures.panel(canvas, title, count))
+            panels.append(pictures.panel(canvas, title, beside))
         return pictures.sheet(panels, entry["file_name"])
 
     def _drawn(self, item: dict[str, Any], image: Image.Image) -> pictures.DrawnObject:
         """A result or an annotation in COCO's format, to be drawn."""
         label = self.category_ids.index(item["category_id"])
-        text = self.class_names[label]
+        text = self._name(item)
         red, green, blue = pictures.palette(len(self.class_names))[label].tolist()
         colour = red, green, blue
         if item.get("iscrowd"):
@@ -190,6 +229,30 @@ class CocoAP:
             text += f"  {100 * item['score']:.0f}%"
         mask = mask_bytes.decode(item["segmentation"], image.height, image.width) if "segmentation" in item else None
         return pictures.DrawnObject(text, colour, item["bbox"], mask)
+
+
+def precision_curves(precision: NDArray[np.float64]) -> dict[str, list[float]]:
+    """Precision at 101 recalls, the mean of the classes that have objects, by IoU: {} where there is no object.
+
+    precision: [10 IoUs, 101 recalls, classes], -1 for a class without objects.
+    """
+    known = precision[:, :, (precision > -1).all(axis=(0, 1))]
+    if not known.size:
+        return {}
+    mean = known.mean(axis=2)  # [10, 101]
+    curves = {name: mean[place].tolist() for name, place in CURVES.items()}
+    return {**curves, "0.5:0.95": mean.mean(axis=0).tolist()}
+
+
+def worth_drawing(found: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The detections of an image that a picture shows, best first, and in words which these are."""
+    ordered = sorted(found, key=lambda one: -one["score"])
+    confident = sum(one["score"] >= CONFIDENT for one in ordered)
+    shown = ordered[: max(confident, AT_LEAST)]
+    note = f"{confident} of score {CONFIDENT} and up"
+    if len(shown) > confident:
+        note += f", and the best {len(shown) - confident} below"
+    return shown, note
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------

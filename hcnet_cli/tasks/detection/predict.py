@@ -18,12 +18,10 @@ from hcnet_cli.data.images import normalise, rescale, resize, to_tensor
 from hcnet_cli.files import write_text
 from hcnet_cli.schema import DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
+from hcnet_cli.tasks.detection.metric import worth_drawing
 from hcnet_cli.tasks.detection.spec import Coco, DetectionEvaluation
 from hcnet_cli.tasks.detection.spec import MaskRCNN as Head
 from hcnet_cli.tasks.detection.task import DetectionTask
-
-CONFIDENT = 0.5  # detections from this score on are drawn
-AT_LEAST = 3  # and as many of the others, so that a picture is not empty
 
 
 class Predictor:
@@ -58,12 +56,8 @@ class Predictor:
         return folder / "predictions.json"
 
     def draw(self, image: Image.Image, objects: list[dict[str, Any]], title: str) -> Image.Image:
-        confident = sum(one["score"] >= CONFIDENT for one in objects)
-        shown = objects[: max(confident, AT_LEAST)]
+        shown, note = worth_drawing(objects)
         canvas = pictures.draw_objects(image, [self._drawn(one) for one in shown])
-        note = f"{confident} of score {CONFIDENT} and up"
-        if len(shown) > confident:
-            note += f", and the best {len(shown) - confident} below"
         return pictures.sheet([pictures.panel(canvas, "prediction", note)], title)
 
     def _drawn(self, one: dict[str, Any]) -> pictures.DrawnObject:

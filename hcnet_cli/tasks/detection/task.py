@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor, nn
 
+from hcnet_cli import pictures
+from hcnet_cli.data.images import to_picture
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
@@ -25,13 +27,15 @@ from hcnet_cli.tasks.detection.metric import Backend, CocoAP
 from hcnet_cli.tasks.detection.spec import Coco, DetectionEvaluation
 from hcnet_cli.tasks.detection.spec import MaskRCNN as Head
 
+BATCH_TILE = 320  # pixels, the side of an image in the picture of a batch
+
 
 class DetectionTask(Task):
     """Mask R-CNN (or Faster R-CNN, if the model has no masks) on COCO-format data.
 
     A batch: `image`, a list of [3, H, W], normalised; `target`, a list of dicts (training: boxes, labels, masks;
     evaluation: image_id, orig_size); `key` [B]. The other arguments go to the evaluator, metric.CocoAP; without `truth`
-    the task predicts, and has none.
+    the task predicts, and has none. `drawing`: class names, mean and std of the pixels, for pictures of batches.
     """
 
     model: MaskRCNN
@@ -46,9 +50,11 @@ class DetectionTask(Task):
         backend: Backend = "faster-coco-eval",
         load_image: Callable[[int], Image.Image] | None = None,
         num_pictures: int = 8,
+        drawing: tuple[Sequence[str], Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.drawing = drawing
         self.scoring: dict[str, Any] = {
             "truth": truth,
             "masks": model.with_masks,
@@ -83,6 +89,26 @@ class DetectionTask(Task):
                 prediction["masks"] = paste_masks(found["masks"], prediction["boxes"], height, width)
             predictions.append(prediction)
         return predictions
+
+    def draw_batch(self, batch: dict[str, Any], caption: str) -> Image.Image | None:
+        """See engine.Task: the images with their boxes, masks and names."""
+        if self.drawing is None:
+            return None
+        class_names, mean, std = self.drawing
+        colours = pictures.palette(len(class_names)).tolist()
+        tiles = []
+        for image, target in zip(batch["image"], batch["target"], strict=True):
+            boxes, labels = target["boxes"].cpu(), (target["labels"] - 1).tolist()
+            corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+            masks = target["masks"].cpu().numpy().astype(np.uint8) if "masks" in target else [None] * len(labels)
+            objects = [
+                pictures.DrawnObject(class_names[label], tuple(colours[label]), tuple(box), mask)
+                for label, box, mask in zip(labels, corners, masks, strict=True)
+            ]
+            canvas = pictures.draw_objects(to_picture(image, mean, std), objects, BATCH_TILE)
+            count = f"{len(objects)} object{'' if len(objects) == 1 else 's'}, {image.shape[2]} x {image.shape[1]}"
+            tiles.append(pictures.tile(canvas, [(count, pictures.GREY)], BATCH_TILE))
+        return pictures.grid(tiles, 4, caption)
 
     def evaluator(self) -> CocoAP:
         return CocoAP(**self.scoring)
@@ -150,6 +176,7 @@ def _task(model: MaskRCNN, evaluation: EvaluationPart, data: CocoSplits) -> Dete
         truth=data.annotations,
         backend=evaluation.backend,
         load_image=data.val.load_image,
+        drawing=(data.class_names, data.val.mean, data.val.std),
     )
 
 

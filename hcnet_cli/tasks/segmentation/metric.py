@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hcnet_cli import dist, pictures
+from hcnet_cli import charts, dist, pictures
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.audit import distinct
 from hcnet_cli.data.images import read_image
+from hcnet_cli.engine.strip import IMAGES
 from hcnet_cli.files import optional, write_text
 
 Pixels = NDArray[np.uint8]
@@ -110,7 +111,7 @@ class MeanIoU:
         return {name: float(self._result[name]) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
 
     def save(self, folder: Path) -> None:
-        """per_class.json and pictures/NAME.png, after `compute`. Undefined numbers are null."""
+        """per_class.json, per_class.png and pictures/NAME.png, after `compute`. Undefined numbers are null."""
         folder.mkdir(parents=True, exist_ok=True)
         result = self._result
         rows = zip(self.class_names, result["iou"], result["acc"], result["pixels"], strict=True)
@@ -126,6 +127,10 @@ class MeanIoU:
         file = folder / "per_class.json"
         with optional(file):
             write_text(file, json.dumps(content, indent=1) + "\n")
+        if np.isfinite(result["iou"]).any():
+            with optional(folder / "per_class.png"):
+                chart = charts.class_bars(self.class_names, result["iou"], "IoU of the classes", "IoU (%)")
+                (folder / "per_class.png").write_bytes(chart)
         target = folder / "pictures"
         with optional(target):
             target.mkdir(parents=True, exist_ok=True)
@@ -136,6 +141,18 @@ class MeanIoU:
             with optional(target / name):
                 picture = draw(self.read(path), label, prediction, self.class_names, self.ignore_index, Path(path).name)
                 picture.save(target / name, compress_level=1)  # a third of the time, a quarter more bytes
+
+    def strip(self) -> list[tuple[Image.Image, Image.Image]]:
+        """See engine.strip: the labels, and the predictions."""
+        colours = pictures.palette(len(self.class_names))
+        pairs = []
+        for sample in sorted(self._kept)[:IMAGES]:
+            path, *maps = self._kept[sample]
+            image = self.read(path)
+            small = [pictures.draw_classes(image, one, colours, self.ignore_index, pictures.SMALL) for one in maps]
+            true, found = (pictures.tile(one, [], pictures.SMALL) for one in small)
+            pairs.append((true, found))
+        return pairs
 
 
 def _rounded(x: float) -> float | None:
@@ -148,23 +165,22 @@ def draw(
     """Image, label and prediction in a row, and a legend of the classes in them."""
     colours = pictures.palette(len(class_names))
     counted = label != ignore_index
-    accuracy = f"{100 * (label == prediction)[counted].mean():.1f} % of pixels right" if counted.any() else ""
+    accuracy = f"{100 * (label == prediction)[counted].mean():.1f} % of pixels correct" if counted.any() else ""
     panels = [
         pictures.panel(pictures.enlarged(image), "image"),
         pictures.panel(pictures.draw_classes(image, label, colours, ignore_index), "label"),
         pictures.panel(pictures.draw_classes(image, prediction, colours, ignore_index), "prediction", accuracy),
     ]
     areas = np.bincount(label[counted], minlength=256) + np.bincount(prediction[counted], minlength=256)
-    entries = legend(areas, class_names)
-    if not counted.all():
-        entries.append(("ignored", pictures.IGNORED))
-    return pictures.sheet(panels, caption, entries)
+    return pictures.sheet(panels, caption, legend(areas, class_names, not counted.all()))
 
 
-def legend(areas: NDArray[np.int64], class_names: Sequence[str]) -> list[tuple[str, pictures.Colour]]:
+def legend(
+    areas: NDArray[np.int64], class_names: Sequence[str], ignored: bool = False
+) -> list[tuple[str, pictures.Colour]]:
     """Names and colours of the classes that cover an area [256] of a picture, in the order of the class list.
 
-    The MAX_LEGEND largest are named.
+    The MAX_LEGEND largest are named; `ignored`: pixels without a class are among them.
     """
     largest = [int(c) for c in np.argsort(-areas, kind="stable") if areas[c]]
     entries: list[tuple[str, pictures.Colour]] = []
@@ -173,4 +189,6 @@ def legend(areas: NDArray[np.int64], class_names: Sequence[str]) -> list[tuple[s
         entries.append((class_names[c], (red, green, blue)))
     if len(largest) > MAX_LEGEND:
         entries.append((f"and {len(largest) - MAX_LEGEND} more", pictures.PAPER))
+    if ignored:
+        entries.append(("ignored", pictures.IGNORED))
     return entries

@@ -199,6 +199,7 @@ def open_data(config: spec.SceneParsing, head: Part, root: Path) -> SceneSplits:
         img_size=(512, 2048),
         val_collate=collate_scenes,
         class_counts=folder.class_counts,
+        class_unit="pixels",
         folder=folder,
     )
 

@@ -10,21 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hcnet_cli import profile
+from hcnet_cli import pictures, profile
 from hcnet_cli.console import UserError
 from hcnet_cli.data.balance import class_weights
-from hcnet_cli.data.images import read_image
+from hcnet_cli.data.images import read_image, to_picture
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
 from hcnet_cli.rng import keyed_uniform
-from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
-from hcnet_cli.tasks.segmentation.metric import MeanIoU
+from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD, NORMALISATION, DataPart, EvaluationPart, Part
+from hcnet_cli.tasks.segmentation.metric import MeanIoU, legend
 from hcnet_cli.tasks.segmentation.scene_parsing import EvalScenes, SceneSplits
 from hcnet_cli.tasks.segmentation.spec import SceneEvaluation, SceneParsing
 from hcnet_cli.tasks.segmentation.spec import UPerNet as Head
@@ -62,6 +63,7 @@ class SegmentationTask(Task):
         protocol: str = "",
         num_pictures: int = 8,
         read: Callable[[str], Image.Image] = read_image,
+        normalisation: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD),
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -77,6 +79,7 @@ class SegmentationTask(Task):
         self.protocol = protocol
         self.num_pictures = num_pictures
         self.read = read
+        self.normalisation = normalisation  # mean and std of the pixels
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         key = batch["key"]
@@ -123,6 +126,20 @@ class SegmentationTask(Task):
     def _logits(self, image: Tensor) -> Tensor:
         """[3, h, w] -> [K, h/4, w/4]."""
         return self.model(image[None].contiguous(memory_format=torch.channels_last))[0].float()
+
+    def draw_batch(self, batch: dict[str, Any], caption: str) -> Image.Image:
+        """See engine.Task: each image beside its labels."""
+        colours, tiles = pictures.palette(len(self.class_names)), []
+        areas = np.zeros(256, dtype=np.int64)
+        ignored = False
+        for image, label in zip(batch["image"], batch["label"].cpu().numpy(), strict=True):
+            picture = to_picture(image, *self.normalisation)
+            counted = label[label != self.ignore_index]
+            areas += np.bincount(counted, minlength=256)
+            ignored |= counted.size < label.size
+            labelled = pictures.draw_classes(picture, label, colours, self.ignore_index, pictures.TILE)
+            tiles.append(pictures.beside([pictures.enlarged(picture, pictures.TILE), labelled]))
+        return pictures.grid(tiles, 4, caption, legend(areas, self.class_names, ignored))
 
     def evaluator(self) -> MeanIoU:
         return MeanIoU(
@@ -300,6 +317,7 @@ def scoring_task(
         class_weights=weights,
         ignore_index=config.ignore_index,
         read=functools.partial(read_image, bits=bits, max_pixels=config.max_pixels),
+        normalisation=(config.mean, config.std),
         protocol=protocol(config.img_scale, ratios=entry.scales, **how),
         **how,
     )
