@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -137,13 +137,13 @@ def build_task(recipe: Recipe, data: DataSplits) -> Task:
 
 
 def build_evaluations(
-    recipe: Recipe, task: Task, data: DataSplits, when: Iterable[str] = ("training", "end")
+    recipe: Recipe, task: Task, data: DataSplits, names: Collection[str] | None = None
 ) -> list[Evaluation]:
-    """The evaluations of the recipe that take place at one of `when`, the first among them first."""
+    """The evaluations `names` of the recipe (None: those that training makes), the first among them first."""
     first = next(iter(recipe.evaluation.values()))
     made = []
     for name, entry in recipe.evaluation.items():
-        if entry.when in when:
+        if (entry.when != "asked") if names is None else (name in names):
             view, images, collate = task_module(recipe).build_evaluation(task, recipe.data, entry, first, data)
             made.append(Evaluation(name, view, _eval_loader(recipe, images, collate)))
     return made

@@ -247,7 +247,7 @@ def brief(value: float) -> str:
 
 def main_metrics(metrics: Iterable[str], most: int = 6) -> list[str]:
     """The names to show where a line has room for few: the first of each kind (box_, mask_) before further ones."""
-    names = list(metrics)
+    names = [name for name in metrics if "_95_" not in name]  # without the ends of intervals
     kinds = [name.partition("_")[0] if "_" in name else "" for name in names]
     rank = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
     return [names[i] for i in sorted(range(len(names)), key=lambda i: (rank[i] // 3, i))][:most]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from hcnet_cli import build, dist, engine, files, run, runs
+from hcnet_cli import build, dist, engine, files, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice, out
 from hcnet_cli.device import pick_device, use_cores
 from hcnet_cli.evaluation_request import EvaluationRequest
 from hcnet_cli.privacy import host_id
 from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.scores import differing_scores, protocols, suffixed
 
 
 def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: Sequence[str]) -> RunInfo:
@@ -36,24 +37,29 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
         task = build.build_task(recipe, data)
         build.load_own(task, folder.path)
         job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
-        made = build.build_evaluations(recipe, task, data, when=("training", "end", "asked"))
-        for evaluation in [one for one in made if one.name in wanted]:
+        changed = wanted != [first]
+        for evaluation in build.build_evaluations(recipe, task, data, wanted):
             primary = evaluation.name == first
-            notes = run.protocols([evaluation], first=primary)
+            notes = protocols([evaluation], first=primary)
             _check_protocol(info, notes, evaluation.name)
-            how = f": {evaluation.task.protocol}" if evaluation.task.protocol else ""
-            notice(f"Evaluating {evaluation.name} on {info.data.num_val} images of {info.data.name}{how}.")
+            how = evaluation.task.protocol or f"{info.data.num_val} images of {info.data.name}"
+            notice(f"Evaluating {evaluation.name}: {how}.")
             metrics, evaluator = engine.evaluate(job, evaluation)
-            scores = run.suffixed(metrics, evaluation, first=primary)
+            scores = suffixed(metrics, evaluation, first=primary)
             if dist.is_main():
                 out.print("  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
             if primary or scores.keys() <= info.metrics.keys():
                 _compare(info, scores)
+                if primary and not info.altered and (missing := scores.keys() - info.metrics.keys()):
+                    info.metrics |= {name: scores[name] for name in scores if name in missing}  # of an older version
+                    info.metric_notes = notes | info.metric_notes
+                    changed = True
                 continue
+            changed = True
             if dist.is_main():
                 engine.save_final(evaluator, folder.path / "final" / evaluation.name)
             commit, dirty = runs.git_state()
-            settings = recipe.evaluation[evaluation.name].model_dump(mode="json")
+            settings = recipe.evaluation[evaluation.name].model_dump(mode="json", exclude={"path"})
             info.metrics |= scores
             info.metric_notes |= notes
             info.evaluations.append(
@@ -67,7 +73,7 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
                     "host": host_id(),
                 }
             )
-        if dist.is_main() and wanted != [first]:
+        if dist.is_main() and changed:
             files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
             info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
             folder.write(info)
@@ -85,7 +91,7 @@ def _check_protocol(info: RunInfo, notes: dict[str, str], name: str) -> None:
 
 
 def _compare(info: RunInfo, scores: dict[str, float]) -> None:
-    differing = runs.differing_scores(info, scores)
+    differing = differing_scores(info, scores)
     if not differing:
         notice("Equal to the run's record.")
         return

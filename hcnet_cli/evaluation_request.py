@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, warn
+from hcnet_cli.header import read_metadata
 from hcnet_cli.inputs import check_data
+from hcnet_cli.privacy import home
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.tasks import TASKS
+
+Override = tuple[str, Any, str]  # dotted key, value, source
 
 ALLOWED = ("evaluation.", "data.path", "train.workers", "train.eval_batch_size")  # what may be set for an evaluation
 
@@ -32,13 +39,48 @@ def read_request(
     UserError for a run that is not finished, for data that are not there, and for an entry whose score is there and
     was made with other settings.
     """
+    overrides, names = _by_name(folder, overrides, names)
     info, recipe = _read(folder, overrides)
     set_now = [key.split(".")[1] for key, _, _ in overrides if key.startswith("evaluation.")]
     wanted = _wanted(info, recipe, names, set_now)
     _check_settings(info, recipe, wanted)
     _check_record(folder, info, adding=wanted != [next(iter(recipe.evaluation))])
     check_data(recipe)
+    if check := recipe.spec.check_evaluation:
+        for name in wanted:
+            check(recipe.evaluation[name], _classes(folder))
     return EvaluationRequest(info, recipe, wanted)
+
+
+def _by_name(
+    folder: RunFolder, overrides: Sequence[Override], names: Sequence[str]
+) -> tuple[list[Override], list[str]]:
+    """`--on imagenet-a` as the entry `imageneta` of the recipe, which is added; --data is then the folder of its images
+    or holds that folder, imagenet-a.
+    """
+    spec = TASKS.get(folder.require().task)
+    if spec is None:
+        return list(overrides), list(names)  # the recipe says the same, and is refused
+    entries = [name.replace("-", "") if name in spec.further else name for name in names]
+    added: list[Override] = []
+    rest = list(overrides)
+    data = [value for _, value, source in overrides if source == "--data"]
+    for name, entry in zip(names, entries, strict=True):
+        if name in spec.further:
+            added.append((f"evaluation.{entry}.on", name, "--on"))
+        if name in spec.in_folders and data:
+            inside = Path(os.path.expanduser(data[0])) / name
+            added.append((f"evaluation.{entry}.path", home(str(inside) if inside.is_dir() else data[0]), "--data"))
+            rest = [one for one in rest if one[2] != "--data"]
+    return [*rest, *added], entries
+
+
+def _classes(folder: RunFolder) -> list[str]:
+    """The classes of a run's model, as its weights say; empty where they do not."""
+    try:
+        return list(read_metadata(folder.best).get("classes", []))
+    except (OSError, ValueError):
+        return []
 
 
 def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple[RunInfo, Recipe]:
@@ -85,7 +127,7 @@ def _wanted(info: RunInfo, recipe: Recipe, names: Sequence[str], set_now: Sequen
     for name in names:
         if name not in known:
             raise UserError(
-                f'--on: this run has no evaluation "{name}" (known: {", ".join(known)}).',
+                f'--on: this run has no evaluation "{name}" (known: {", ".join([*known, *recipe.spec.further])}).',
                 hint=f"A new one: --set evaluation.{name}.KEY=VALUE",
             )
     first, *further = known
@@ -100,8 +142,10 @@ def _check_settings(info: RunInfo, recipe: Recipe, wanted: Sequence[str]) -> Non
         name, before = str(one.get("name")), one.get("settings")
         if name not in wanted or name not in recipe.evaluation or not isinstance(before, dict):
             continue
-        now = recipe.evaluation[name].model_dump(mode="json")
-        if changed := [key for key in now if key != "when" and now[key] != before.get(key, now[key])]:
+        entry = recipe.evaluation[name]
+        now = entry.model_dump(mode="json")
+        matters = [key for key in now if not rcp.is_free(type(entry), key)]
+        if changed := [key for key in matters if now[key] != before.get(key, now[key])]:
             raise UserError(
                 f"The score {name} of this run was made with {changed[0]}={before[changed[0]]}, not {now[changed[0]]}.",
                 hint=f"Give the new score another name than {name}: --set evaluation.NAME.{changed[0]}=...",

@@ -89,8 +89,26 @@ def _visible(info: RunInfo) -> tuple[Any, ...]:
     return (
         *(info.task, data.name, data.digest, data.split, data.num_val, info.protocol),
         *(repr(sorted(info.changes.items())), info.model, info.size, info.variant, info.img_size, init_label(info)),
-        *(info.steps_total, info.batch_size, info.precision, info.evaluated_only, *sorted(info.metric_notes.items())),
+        *(info.steps_total, info.batch_size, info.precision, info.evaluated_only, *score_protocols(info).items()),
     )
+
+
+def score_protocols(info: RunInfo) -> dict[str, str]:
+    """How the metrics of the run's task are made. Notes on further figures are left out: a run that has gained one by
+    `hcnet evaluate`, or was made before it was computed, is still like its neighbours.
+    """
+    metrics = {metric.key for metric in TASKS[info.task].metrics} if info.task in TASKS else set()
+    return {name: text for name, text in sorted(info.metric_notes.items()) if name in metrics}
+
+
+def comparable_scores(info: RunInfo) -> dict[str, float]:
+    """The scores that the same weights and data give again everywhere: not those that move with the rounding of a
+    model's outputs, such as the calibration error.
+    """
+    spec = TASKS[info.task]
+    counted = tuple(metric.key for metric in spec.metrics)
+    rounded = tuple(figure.key for figure in spec.figures if not figure.key.startswith(counted))
+    return {name: value for name, value in info.metrics.items() if not name.startswith(rounded)}
 
 
 def _by_start(group: Sequence[Run]) -> list[list[Run]]:

@@ -221,6 +221,32 @@ def bars(values: Sequence[tuple[str, float]]) -> Image.Image:
     return image
 
 
+def reliability(bins: Sequence[tuple[float, float, float]]) -> Image.Image:
+    """The share of right answers (upwards) in bins of confidence (across): (low, high, share) each, between 0 and 1.
+
+    A calibrated model's bars end on the diagonal. PANEL x PANEL pixels.
+    """
+    image = Image.new("RGB", (PANEL, PANEL), (232, 228, 222))
+    draw = ImageDraw.Draw(image)
+    for low, high, share in bins:
+        top = min(PANEL - 2, round((1 - share) * PANEL))
+        draw.rectangle((round(low * PANEL) + 1, top, round(high * PANEL) - 2, PANEL - 1), fill=(194, 65, 12))
+    draw.line((0, PANEL - 1, PANEL - 1, 0), fill=INK, width=2)
+    return image
+
+
+def confusion(counts: NDArray[np.int64]) -> Image.Image:
+    """Images by label (row) and prediction (column), [K, K]: the share of the label's images, white for none, in a
+    panel of PANEL x PANEL pixels. Where classes are more than pixels, a pixel shows the mean of its classes.
+    """
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    strength = np.sqrt(shares)[..., None]  # rare confusions stay visible
+    rgb = (1 - strength) * 255 + strength * np.array([194, 65, 12])
+    drawn = Image.fromarray(np.asarray(np.rint(rgb), dtype=np.uint8))
+    small = len(counts) > PANEL
+    return drawn.resize((PANEL, PANEL), Image.Resampling.BOX if small else Image.Resampling.NEAREST)
+
+
 def _flow(names: Sequence[str], width: int) -> tuple[list[tuple[int, int]], int]:
     """(x, row) of each entry of a legend, in rows of at most `width` pixels, and the number of rows."""
     places, x, row = [], 0, 0

@@ -128,6 +128,12 @@ def not_in_fingerprint(recipe: Recipe) -> frozenset[str]:
     )
 
 
+def is_free(part: type[Part], name: str) -> bool:
+    """Whether a field of a section cannot change a number."""
+    extra = part.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and extra.get("fingerprint") == "never"
+
+
 # What a run may vary without departing from its protocol.
 ALLOWED_TO_VARY = frozenset({"model.size", "model.disable", "train.seed", "train.precision"})
 

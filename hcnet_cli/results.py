@@ -22,10 +22,11 @@ from hcnet_cli.table import MISSING, Column, Kind, Row, Table, Value, is_number,
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.spec import Spec
 
+FIGURES = tuple(figure.key for spec in TASKS.values() for figure in spec.figures)
 KEYS = (  # of a row's values; each metric is followed by half of its 95 % interval
     *("kind", "table", "task", "data", "data_digest", "split", "protocol", "recipe", "changes", "init"),
     *("model", "size", "variant", "img_size", "params_m", "macs_g", "macs_input", "images_per_second"),
-    *(key for metric in METRICS.values() for key in (metric, f"{metric}_ci")),
+    *(key for metric in (*METRICS.values(), *FIGURES) for key in (metric, f"{metric}_ci")),
     *("difference", "reference", "n", "seeds", "epochs", "steps_done", "steps_total", "batch_size", "precision"),
     *("metric_notes", "status", "source", "runs", "commit", "machine", "device", "speed_notes", "command"),
     *("started", "finished", "error", "schedule", "data_notes"),
@@ -164,8 +165,10 @@ def stopped_early(infos: Sequence[RunInfo]) -> str:
     return f"stopped early at step {at} of {infos[0].steps_total:,}" if at else ""
 
 
-def metric_notes(info: RunInfo) -> str:
-    return "; ".join(f"{name}: {text}" for name, text in sorted(info.metric_notes.items()))
+def metric_notes(notes: Mapping[str, str]) -> str:
+    """Protocols by score, for people. What a further evaluation (ece_ms) shares with the first (ece) is said once."""
+    own = {name: text for name, text in sorted(notes.items()) if notes.get(name.rpartition("_")[0]) != text}
+    return "; ".join(f"{name}: {text}" for name, text in own.items())
 
 
 def in_units(count: int | None, unit: float) -> float | None:
@@ -208,7 +211,7 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "steps_total": info.steps_total,
         "batch_size": info.batch_size,
         "precision": info.precision,
-        "metric_notes": metric_notes(info),
+        "metric_notes": metric_notes(info.metric_notes),
         "status": group[0].state,
         "source": "measured",
         "runs": ", ".join(run.name for run in group),
@@ -222,8 +225,9 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "error": info.error,
         "data_notes": " ".join(dict.fromkeys(note for i in infos for note in i.data.notes)),
     }
-    for key in (metric.key for metric in spec.metrics):
-        if all(key in i.metrics for i in infos):  # a metric that some seeds lack is not averaged over the others
+    for key in (metric.key for metric in (*spec.metrics, *spec.figures)):
+        alike = len({i.metric_notes.get(key) for i in infos}) == 1
+        if alike and all(key in i.metrics for i in infos):  # what some seeds lack is not averaged over the others
             values[key], values[f"{key}_ci"] = mean_interval([i.metrics[key] for i in infos])
     return values
 
@@ -288,7 +292,7 @@ def _table(spec: Spec, title: str, found: Sequence[Row], protocol: str, short: s
             text = f"Departs from {row.values['recipe']}: {row.values['changes']}."
             row = dataclasses.replace(row, mark=marks.setdefault(text, f"[{len(marks) + 1}]"))
         rows.append(row)
-    columns = list(spec.columns)
+    columns = [c for c in spec.columns if not c.measured_only or any(row.values[c.key] is not None for row in rows)]
     if any(is_number(row.values["difference"]) for row in rows):
         columns.append(DIFFERENCE)
     for column in RUN_COLUMNS:

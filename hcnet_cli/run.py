@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,14 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, main_metrics, notice, out, warn
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision, use_cores
-from hcnet_cli.engine import Evaluation, Task
+from hcnet_cli.engine import Task
 from hcnet_cli.locks import of_slurm
 from hcnet_cli.models import hub
 from hcnet_cli.previous import check_finished, identity, notice_unfinished, previous_record
 from hcnet_cli.privacy import home, host_id
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo, Session
+from hcnet_cli.scores import differing_scores, protocols, suffixed
 from hcnet_cli.track import tracking
 from hcnet_cli.weights import LoadReport
 
@@ -367,20 +368,6 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def suffixed(names: Mapping[str, Any], evaluation: Evaluation, first: bool) -> dict[str, Any]:
-    """Scores under the names that run.json has for them: those of the first evaluation are plain."""
-    return {name if first else f"{name}_{evaluation.name}": value for name, value in names.items()}
-
-
-def protocols(evaluations: Sequence[Evaluation], first: bool = True) -> dict[str, str]:
-    """How each score that has several protocols is made, for the tables."""
-    notes: dict[str, str] = {}
-    for number, one in enumerate(evaluations):
-        if one.task.protocol:
-            notes |= suffixed({one.task.primary: one.task.protocol}, one, first and number == 0)
-    return notes
-
-
 def _score_best_weights(job: engine.Job, folder: RunFolder) -> dict[str, float]:
     """The evaluations that take place when training ends, of the best weights."""
     further = job.evaluations[1:]
@@ -427,7 +414,7 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
         metrics |= suffixed(found, one, first=number == 0)
     if dist.is_main():
         out.print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-    if earlier is not None and (differing := runs.differing_scores(earlier, metrics)):
+    if earlier is not None and (differing := differing_scores(earlier, metrics)):
         warn(f"The weights score otherwise than the run's record says: {differing}.")
     if earlier is None:
         info = info.model_copy(

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -300,15 +300,6 @@ def with_paths(folder: RunFolder, recipe: Recipe, model: str | None, data: str |
     if (found.model.label, found.model.digest) != (recipe.model.label, recipe.model.digest):
         raise UserError(f"{model} is not what made the model of this run: the file has changed, or it is another.")
     return found
-
-
-def differing_scores(info: RunInfo, scores: Mapping[str, float]) -> str:
-    """The scores that differ from the record, with both values, for people; "" where none does."""
-    return ", ".join(
-        f"{name} {value:.4f} (record: {info.metrics[name]:.4f})"
-        for name, value in scores.items()
-        if name in info.metrics and abs(info.metrics[name] - value) > 1e-6
-    )
 
 
 # --- whether the files of a run belong together -----------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from hcnet_cli import build, engine, run, runs
+from hcnet_cli import build, engine, runs
 from hcnet_cli.console import UserError
 from hcnet_cli.device import pick_device, use_cores
 from hcnet_cli.header import tensors_digest
@@ -13,6 +13,7 @@ from hcnet_cli.recipe import Recipe
 from hcnet_cli.record import Session
 from hcnet_cli.report.card import DECIMALS, Claim
 from hcnet_cli.runs import RunFolder
+from hcnet_cli.scores import suffixed
 
 CODE = "code version"
 
@@ -58,9 +59,10 @@ def verify(claim: Claim, folder: RunFolder, recipe: Recipe, device: str) -> list
         build.load_own(task, folder.path)
         job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
         made: dict[str, float] = {}
-        for number, one in enumerate(build.build_evaluations(recipe, task, data, ("training", "end", "asked"))):
-            if run.suffixed({one.task.primary: 0}, one, first=number == 0).keys() <= claimed.keys():
-                made |= run.suffixed(engine.evaluate(job, one)[0], one, first=number == 0)
+        first, *others = recipe.evaluation
+        names = [first, *(name for name in others if any(score.endswith(f"_{name}") for score in claimed))]
+        for one in build.build_evaluations(recipe, task, data, names):
+            made |= suffixed(engine.evaluate(job, one)[0], one, first=one.name == first)
     except UserError as error:
         return [*findings, *(Finding(name, text, f"not made ({error})") for name, text in claimed.items())]
     found = {name: f"{value:.{DECIMALS}f}" for name, value in made.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,23 @@ def drawn(images: int, classes: int, seed: int, levels: int = 3) -> tuple[torch.
 
 
 def by_hand(scores: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Sorts each row's classes by falling score, then by class number."""
+    """Sorts each row's classes by falling score, then by class number. The rest as the formulas say, image by image."""
     rows = [sorted(range(len(row)), key=lambda c, row=row: (-row[c], c)) for row in scores.tolist()]
     labels = target.tolist()
+    nll = brier = 0.0
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for t, row, values in zip(labels, rows, scores.tolist(), strict=True):
+        total = sum(math.exp(value) for value in values)
+        p = [math.exp(value) / total for value in values]
+        nll -= math.log(p[t]) / len(rows)
+        brier += sum((one - (k == t)) ** 2 for k, one in enumerate(p)) / len(rows)
+        number = next(b for b in range(15) if b / 15 < max(p) - 1e-12 <= (b + 1) / 15 + 1e-12)
+        bins.setdefault(number, []).append((max(p), t == row[0]))
+    gaps = [abs(sum(right for _, right in one) - sum(p for p, _ in one)) for one in bins.values()]
     return {
+        "nll": nll,
+        "brier": brier,
+        "ece": 100 * sum(gaps) / len(rows),
         "top1": 100 * sum(t == row[0] for t, row in zip(labels, rows, strict=True)) / len(rows),
         "top5": 100 * sum(t in row[:5] for t, row in zip(labels, rows, strict=True)) / len(rows),
     }
@@ -50,7 +64,10 @@ def test_accuracy_is_what_counting_by_hand_gives(images: int, classes: int, batc
     accuracy = evaluator(classes)
     for i in range(0, images, batch_size):
         accuracy.update(scores[i : i + batch_size], batch(target, slice(i, i + batch_size)))
-    assert accuracy.compute() == by_hand(scores, target)
+    made, expected = accuracy.compute(), by_hand(scores, target)
+    assert {name: made[name] for name in ("top1", "top5")} == {name: expected[name] for name in ("top1", "top5")}
+    assert {name: made.get(name) for name in expected} == pytest.approx(expected, abs=6e-5)
+    assert made.keys() <= {*expected, "top1_95_lower", "top1_95_upper"}
 
 
 def test_top5_of_fewer_than_five_classes_looks_at_all() -> None:
@@ -63,7 +80,8 @@ def test_top5_of_fewer_than_five_classes_looks_at_all() -> None:
 def test_equal_scores_go_to_the_lower_class_number() -> None:
     accuracy = evaluator(10)
     accuracy.update(torch.zeros(10, 10), batch(torch.arange(10)))
-    assert accuracy.compute() == {"top1": 10, "top5": 50}
+    made = accuracy.compute()
+    assert (made["top1"], made["top5"]) == (10, 50)
 
 
 def test_two_processes_give_the_numbers_of_one_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +97,12 @@ def test_two_processes_give_the_numbers_of_one_to_the_last_digit(monkeypatch: py
     def summed(x: torch.Tensor) -> torch.Tensor:
         return next(totals[name] for part in parts for name in totals if getattr(part, name) is x)
 
+    def gathered(x: object) -> list[object]:
+        (name,) = {name for part in parts for name in ("kept", "fit", "mistakes") if getattr(part, name) is x}
+        return [getattr(part, name) for part in parts]
+
     monkeypatch.setattr(dist, "all_reduce_sum", summed)
+    monkeypatch.setattr(dist, "gather", gathered)
     assert [part.compute() for part in parts] == [expected] * 2
 
 

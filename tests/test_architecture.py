@@ -23,7 +23,7 @@ LAYERS = [
     ["evaluate", "predict", "export", "verify", "explain", "replay", "check", "doctor"],
     ["run"],
     ["rehearsal"],
-    ["plan", "previous", "reading", "first_batches"],
+    ["plan", "previous", "reading", "first_batches", "scores"],
     ["trial"],
     ["build"],
     ["task modules"],  # tasks/*/task.py, tasks/*/predict.py
@@ -36,7 +36,7 @@ LAYERS = [
     ["finished", "evaluation_request", "failure", "track"],
     ["study", "inputs"],
     ["results", "recipe_reference", "pretrained"],
-    ["published", "statistics", "grouping", "charts"],
+    ["published", "statistics", "calibration", "grouping", "charts"],
     ["pictures"],
     ["table", "runs"],
     ["recipe", "record"],
@@ -52,7 +52,17 @@ TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
     *("own_model", "model_names", "cache", "finished", "failure", "evaluation_request", "bench.choices", "published"),
-    *("statistics", "results", "manage", "track", "track.sending", "study.design", "study.runner", "study.table"),
+    *(
+        "statistics",
+        "calibration",
+        "results",
+        "manage",
+        "track",
+        "track.sending",
+        "study.design",
+        "study.runner",
+        "study.table",
+    ),
     *("report", "report.card"),
 ]
 LINES = 450  # of a room at most

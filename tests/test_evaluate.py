@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import SMALL_MODEL, Done, only_run, run_here
+from safetensors.torch import load_file
 
-from hcnet_cli import runs
+from hcnet_cli import checkpoint, runs
 from hcnet_cli.console import UserError
+from hcnet_cli.header import read_metadata
 from hcnet_cli.recipe import parse_override, recipe_file, resolve
 
+DOC = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
 Hcnet = Callable[..., Done]
 
 
@@ -37,9 +41,13 @@ def test_a_new_protocol_is_added_to_the_record(run: Path, hcnet: Hcnet) -> None:
     done = hcnet("evaluate", run, "--set", "evaluation.large.img_size=24", "--set", "evaluation.large.crop_pct=1.0")
     assert done.code == 0, done.err
     after = runs.read_record(run / "run.json")
-    assert after.metrics.keys() == {"top1", "top5", "top1_large", "top5_large"}
+    figures = {"top1", "top5", "nll", "ece", "brier"}
+    named = {name for name in after.metrics if "_95_" not in name}  # an interval is there unless all are right
+    assert named == figures | {f"{name}_large" for name in figures}
     assert {name: after.metrics[name] for name in before.metrics} == before.metrics
     assert after.metric_notes["top1_large"] == "24 x 24, crop 1"
+    assert after.metric_notes["ece"] == after.metric_notes["ece_large"]
+    assert after.metric_notes["ece"].startswith("15 bins of equal width")
     assert after.evaluations[0]["name"] == "large"
     assert after.evaluations[0]["settings"]["img_size"] == 24
     assert after.fingerprint == before.fingerprint
@@ -62,6 +70,23 @@ def test_without_further_evaluations_the_record_is_checked(run: Path, hcnet: Hcn
     assert "score otherwise than the run's record says" in done.err
 
 
+def test_a_run_of_an_older_version_gains_the_figures_that_it_lacks(run: Path, hcnet: Hcnet) -> None:
+    folder = runs.RunFolder(run)
+    info = folder.require()
+    whole = dict(info.metrics)
+    info.metrics = {name: whole[name] for name in ("top1", "top5")}
+    info.metric_notes = {}
+    about = {**read_metadata(folder.best), "metrics": info.metrics}
+    checkpoint.save_tensors(folder.best, load_file(folder.best), about)
+    folder.write(info)
+    done = hcnet("evaluate", run)
+    assert done.code == 0, done.err
+    after = runs.read_record(folder.record)
+    assert after.metrics == pytest.approx(whole, abs=2e-4)
+    assert after.metric_notes["nll"] == "mean negative logarithm of the label's probability"
+    assert not runs.contradiction(folder, after)
+
+
 def test_an_evaluation_that_sees_the_same_pixels_gives_the_same_score(run: Path, hcnet: Hcnet) -> None:
     """img_size and crop_pct of the data, given explicitly, are another entry with equal scores."""
     done = hcnet("evaluate", run, "--set", "evaluation.same.img_size=16", "--set", "evaluation.same.crop_pct=1.0")
@@ -76,6 +101,8 @@ def test_an_evaluation_that_sees_the_same_pixels_gives_the_same_score(run: Path,
         (("--set", "evaluation.val.crop_pct=0.5"), "stays as it is"),
         (("--set", "optim.lr=0.1"), "changes nothing but its own section"),
         (("--on", "nothing"), 'no evaluation "nothing"'),
+        (("--on", "imagenet-a", "--data", "."), "needs a model of the 1,000 classes of ImageNet-1K; this one has 3"),
+        (("--set", "evaluation.val.on=imagenet-a"), "stays as it is"),
         (("--set", "evaluation.x.mode=slide"), "unknown key"),
         (("--data", "digits"), "holds other data"),
     ],
@@ -99,6 +126,29 @@ def test_another_protocol_under_the_same_name_is_refused(run: Path, hcnet: Hcnet
     again = hcnet("evaluate", run, "--set", "evaluation.large.img_size=24")
     assert (again.code, "Evaluating large" in again.err, "Equal to the run's record." in again.err) == (0, True, True)
     assert (run / "run.json").read_bytes() == record
+
+
+def test_features_and_corruptions_of_the_run(run: Path, hcnet: Hcnet) -> None:
+    """As the docs type it; in the record with its protocol, and the same again with other batches."""
+    (line,) = re.findall(r"^hcnet evaluate results/runs/RUN (.*knn.*)$", DOC, flags=re.MULTILINE)
+    done = hcnet("evaluate", run, *line.split())
+    assert done.code == 0, done.err
+    assert "C = 0.001: " in done.err
+    info = runs.read_record(run / "run.json")
+    assert {"top1_knn", "top1_probe", "ece_probe", "top1_corruptions"} <= info.metrics.keys()
+    assert "nll_knn" not in info.metrics
+    assert info.metric_notes["top1_knn"].startswith("20 nearest neighbours by cosine, votes exp(s / 0.07)")
+    assert "C of 0.001, 0.01, 0.1, 1, 10 by a held-out fifth" in info.metric_notes["top1_probe"]
+    assert info.metric_notes["top1_corruptions"].startswith("computed by hcnet, not ImageNet-C")
+    groups = json.loads((run / "final" / "corruptions" / "groups.json").read_text())
+    assert {name: list(severities) for name, severities in groups.items()} == {
+        name: ["1", "2", "3"] for name in ("noise", "blur", "contrast", "pixelate", "jpeg")
+    }
+    scores = [one["top1"] for severities in groups.values() for one in severities.values()]
+    assert info.metrics["top1_corruptions"] == pytest.approx(sum(scores) / 15)
+    again = hcnet("evaluate", run, "--on", "corruptions,probe,knn", "--set", "train.eval_batch_size=3")
+    assert again.code == 0, again.err
+    assert again.err.count("Equal to the run's record.") == 3
 
 
 def test_half_a_run_and_no_run(run: Path, hcnet: Hcnet, tmp_path: Path) -> None:

@@ -268,9 +268,11 @@ def test_predictions_lost_between_checkpoint_and_saving_are_made_again(
     done = hcnet(*arguments)
     assert done.code == 0, done.err
     assert sorted(p.name for p in (folder / "final").iterdir()) == [
+        "calibration.json",
         "confusion.json",
         "mistakes.png",
         "per_class.json",
+        "pictures",
         "predictions.csv",
     ]
 

@@ -18,7 +18,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.published import read_published, shipped_published
-from hcnet_cli.results import Results, collect, tables
+from hcnet_cli.results import Results, collect, metric_notes, tables
 from hcnet_cli.table import Value
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.spec import Column, Metric
@@ -74,6 +74,27 @@ def test_unlike_runs_are_not_averaged(tmp_path, change):
     make_run(tmp_path, seed=0, score=90)
     make_run(tmp_path, seed=1, score=92, **change)
     assert [row["n"] for row in measured(tmp_path)] == [1, 1]
+
+
+def test_figures_beside_the_metrics_divide_no_row_and_are_averaged_where_they_are_made_alike(tmp_path):
+    make_run(tmp_path, seed=0, score=90)  # from before the figure was computed
+    titles = {column.title for table in tables(collect([tmp_path]), "imagenet") for column in table.columns}
+    assert "ECE (%)" not in titles
+    for seed, (ece, bins) in enumerate([(2.0, "15 bins"), (3.0, "15 bins"), (9.0, "10 bins")], 1):
+        metrics = {"top1": 90.0, "top5": 99.0, "ece": ece}
+        make_run(tmp_path, seed=seed, metrics=metrics, metric_notes={"ece": bins})
+    (row,) = measured(tmp_path)
+    assert (row["n"], row["ece"]) == (4, None)  # one lacks it
+    for seed in (0, 3):
+        shutil.rmtree(next((tmp_path / "runs").glob(f"*-s{seed}-*")))
+    (row,) = measured(tmp_path)
+    assert (row["n"], row["ece"]) == (2, 2.5)
+    assert metric_notes({"ece": "15 bins", "ece_a": "15 bins", "top1_a": "A"}) == "ece: 15 bins; top1_a: A"
+    table = next(one for one in tables(collect([tmp_path]), "imagenet") if one.measured)
+    assert "ECE (%)" in [column.title for column in table.columns]
+    make_run(tmp_path, seed=4, metrics={"top1": 90.0, "top5": 99.0, "ece": 9.0}, metric_notes={"ece": "10 bins"})
+    (row,) = measured(tmp_path)
+    assert (row["n"], row["ece"]) == (3, None)  # one has another protocol
 
 
 def test_a_protocol_of_no_shipped_name_hides_no_difference(tmp_path):

@@ -20,9 +20,17 @@ def evaluate(
     ],
     on: Annotated[
         str | None,
-        typer.Option("--on", help="Comma list of evaluations (default: those without a score, else the first)."),
+        typer.Option(
+            "--on",
+            help="Comma list: evaluations of the recipe (default: those without a score, else the first), or, for "
+            "classifiers, knn, probe, corruptions, "
+            "imagenet-v2, imagenet-real, imagenet-a, imagenet-r, imagenet-sketch, imagenet-c.",
+        ),
     ] = None,
-    data: options.DataPath = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="The run's data; with --on imagenet-..., the folder of those images, or above it."),
+    ] = None,
     model: options.OwnModel = None,
     overrides: options.Set = None,
     out_dir: options.Out = Path("results"),

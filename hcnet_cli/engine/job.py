@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import torch
@@ -52,6 +53,7 @@ class Task(nn.Module):
     model: nn.Module
     primary: str  # the metric that decides which weights are best; higher is better
     protocol: str = ""  # how it is made, where there are several ways
+    protocols: Mapping[str, str] = MappingProxyType({})  # how other metrics are made
     class_weights: Sequence[float] = ()  # in the loss, in the order of the classes, for the record; (): none
 
     def predict(self, batch: Batch) -> Predictions:

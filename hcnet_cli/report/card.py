@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from hcnet_cli import __version__
 from hcnet_cli.console import UserError, duration
 from hcnet_cli.files import read_text
-from hcnet_cli.grouping import Run, changes_text, init_label
+from hcnet_cli.grouping import Run, changes_text, comparable_scores, init_label
 from hcnet_cli.report.escape import from_markdown, in_markdown, markdown_code
 from hcnet_cli.report.text import markdown
 from hcnet_cli.results import command, metric_notes, model_name, public_record, public_table, published_protocol
@@ -102,7 +102,7 @@ def _capital(text: str) -> str:
 
 
 def _claim(name: str, info: RunInfo) -> Claim:
-    scores = ", ".join(f"{key} {value:.{DECIMALS}f}" for key, value in info.metrics.items())
+    scores = ", ".join(f"{key} {value:.{DECIMALS}f}" for key, value in comparable_scores(info).items())
     return Claim(name, str(info.seed), scores, info.weights, info.data.digest, info.code)
 
 
@@ -134,7 +134,7 @@ def _facts(info: RunInfo, about: dict[str, Any]) -> list[tuple[str, str]]:
     plain = [
         ("protocol", published_protocol(info) or f"{info.protocol or 'own'} on {info.data.name}"),
         ("departs in", changes_text(info)),
-        ("evaluation", metric_notes(info)),
+        ("evaluation", metric_notes(info.metric_notes)),
         ("training", f"{length}, {info.precision}, {duration(info.train_seconds)} on {info.device}"),
         ("started from", init_label(info) or "random weights"),
         ("model", f"{params:,} parameters" if params else ""),

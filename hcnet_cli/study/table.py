@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from hcnet_cli import runs
-from hcnet_cli.grouping import Run
+from hcnet_cli.grouping import Run, score_protocols
 from hcnet_cli.results import command, in_units, metric_notes, model_name, timed_alike
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.statistics import Comparison, compare, holm, mean_interval
@@ -60,7 +60,7 @@ def shared_aspects(info: RunInfo) -> dict[str, str]:
         "data": f"{data.name} {data.digest[:12]} {data.split}",
         "budget": f"{info.steps_total} steps of {info.batch_size}",
         "precision": info.precision,
-        "evaluation": metric_notes(info) or "plain",
+        "evaluation": metric_notes(score_protocols(info)) or "plain",
         "code version": info.code.replace("+changes", " with changes"),
     }
 

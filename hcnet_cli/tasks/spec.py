@@ -92,6 +92,9 @@ class Spec:
     evaluations: Mapping[str, Mapping[str, Any]]  # entries that every recipe has, the first is the primary one
     options: Sequence[Option]
     length_flag: Literal["epochs", "steps"]
+    further: Sequence[str] = ()  # values of an entry's `on` that `hcnet evaluate --on` knows by name
+    in_folders: Sequence[str] = ()  # those of `further` whose images lie in a folder of their own, the entry's `path`
+    check_evaluation: Callable[[EvaluationPart, Sequence[str]], None] | None = None  # an entry, the model's classes
     starts_from: str = ""  # the task whose weights training starts from
     renamed: Mapping[str, str | tuple[str, Mapping[Any, Any]]] = field(default_factory=dict)  # old key -> new, values
     # data
@@ -106,7 +109,8 @@ class Spec:
     subject: str = ""  # of the table, for data sets other than the benchmark
     hub_tags: Sequence[str] = ()  # of a model card: the hub's name of the task, and "timm" where timm loads the model
     metrics: Sequence[Metric] = ()  # the first chooses the best weights
-    columns: Sequence[Column] = ()
+    figures: Sequence[Metric] = ()  # of runs alone, beside the metrics, in their own units
+    columns: Sequence[Column] = ()  # one that is measured only is left out where no row has a value
     benchmark: str = ""  # the name of the data set of the published rows
     benchmark_title: str = ""
     protocols: Mapping[str, str] = field(default_factory=dict)  # recipe -> protocol of the published rows

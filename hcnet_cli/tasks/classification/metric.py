@@ -1,24 +1,37 @@
-"""Top-1 and top-5 accuracy from integer counts: the same to the last digit for any number of processes."""
+"""Top-1 and top-5 accuracy from integer counts: the same to the last digit for any number of processes. And how well
+the probabilities fit: see hcnet_cli/calibration.py.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hcnet_cli import dist, pictures
+from hcnet_cli import calibration, dist, pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
 from hcnet_cli.engine.strip import IMAGES
 from hcnet_cli.files import optional, write_text
 from hcnet_cli.tasks.classification.mistakes import GREEN, RED, Mistake, draw_mistakes, mistakes, worst
+
+CALIBRATION = {  # what is computed of the probabilities, and how
+    "nll": "mean negative logarithm of the label's probability",
+    "ece": f"{calibration.BINS} bins of equal width over the highest probability, per cent",
+    "brier": "squared distance to the label, summed over the classes",
+}
+INTERVAL = {"top1_95": "percentile bootstrap over the images"}  # top1_95_lower, top1_95_upper
+DIGITS = 4  # of calibration figures: what lies behind is the rounding of sums
 
 
 class Accuracy:
@@ -26,8 +39,10 @@ class Accuracy:
 
     With fewer than five classes `top5` looks at all of them, and is 100. The five best classes of each image are kept
     for `save`, which names an image by `sample_name` of its number; `load_image` gives it for the picture of the worst
-    mistakes.
+    mistakes. `figures`: those of CALIBRATION to compute; none for scores that are no logits.
     """
+
+    interval = True  # of top-1: the images are drawn independently
 
     def __init__(
         self,
@@ -35,12 +50,16 @@ class Accuracy:
         class_names: Sequence[str],
         sample_name: Callable[[int], str] = str,
         load_image: Callable[[int], Image.Image] | None = None,
+        figures: Collection[str] = tuple(CALIBRATION),
     ) -> None:
         assert num_classes == len(class_names)
         self.partial = False
         self.sample_name = sample_name
         self.load_image = load_image
         self.mistakes: list[Mistake] = []
+        self.figures = figures
+        self.fit: list[NDArray[np.float64]] = []  # [B, 4] confidence, NLL, Brier score, whether it is right
+        self.bins: list[calibration.Bin] = []
         self.kept: list[tuple[Tensor, Tensor]] = []  # [B, 2 + 5] sample, label, best classes; [B, 5] their scores
         self.class_names = distinct(class_names)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [truth, prediction]
@@ -62,25 +81,47 @@ class Accuracy:
         among_five = (order == target[:, None]).any(dim=1)  # [B]
         self.kept.append((torch.cat([batch["sample"][:, None], target[:, None], order], dim=1).cpu(), scores.cpu()))
         self.mistakes = worst([*self.mistakes, *mistakes(predictions, order[:, 0], target, batch["sample"])])
+        if self.figures:
+            logs = predictions.cpu().double().log_softmax(dim=1).numpy()
+            fit = calibration.image_scores(logs, target.cpu().numpy())
+            self.fit.append(np.stack([*fit, (order[:, 0] == target).cpu().numpy()], axis=1))
         cells = (target * num_classes + order[:, 0]).cpu()
         self.confusion += torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
         self.top5 += torch.bincount(target[among_five].cpu(), minlength=num_classes)
 
     def compute(self) -> dict[str, float]:
-        """`top1` and `top5` in per cent, over all processes; every process calls it."""
+        """`top1` and `top5` in per cent, the bootstrap interval of top1 over the images (`top1_95_lower`, `..._upper`;
+        none where all or no images are right), and `figures`; over all processes, every one of which calls it.
+        """
         self._confusion, self._top5 = dist.all_reduce_sum(self.confusion), dist.all_reduce_sum(self.top5)
         self._kept = [rows for part in dist.gather(self.kept) for rows in part]
         self._worst = worst([one for part in dist.gather(self.mistakes) for one in part])
         images = int(self._confusion.sum())
         assert images, "nothing was evaluated"
-        return {
-            "top1": 100 * int(self._confusion.trace()) / images,
-            "top5": 100 * int(self._top5.sum()) / images,
+        right = int(self._confusion.trace())
+        metrics = {"top1": 100 * right / images, "top5": 100 * int(self._top5.sum()) / images}
+        metrics |= self._calibration()
+        if self.interval and (interval := calibration.share_interval(right, images)):
+            metrics |= {f"top1_95_{end}": 100 * share for end, share in zip(("lower", "upper"), interval, strict=True)}
+        return metrics
+
+    def _calibration(self) -> dict[str, float]:
+        found = dist.gather(self.fit) if self.figures else []
+        if not any(found):
+            return {}
+        fit = np.concatenate([rows for part in found for rows in part])
+        self.bins = calibration.reliability(fit[:, 0], fit[:, 3] == 1)
+        made = {
+            "nll": math.fsum(fit[:, 1]) / len(fit),  # fsum: the same for any order of the images
+            "ece": 100 * calibration.calibration_error(self.bins),
+            "brier": math.fsum(fit[:, 2]) / len(fit),
         }
+        return {name: round(made[name], DIGITS) for name in self.figures}
 
     def save(self, folder: Path) -> None:
         """After `compute`: `per_class.json`, `confusion.json` with the cells that are not zero, and `predictions.csv`
-        with the best classes of each image and their scores; `mistakes.png` if there are any.
+        with the best classes of each image and their scores; `mistakes.png` if there are any; `calibration.json` with
+        the bins of the calibration error, and a picture of them and of the confusion.
 
         `top1`, `top5` of a class are its recall in per cent, null if it has no image.
         """
@@ -100,13 +141,21 @@ class Accuracy:
             write_text(folder / "per_class.json", json.dumps(per_class, indent=1, ensure_ascii=False) + "\n")
         with optional(folder / "confusion.json"):
             write_text(folder / "confusion.json", json.dumps(confusion, ensure_ascii=False) + "\n")
-        with optional(folder / "predictions.csv"):
-            write_text(folder / "predictions.csv", self._predictions())
+        if self._kept:
+            with optional(folder / "predictions.csv"):
+                write_text(folder / "predictions.csv", self._predictions())
         if self._worst and self.load_image is not None:
             with optional(folder / "mistakes.png"):
                 draw_mistakes(self._worst, self.class_names, self.load_image, self.sample_name).save(
                     folder / "mistakes.png", compress_level=1
                 )
+        if self.bins:
+            bins = {"protocol": CALIBRATION["ece"], "bins": [one._asdict() for one in self.bins]}
+            with optional(folder / "calibration.json"):
+                write_text(folder / "calibration.json", json.dumps(bins, indent=1) + "\n")
+            with optional(folder / "pictures"):
+                (folder / "pictures").mkdir(exist_ok=True)
+                self._draw().save(folder / "pictures" / "calibration.png", compress_level=1)
 
     def strip(self) -> list[tuple[Image.Image, Image.Image]]:
         """See engine.strip: the image over its class, and the answer, green where it is right."""
@@ -122,6 +171,18 @@ class Accuracy:
             image = pictures.tile(self.load_image(sample), name, pictures.SMALL)
             pairs.append((image, pictures.label(found, pictures.SMALL, 24, GREEN if answer == label else RED)))
         return pairs
+
+    def _draw(self) -> Image.Image:
+        error = 100 * calibration.calibration_error(self.bins)
+        panels = [
+            pictures.panel(
+                pictures.reliability([(one.low, one.high, one.accuracy) for one in self.bins]),
+                "right over confidence",
+                f"expected calibration error {error:.2f} %",
+            ),
+            pictures.panel(pictures.confusion(self._confusion.numpy()), "prediction (across) by label (down)"),
+        ]
+        return pictures.sheet(panels, f"{int(self._confusion.sum()):,} images of {len(self.class_names):,} classes")
 
     def _predictions(self) -> str:
         """A line for each image, in the order of the data set: name, label, best classes, their scores."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from hcnet_cli.schema import ClassWeights, DataPart, EvaluationPart, Fraction, FromTo, Part, Side, field, in_order
+from hcnet_cli.console import UserError
+from hcnet_cli.schema import ClassWeights, DataPart, EvaluationPart, Fraction, FromTo, Line, Part, Side, field, in_order
 from hcnet_cli.tasks.spec import Column, Format, Metric, Option, Spec
 
 FOLDER = "hcnet_cli.tasks.classification"
@@ -97,9 +100,66 @@ class ImageFolder(DataPart):
     )
 
 
+CORRUPTIONS_OF_C = (
+    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+)
+IN_FOLDERS = {  # evaluations on images of a folder of their own -> its layout (benchmarks.py reads it)
+    "imagenet-v2": "folders named 0 to 999, the places of the classes",
+    "imagenet-real": "ImageNet's validation images by their own names, ILSVRC2012_val_00000001.JPEG, in any folders",
+    "imagenet-a": "folders named by the ids of its 200 classes, n01498041",
+    "imagenet-r": "folders named by the ids of its 200 classes, n01443537",
+    "imagenet-sketch": "folders named by the ids of the 1,000 classes, n01440764",
+    "imagenet-c": "CORRUPTION/SEVERITY/CLASS, such as gaussian_noise/1/n01440764",
+}
+SHORT = {  # evaluation -> the title of its top-1
+    "imagenet-v2": "V2",
+    "imagenet-real": "ReaL",
+    "imagenet-a": "A",
+    "imagenet-r": "R",
+    "imagenet-sketch": "Sketch",
+    "imagenet-c": "C",
+    "knn": "kNN",
+    "probe": "probe",
+    "corruptions": "corrupted",
+}
+LOOKS_LIKE = {  # how a folder inside is called; by default as a class of ImageNet
+    "imagenet-v2": r"\d{1,3}",
+    "imagenet-c": "|".join(CORRUPTIONS_OF_C),
+    "imagenet-real": "",
+}
+
+
+On = Literal[
+    "val",
+    "knn",
+    "probe",
+    "corruptions",
+    "imagenet-v2",
+    "imagenet-real",
+    "imagenet-a",
+    "imagenet-r",
+    "imagenet-sketch",
+    "imagenet-c",
+]
+
+
 class ClassificationEvaluation(EvaluationPart):
     """Top-1 and top-5 of whole images, resized and cropped."""
 
+    on: On = field(
+        "val",
+        "What is scored: `val`: the run's validation images; `knn`, `probe`: their features, by nearest neighbours and "
+        "by a linear probe; `corruptions`: them, corrupted by hcnet; the others are ImageNet's further test sets "
+        "(docs/evaluation.md).",
+        fingerprint="changed",
+    )
+    path: Line | None = field(
+        None,
+        "Folder of the images of ImageNet's further test sets; null: for imagenet-real, the run's validation images.",
+        example="/data/imagenet-a",
+        fingerprint="never",
+    )
     img_size: Side | None = field(
         None,
         "Height and width of the images; null: as in training.",
@@ -110,6 +170,33 @@ class ClassificationEvaluation(EvaluationPart):
     crop_pct: CropShare | None = field(
         None, "Side of the centre crop over the resized side; null: the data's.", example=0.9, fingerprint="changed"
     )
+
+
+def check_evaluation(entry: EvaluationPart, classes: Sequence[str]) -> None:
+    """UserError for images that are not there or are plainly of another kind, and for a model of other classes than
+    theirs, as far as their number shows. `classes`: of the model; empty where they are not known.
+    """
+    assert isinstance(entry, ClassificationEvaluation)
+    if entry.on not in IN_FOLDERS:
+        return
+    if classes and len(classes) != 1000:
+        raise UserError(
+            f"{entry.on} needs a model of the 1,000 classes of ImageNet-1K; this one has {len(classes):,} "
+            f"({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})."
+        )
+    hint = f"--data FOLDER, where {entry.on} lies: {IN_FOLDERS[entry.on]}."
+    if entry.path is None:
+        if entry.on == "imagenet-real":
+            return
+        raise UserError(f"{entry.on} needs the folder of its images.", hint=hint)
+    root = Path(os.path.expanduser(entry.path))
+    if not root.is_dir():
+        raise UserError(
+            f"The folder {root} of {entry.on} {'is a file' if root.exists() else 'does not exist'}.", hint=hint
+        )
+    pattern = LOOKS_LIKE.get(entry.on, r"n\d{8}")
+    if pattern and not any(re.fullmatch(pattern, one.name) for one in root.iterdir()):
+        raise UserError(f"{root} is not laid out as {entry.on} is.", hint=hint)
 
 
 def is_image_folder(root: Path) -> bool:
@@ -135,6 +222,9 @@ SPEC = Spec(
     },
     evaluation=ClassificationEvaluation,
     evaluations={"val": {"when": "training"}},
+    further=(*IN_FOLDERS, "knn", "probe", "corruptions"),
+    in_folders=tuple(IN_FOLDERS),
+    check_evaluation=check_evaluation,
     options=(
         Option(
             "data_order",
@@ -155,6 +245,12 @@ SPEC = Spec(
     subject="image classification",
     hub_tags=("image-classification", "timm"),
     metrics=(Metric("top1", "top-1"), Metric("top5", "top-5")),
+    figures=(
+        Metric("nll", "NLL"),
+        Metric("ece", "ECE"),
+        Metric("brier", "Brier"),
+        *(Metric(f"top1_{on.replace('-', '')}", title) for on, title in SHORT.items()),
+    ),
     columns=(
         Column("model", "model"),
         Column("img_size", "image", "integer"),
@@ -163,6 +259,13 @@ SPEC = Spec(
         Column("images_per_second", "images/s", "short"),
         Column("top1", "top-1", "percent", best=True),
         Column("top5", "top-5", "percent", best=True, secondary=True),
+        Column("nll", "NLL", "number", secondary=True, measured_only=True),
+        Column("ece", "ECE (%)", "percent", secondary=True, measured_only=True),
+        Column("brier", "Brier", "number", secondary=True, measured_only=True),
+        *(
+            Column(f"top1_{on.replace('-', '')}", title, "percent", secondary=True, measured_only=True)
+            for on, title in SHORT.items()
+        ),
     ),
     benchmark="imagenet-1k",
     protocols={

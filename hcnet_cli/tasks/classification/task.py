@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup
@@ -12,6 +17,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from hcnet_cli import pictures
+from hcnet_cli.console import UserError
 from hcnet_cli.data.balance import class_counts, class_weights
 from hcnet_cli.data.images import to_picture
 from hcnet_cli.data.loader import Collate, RequestDataset
@@ -21,10 +27,11 @@ from hcnet_cli.models.backbone import takes_noise
 from hcnet_cli.profile import count_macs as macs_of
 from hcnet_cli.rng import keyed_uniform
 from hcnet_cli.schema import NORMALISATION, DataPart, EvaluationPart, Part
-from hcnet_cli.tasks.classification import augment, image_folder
+from hcnet_cli.tasks.classification import augment, benchmarks, corruptions, features, image_folder, spec
 from hcnet_cli.tasks.classification.augment import Normalise, mix
 from hcnet_cli.tasks.classification.loss import ClassLoss
-from hcnet_cli.tasks.classification.metric import Accuracy
+from hcnet_cli.tasks.classification.metric import CALIBRATION, INTERVAL, Accuracy
+from hcnet_cli.tasks.classification.several import AnyLabel, GroupMean
 from hcnet_cli.tasks.classification.spec import Classes, ClassificationEvaluation, ImageFolder
 
 
@@ -32,11 +39,14 @@ class ClassificationTask(Task):
     """`model` maps images [B, 3, H, W], which `normalise` makes of a batch, to logits [B, num_classes].
 
     With `mixup` (timm's, which also smooths) the target is soft; without it plain cross-entropy with `smoothing`.
-    `loss` replaces both. `sample_name` names a validation image by its number, `load_image` reads it.
+    `loss` replaces both. `sample_name` names a validation image by its number, `load_image` reads it. `only`: the
+    classes that are scored, by number, where they are not all; `class_names` are then theirs. `evaluator` takes what
+    Accuracy takes.
     """
 
     primary = "top1"
     protocol = ""
+    protocols = MappingProxyType({**CALIBRATION, **INTERVAL})
 
     def __init__(
         self,
@@ -49,6 +59,8 @@ class ClassificationTask(Task):
         loss: nn.Module | None = None,
         class_weights: Sequence[float] = (),
         load_image: Callable[[int], Image.Image] | None = None,
+        only: Sequence[int] | None = None,
+        evaluator: Callable[..., Accuracy] = Accuracy,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -61,6 +73,8 @@ class ClassificationTask(Task):
         usual = SoftTargetCrossEntropy() if mixup else nn.CrossEntropyLoss(label_smoothing=smoothing)
         self.criterion = loss or usual
         self.class_weights = tuple(class_weights)
+        self.only = None if only is None else list(only)
+        self.make_evaluator = evaluator
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, target = self.normalise(batch), batch["target"]
@@ -71,7 +85,8 @@ class ClassificationTask(Task):
         return {"loss_cls": self.criterion(logits.float(), target)}
 
     def predict(self, batch: dict[str, Any]) -> Tensor:
-        return self.model(self.normalise(batch)).float()
+        logits = self.model(self.normalise(batch)).float()
+        return logits if self.only is None else logits[:, self.only]
 
     def draw_batch(self, batch: dict[str, Any], caption: str) -> Image.Image:
         """See engine.Task. A mixed image is labelled with both classes and their shares: 0.70 cat, + 0.30 dog."""
@@ -93,7 +108,7 @@ class ClassificationTask(Task):
         return pictures.grid(tiles, 8, f"{caption}{mixing}")
 
     def evaluator(self) -> Accuracy:
-        return Accuracy(len(self.class_names), self.class_names, self.sample_name, self.load_image)
+        return self.make_evaluator(len(self.class_names), self.class_names, self.sample_name, self.load_image)
 
 
 def mixed_classes(target: Tensor, soft: Tensor, mixup: Mixup) -> list[tuple[int, int, float]]:
@@ -152,16 +167,102 @@ def build_evaluation(
     """See hcnet_cli/build.py."""
     assert isinstance(config, ImageFolder)
     assert isinstance(entry, ClassificationEvaluation)
-    if entry.img_size is None and entry.crop_pct is None:
+    assert isinstance(first, ClassificationEvaluation)
+    if first.on != "val":
+        raise UserError(
+            f"The first evaluation decides which weights are best, so it cannot be on {first.on}.",
+            hint=f"Give it a name of its own: --set evaluation.NAME.on={first.on}",
+        )
+    if entry.on == "val" and entry.img_size is None and entry.crop_pct is None:
         return task, data.val, data.val_collate
     assert isinstance(data.val, image_folder.ImageFolder)
     size, crop = entry.img_size or config.img_size, entry.crop_pct or config.crop_pct
     transform = augment.eval_transform(img_size=size, interpolation=config.interpolation, crop_pct=crop)
+    resized = f"{size} x {size}, crop {crop:g}"
+    if entry.on in spec.IN_FOLDERS:
+        root = Path(os.path.expanduser(entry.path or data.val.folder))
+        return _on_benchmark(task, benchmarks.require(entry.on, task.class_names, root, config), transform, resized)
+    if entry.on in ("knn", "probe"):
+        return _on_features(entry.on, task, data, data.val.with_transform(transform), resized)
+    if entry.on == "corruptions":
+        return _corrupted(task, data.val, transform, resized)
     view = ClassificationTask(
         *(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name), load_image=task.load_image
     )
-    view.protocol = f"{size} x {size}, crop {crop:g}"
+    view.protocol = resized
     return view, data.val.with_transform(transform), data.val_collate
+
+
+def _on_benchmark(
+    task: ClassificationTask, images: benchmarks.Benchmark, transform: Callable[[Image.Image], Any], resized: str
+) -> tuple[ClassificationTask, RequestDataset, Collate | None]:
+    """What scores the model on one of ImageNet's further test sets."""
+    evaluator: Callable[..., Accuracy] = Accuracy
+    protocols = {**CALIBRATION, **INTERVAL}
+    if images.several:
+        evaluator = functools.partial(AnyLabel, labels=images.several)
+        protocols = {"ece": CALIBRATION["ece"], **INTERVAL}
+    elif images.group is not None:
+        evaluator = functools.partial(GroupMean, groups=images.groups, group=images.group)
+        protocols = CALIBRATION
+    names = task.class_names if images.only is None else [task.class_names[i] for i in images.only]
+    view = ClassificationTask(
+        *(task.model, names, task.normalise, None, 0.0, images.sample_name), only=images.only, evaluator=evaluator
+    )
+    view.protocol, view.protocols = f"{images.protocol}, {resized}", MappingProxyType(protocols)
+    return view, benchmarks.BenchmarkImages(images, transform), augment.collate
+
+
+def _corrupted(
+    task: ClassificationTask, val: image_folder.ImageFolder, transform: augment.Transform, resized: str
+) -> tuple[ClassificationTask, RequestDataset, Collate | None]:
+    """What scores the model on corrupted validation images."""
+    images = corruptions.CorruptedImages(val, transform)
+    group = np.repeat(np.arange(len(corruptions.GROUPS)), len(val))
+    view = ClassificationTask(
+        *(task.model, task.class_names, task.normalise, None, 0.0, images.sample_name),
+        evaluator=functools.partial(GroupMean, groups=corruptions.GROUPS, group=group),
+    )
+    names = ", ".join(corruptions.STRENGTHS)
+    view.protocol = f"computed by hcnet, not ImageNet-C: mean over {names} at 3 severities, {resized}"
+    view.protocols = MappingProxyType(CALIBRATION)
+    return view, images, augment.collate
+
+
+class FeatureTask(ClassificationTask):
+    """`predict` returns the pooled features [B, D] that the head's last layer takes."""
+
+    def predict(self, batch: dict[str, Any]) -> Tensor:
+        maps = self.model.forward_features(self.normalise(batch))
+        return self.model.forward_head(maps, pre_logits=True).flatten(1).float()
+
+
+def _on_features(
+    on: str, task: ClassificationTask, data: DataSplits, queries: image_folder.ImageFolder, resized: str
+) -> tuple[ClassificationTask, RequestDataset, Collate | None]:
+    """What scores the features of the validation images by those of the training images."""
+    assert isinstance(data.train, image_folder.ImageFolder)
+    if not (hasattr(task.model, "forward_features") and hasattr(task.model, "forward_head")):
+        raise UserError(
+            f"The model has no features for {on}: {type(task.model).__name__} lacks timm's forward_features and "
+            "forward_head."
+        )
+    bank = len(data.train)
+    figures = () if on == "knn" else tuple(CALIBRATION)
+    if on == "knn":
+        classify = features.nearest_neighbours
+        how = f"{features.NEIGHBOURS} nearest neighbours by cosine, votes exp(s / {features.TEMPERATURE:g})"
+    else:
+        classify = features.linear_probe
+        strengths = ", ".join(f"{c:g}" for c in features.STRENGTHS)
+        how = f"logistic regression on standardised features, C of {strengths} by a held-out fifth"
+    evaluator = functools.partial(features.OnFeatures, bank=bank, classify=classify, figures=figures)
+    view = FeatureTask(
+        *(task.model, task.class_names, task.normalise, None, 0.0, task.sample_name), evaluator=evaluator
+    )
+    view.protocol = f"{how}, pooled features of {bank:,} training images, {resized}"
+    view.protocols = MappingProxyType({**{name: CALIBRATION[name] for name in figures}, **INTERVAL})
+    return view, features.BankAndQueries(data.train, queries), data.val_collate
 
 
 def count_macs(task: ClassificationTask, size: tuple[int, int]) -> int:

@@ -142,7 +142,7 @@ SPEC = Spec(
     hub_tags=("image-segmentation",),
     metrics=(
         Metric("mIoU", "mIoU", published="mIoU_ss"),
-        Metric("mIoU_ms", "mIoU MS"),  # mIoU of the evaluation `ms` (run.suffixed)
+        Metric("mIoU_ms", "mIoU MS"),  # mIoU of the evaluation `ms` (scores.suffixed)
         Metric("mAcc", "mAcc"),
         Metric("aAcc", "aAcc"),
     ),
