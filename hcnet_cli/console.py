@@ -76,7 +76,7 @@ out = Terminal(soft_wrap=True)
 err = ErrorConsole(stderr=True, soft_wrap=True)
 
 PLAIN = dict(zip("–−·─━╸╺│×“”’", '-------|x""\'', strict=True))  # our own characters, for an encoding that lacks them
-PLAIN |= {"±": "+-", "√": "sqrt ", "…": "...", "→": "->", "½": "1/2", "¼": "1/4"}
+PLAIN |= {"±": "+-", "√": "sqrt ", "…": "...", "→": "->", "½": "1/2", "¼": "1/4", "µ": "u"}
 
 
 def plain(error: UnicodeError) -> tuple[str, int]:

@@ -105,9 +105,9 @@ def comparable_scores(info: RunInfo) -> dict[str, float]:
     """The scores that the same weights and data give again everywhere: not those that move with the rounding of a
     model's outputs, such as the calibration error.
     """
-    spec = TASKS[info.task]
-    counted = tuple(metric.key for metric in spec.metrics)
-    rounded = tuple(figure.key for figure in spec.figures if not figure.key.startswith(counted))
+    spec = TASKS.get(info.task)
+    counted = tuple(metric.key for metric in spec.metrics) if spec else ()
+    rounded = tuple(figure.key for figure in spec.figures if not figure.key.startswith(counted)) if spec else ()
     return {name: value for name, value in info.metrics.items() if not name.startswith(rounded)}
 
 

@@ -478,8 +478,8 @@ def test_nothing_else_prints() -> None:
                 found.append(place)
             if any(keyword.arg == "markup" and ast.unparse(keyword.value) != "False" for keyword in node.keywords):
                 found.append(place)
-    # the two that render by themselves: docs/recipe.md, made by a developer; and `hcnet report`
-    assert [place.split(" ")[-1] for place in found] == ["sys.stdout.write(text)", "end='')"]
+    # those that render by themselves: `hcnet card`, `hcnet report`, and docs/recipe.md, made by a developer
+    assert [place.split(" ")[-1] for place in found] == ["sys.stdout.write(text)"] * 2 + ["end='')"]
 
 
 # --- encodings and places that take no text ---------------------------------------------------------------------------
@@ -539,4 +539,4 @@ def test_closed_and_full_outputs_give_no_traceback(closed: str, results: Path, t
 
 
 def test_every_medium_is_rendered(rendered) -> None:
-    assert set(rendered(HARMLESS)) == set(MEDIA) - {"pictures"}
+    assert set(rendered(HARMLESS)) == set(MEDIA) - {"pictures"} | {"cards"}

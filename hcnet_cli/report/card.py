@@ -51,6 +51,8 @@ def run_card(folder: RunFolder, info: RunInfo, about: dict[str, Any], load: str 
 
     load: what `timm.create_model` takes where the card is of a folder that timm loads, such as "local-dir:FOLDER".
     """
+    if info.task not in TASKS:
+        raise UserError(f"{folder.record} is of a task that hcnet {__version__} does not know: {info.task}.")
     info = public_record(info)
     spec, name = TASKS[info.task], folder.path.resolve().name
     return _page(
