@@ -46,7 +46,9 @@ def test_the_card_of_a_run(root: Path, hcnet: Hcnet) -> None:
     assert dict(zip(titles, row, strict=True)) == {
         "run": run.name,
         "seed": "0",
-        "scores": f"top1 {record['metrics']['top1']:.2f}, top5 {record['metrics']['top5']:.2f}",
+        "scores": ", ".join(
+            f"{name} {record['metrics'][name]:.2f}" for name in ("top1", "top5", "top1_95_lower", "top1_95_upper")
+        ),
         "weights": record["weights"],
         "data": record["data"]["digest"],
         "code": record["git_commit"][:12] + ("+changes" if record["git_dirty"] else "") or "unknown",

@@ -72,5 +72,5 @@ def check_timm(recipe: Recipe) -> None:
         raise UserError("Only a classifier can be written for timm.", hint="hcnet export takes --format onnx or pt2.")
     if recipe.model.digest:
         raise UserError(
-            "timm cannot make a model of a file of your own.", hint="hcnet export takes --format onnx or pt2."
+            "A model of a file of your own cannot be made by timm.", hint="hcnet export takes --format onnx or pt2."
         )

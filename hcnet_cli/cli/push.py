@@ -43,11 +43,11 @@ def push(
     info, recipe = with_weights(folder, None, data)
     check_timm(recipe)
     if importlib.util.find_spec("huggingface_hub") is None:
-        raise UserError("hcnet push needs huggingface_hub.", hint="pip install 'hcnet[hub]'")
+        raise UserError("Pushing needs huggingface_hub.", hint="pip install 'hcnet[hub]'")
     import huggingface_hub as hub
 
     if len(to) > 96 or not NAME.fullmatch(to):
-        raise UserError(f'--to takes USER/NAME, in letters, digits and . _ -, not "{to}".')
+        raise UserError(f'--to takes USER/NAME in letters, digits, dots, underscores and hyphens, not "{to}".')
     if not dry_run and hub.get_token() is None:
         raise UserError("No token of the Hugging Face hub is known.", hint="hf auth login, or set $HF_TOKEN.")
     from hcnet_cli.push import push as upload
