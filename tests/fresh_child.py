@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import sys
 
 
 def program(arguments: list[str], variables: dict[str, str], folder: str, out: str, err: str) -> None:
+    multiprocessing.set_start_method(None, force=True)  # data workers start as they do anywhere
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)

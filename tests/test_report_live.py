@@ -106,10 +106,12 @@ def test_ctrl_c_ends_it_with_exit_code_0(hcnet: Hcnet, results: Path) -> None:
                 threading.Event().wait(0.1)
         stop()
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     thread = threading.Thread(target=browse)
     thread.start()
     done = hcnet("report", "--watch", "--results", results, "--port", port)
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert answers == [200]
     assert done.code == 0, done.err
     assert f"The page is at http://127.0.0.1:{port}/" in done.err
