@@ -236,6 +236,16 @@ def lacking(init: LoadReport, task: Task) -> str:
     return ", ".join(names[:5])
 
 
+def other_classes(init: LoadReport, task: Task, names: Sequence[str]) -> str:
+    """What is wrong where whole weights are of as many classes as the data, but of other ones, or in another order."""
+    known = _metadata(Path(init.source)).get("classes") or names
+    differing = [pair for pair in zip(known, names, strict=False) if pair[0] != pair[1]]
+    if not differing or lacking(init, task):
+        return ""
+    first, here = differing[0]
+    return f"{init.source} is of other classes than the data: one of them is {first} there and {here} here"
+
+
 def load_own(task: Task, folder: Path) -> LoadReport:
     """Loads a run's best weights into its task. UserError unless each tensor of one is in the other.
 

@@ -114,6 +114,10 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
     init = build.load_init(task, *build.read_init(recipe.init)) if recipe.init != "none" else None
     if init:
         init = dataclasses.replace(init, **build.init_origin(recipe.init))
+        if others := build.other_classes(init, task, data.class_names):
+            if options.eval_only:
+                raise UserError(f"{others}; scored against each other they mean nothing.")
+            warn(f"{others}. The head starts from what it learned there.")
     fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
     recipe = _with_short_paths(recipe)
@@ -145,6 +149,8 @@ def _train_in(
         if not fresh:
             notice(f"A --fresh was stopped while it cleared {folder.path}: the rest of the old run is removed.")
         dist.from_main(folder.clear)
+        if folder.replaced.exists():
+            notice(f"The weights of the run before are kept until this run has its own: {folder.replaced}")
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
         dist.from_main(lambda: check_finished(folder, earlier))

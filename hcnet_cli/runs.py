@@ -70,6 +70,7 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.log_file = path / "metrics.jsonl"
         self.best = path / "best.safetensors"
+        self.replaced = path / "replaced.safetensors"
         self.model_file = path / "model.py"  # a copy of the file of the user's own that the model is made by
         self.batches_file = path / "batches.png"  # the first batches as the model gets them
         self.waited = False
@@ -160,7 +161,8 @@ class RunFolder:
         write_text(self.record, record_text(info))
 
     def clear(self) -> None:
-        """Forgets an earlier run in this folder (--fresh); only files a run writes.
+        """Forgets an earlier run in this folder (--fresh); only files a run writes. Its best weights are kept, as
+        `replaced`, until those of the next run are written.
 
         A folder must never hold files that belong to nobody, wherever this is killed. So run.json first says "cleared",
         whole or not at all, and goes last: until then the folder is the old run, after that nobody goes on with it.
@@ -169,6 +171,8 @@ class RunFolder:
             return
         write_text(self.record, json.dumps(CLEARED) + "\n")
         with writing(self.path):
+            if self.best.exists():
+                self.best.replace(self.replaced)
             for name in RUN_FOLDERS:
                 if (self.path / name).exists():
                     shutil.rmtree(self.path / name)

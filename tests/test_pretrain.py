@@ -139,12 +139,44 @@ def test_same_command_again_says_finished_and_fresh_starts_over(
     assert again.code == 0
     assert "This run is finished" in again.err
     assert "step" not in again.err
-    fresh = hcnet(*arguments, "--fresh")
-    assert fresh.code == 0
+    over = hcnet(*arguments, "--fresh")
+    assert over.code == 0
+    assert "The weights of the run before are kept until this run has its own" in over.err
     assert outcome(only_run(tmp_path)) == first
+    assert not (only_run(tmp_path) / "replaced.safetensors").exists()
     evaluated = hcnet(*arguments, "--eval-only")
     assert evaluated.code == 0
     assert f"top1 {first['metrics']['top1']:.3f}" in evaluated.out
+
+
+def test_fresh_loses_no_weights_before_there_are_new_ones(tmp_path: Path) -> None:
+    folder = runs.RunFolder(tmp_path)
+    folder.best.write_bytes(b"old")
+    for _ in range(2):  # the second --fresh finds no weights of the first
+        folder.clear()
+        (tmp_path / "recipe.yaml").touch()
+        assert folder.replaced.read_bytes() == b"old"
+        assert not folder.best.exists()
+
+
+def test_weights_of_other_classes_are_never_taken_in_silence(
+    hcnet: Hcnet, finished: Path, folder_of_images: Path, tmp_path: Path
+) -> None:
+    """As many classes, one of them renamed so that their order is another one."""
+    other = shutil.copytree(folder_of_images, tmp_path / "colors")
+    for split in ("train", "val"):
+        (other / split / "blue").rename(other / split / "sky")
+    arguments = ("pretrain", *SMALL, "--data", other, "--out", tmp_path, "--init", finished / "best.safetensors")
+    scored = hcnet(*arguments, "--eval-only")
+    assert scored.code == 2
+    assert "is of other classes than the data: one of them is blue there and green here" in scored.err
+    assert not (tmp_path / "runs").exists()
+    trained = hcnet(*arguments, "--epochs", "1", "--set", "schedule.length=2")
+    assert trained.code == 0
+    assert "warning: " in trained.err
+    assert "The head starts from what it learned there." in trained.err
+    assert "--set schedule.length=2 counts, and --epochs 1 does not" in " ".join(trained.err.split())
+    assert hcnet(*arguments[:-1], finished, "--data", folder_of_images, "--eval-only").code == 0
 
 
 def test_a_name_that_holds_another_recipe_is_refused_with_the_keys(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hcnet_cli import own_model
 from hcnet_cli.cli.options import RECIPE_KEYS
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import UserError, notice, warn
 from hcnet_cli.pretrained import TIMM
 from hcnet_cli.tasks import TASKS
 
@@ -45,6 +45,10 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
         file = rcp.recipe_file(spec.embedded if data == spec.embedded else spec.default_recipe, task)
     data = os.path.expanduser(data)  # a shell expands ~ in an argument, not in a variable or a recipe
     overrides = [("data.path", data, source), *_flags(task, given)]
+    for key, value in parsed:
+        for flag_key, other, flag in overrides:
+            if key == flag_key and value != other:
+                warn(f"--set {key}={value} counts, and {flag} {other} does not: they set the same value.")
     overrides += [(key, value, f"--set {key}") for key, value in parsed]
     if given.get("size") is not None and (named := [flag for key, _, flag in overrides if key == "model.name"]):
         raise UserError(f"--size is for HcNet, {named[0]} for other models.", hint="Give one of them.")

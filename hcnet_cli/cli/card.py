@@ -97,5 +97,5 @@ def _verify(file: Path, name: str | None, data: str | None, model: str | None, r
     if differing:
         notice(f"Not as the card says: {', '.join(dict.fromkeys(differing))}.")
     else:
-        notice("Equal to the card.")
+        notice("Equal to the card's table.")
     return not differing

@@ -321,6 +321,7 @@ def _evaluate_and_keep_best(
             state.weights = digest(best)
             about = {**job.describe_weights, **job.identity, "step": state.step, "metrics": metrics}
             checkpoint.save_tensors(folder.best, best, {**about, "weights": state.weights})
+            folder.replaced.unlink(missing_ok=True)
             mark_final_missing(folder.path / "final")
     if dist.is_main():
         folder.append(step=state.step, **metrics)
