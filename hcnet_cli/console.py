@@ -198,12 +198,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """As `did_you_mean`, for dotted keys: a name that is initials ("wd") stands for the words they begin."""
-    keys = list(known)
+    """As `did_you_mean`, for dotted keys: by the last part, those of the same section first. Initials ("wd", "lr")
+    stand for the words they begin, in either direction.
+    """
     section, _, last = key.rpartition(".")
-    initials = [one for one in keys if last == "".join(word[:1] for word in one.rpartition(".")[2].split("_"))]
-    initials.sort(key=lambda one: one.rpartition(".")[0] != section)
-    return f' Did you mean "{initials[0]}"?' if initials and len(last) > 1 else did_you_mean(key, keys)
+    keys = sorted(known, key=lambda one: one.rpartition(".")[0] != section)
+    names = {one: one.rpartition(".")[2] for one in keys}
+
+    def initials(name: str) -> str:
+        return "".join(word[:1] for word in name.split("_"))
+
+    found = [one for one, name in names.items() if len(last) > 1 and last in (initials(name), name)]
+    found += [one for one, name in names.items() if "_" in last and initials(last) == name]
+    found += [
+        one
+        for name in difflib.get_close_matches(last, names.values(), cutoff=0.7)
+        for one in keys
+        if names[one] == name
+    ]
+    return f' Did you mean "{found[0]}"?' if found else ""
 
 
 def duration(seconds: float) -> str:

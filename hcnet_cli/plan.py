@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from types import MappingProxyType
 import rich.box
 import rich.table
 import torch
-from torch import Tensor
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
@@ -95,11 +93,11 @@ def _lines(
             f"about {tried.memory / 2**30:.1f} GiB of {device_memory(device) / 2**30:.1f} GiB on this {device.type} a "
             f"process, {tried.per_image / 2**20:.0f} MiB an image, measured"
         )
-    elif activations := _activation_bytes(recipe, task, data):
+    else:
         lines["memory"] = (
-            f"about {(state_bytes + activations * micro) / 2**30:.1f} GiB a process in fp32: "
+            f"about {(state_bytes + tried.per_image * micro) / 2**30:.1f} GiB a process: "
             f"{state_bytes / 2**30:.2f} weights, gradients and optimizer, "
-            f"{activations / 2**20:.0f} MiB activations an image"
+            f"{tried.per_image / 2**20:.{0 if tried.per_image > 2**23 else 1}f} MiB activations an image"
         )
     lines["time"] = (
         f"about {duration(tried.seconds * batch * plan.total)} on this {device.type} by one process "
@@ -282,35 +280,6 @@ def check_disk(folder: Path, recipe: Recipe, task: Task) -> None:
             f"in {folder}, {free / 2**20:.0f} MiB are free.",
             hint="Free some space, or choose another place with --out.",
         )
-
-
-def _activation_bytes(recipe: Recipe, task: Task, data: DataSplits) -> int:
-    if recipe.spec.starts_from or recipe.model.name:
-        return 0
-    per_image = saved_activations(task, data.img_size)
-    return per_image // 2 if math.isclose(engine.BYTES[recipe.train.precision], 2) else per_image
-
-
-def saved_activations(task: Task, image: tuple[int, int]) -> int:
-    """Bytes of activations kept for the backward pass of one image, fp32; counted on the meta device."""
-    seen: dict[int, int] = {}
-
-    def count(x: Tensor) -> Tensor:
-        seen[id(x.untyped_storage())] = x.untyped_storage().nbytes()
-        kept.append(x)  # alive, so that no id is used twice
-        return x
-
-    kept: list[Tensor] = []
-    model = task.model
-    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
-    state = {
-        name: torch.empty_like(value, device="meta").requires_grad_(value.is_floating_point() and name not in frozen)
-        for name, value in [*model.named_parameters(), *model.named_buffers()]
-    }
-    own = {id(value.untyped_storage()) for value in state.values()}
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        torch.func.functional_call(model, state, (torch.zeros(1, 3, *image, device="meta"),))
-    return sum(size for storage, size in seen.items() if storage not in own)
 
 
 # --- what fits the data -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hcnet_cli import dist, engine, profile
 from hcnet_cli.console import RunFailed, UserError
@@ -29,7 +30,9 @@ def seconds_per_image(recipe: Recipe, data: DataSplits, task: Task, device: torc
 
 @dataclass(frozen=True)
 class Trial:
-    """What a few training steps cost. `memory`: bytes on the device at the peak of a whole step; None on a CPU."""
+    """What a few training steps cost. `memory`: bytes on the device at the peak of a whole step; None on a CPU, where
+    `per_image` is what the backward pass needs of the forward pass.
+    """
 
     seconds: float  # for an image
     memory: int | None = None
@@ -48,6 +51,11 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
     task.to(device)
     fitting = 0
     peaks: dict[int, int] = {}
+    saved: dict[int, int] = {}  # storage -> bytes that the first step keeps for its backward pass
+
+    def keep(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
 
     def step(size: int) -> float:
         nonlocal fitting
@@ -56,7 +64,8 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         begun = time.perf_counter()
-        with engine.autocast(recipe.train.precision, device):
+        counting = contextlib.nullcontext() if saved else torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with counting, engine.autocast(recipe.train.precision, device):
             losses = task(to_device(batch, device))
         torch.stack([loss.float() for loss in losses.values()]).sum().backward()
         if device.type == "cuda":
@@ -68,6 +77,9 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
     size = min(2, most)
     try:
         seconds = step(size)
+        for one in task.parameters():
+            saved.pop(one.untyped_storage().data_ptr(), None)
+        activations = sum(saved.values()) / size
         engine.check_unused(task)
         if seconds < QUICK_SECONDS:
             seconds = step(size)
@@ -86,7 +98,7 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
         ) from None
     finally:
         task.zero_grad(set_to_none=True)
-    return found
+    return found if found.memory else Trial(found.seconds, per_image=activations)
 
 
 def _with_memory(seconds: float, peaks: Mapping[int, int], most: int, recipe: Recipe, task: Task) -> Trial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -202,6 +203,7 @@ def test_init_auto_without_a_run_is_an_error_on_your_own_data_and_a_notice_on_th
     assert done.code == 0
     assert "starting from scratch" in done.err
     assert "init none auto" in " ".join(done.out.split())  # the value, and that it was looked for
+    assert re.search(r"[1-9] MiB activations an image", " ".join(done.out.split()))
 
 
 def test_several_scales_are_evaluated_beside_and_shown_apart(

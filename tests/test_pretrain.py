@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -247,6 +248,27 @@ def test_the_plan_says_where_values_come_from_and_what_linear_scaling_would_give
     for words in ("schedule.kind cosine recipe", "schedule.power 1.0 default", "model.depths [1, 1, 1, 1] --set"):
         assert words in plan
     assert "linear scaling would give --lr 0.000375" in plan  # 3e-3 x 8 / 64
+
+
+def test_the_plan_counts_what_the_backward_pass_needs(hcnet: Hcnet, folder_of_images: Path, tmp_path: Path) -> None:
+    """The same count on the meta device, where only shapes are computed."""
+    line = ("pretrain", "--recipe", "digits", "--data", folder_of_images, "--out", tmp_path, "--batch-size", "8")
+    done = hcnet(*line, "--set", "data.img_size=64", "--set", "train.workers=0", "--dry-run")
+    assert done.code == 0, done.err
+    (said,) = re.findall(r"([\d.]+) MiB activations an image", " ".join(done.out.split()))
+    model = timm.create_model("hcnet_pico", num_classes=3).to("meta")
+    kept: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(torch.empty(2, 3, 64, 64, device="meta"))
+    own = {id(parameter.untyped_storage()) for parameter in model.parameters()}
+    storages = {id(x.untyped_storage()): x.untyped_storage() for x in kept}
+    per_image = sum(one.nbytes() for number, one in storages.items() if number not in own) / 2
+    assert float(said) == pytest.approx(per_image / 2**20, rel=0.05)
 
 
 @pytest.mark.parametrize(("seconds", "sizes"), [(1e-9, [2]), (1e9, [2, 8])])

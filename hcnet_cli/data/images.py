@@ -58,7 +58,7 @@ class UnusableImageError(UserError):
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(
             f"The image {path} cannot be used: {reason}.",
-            hint="Replace the file, since every validation image counts. `hcnet check` lists all such files.",
+            hint="Replace the file: in an evaluation every image counts. `hcnet check` lists all such files.",
         )
         self.path, self.reason = path, reason
 
