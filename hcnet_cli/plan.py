@@ -43,7 +43,9 @@ def print_plan(
     folder: RunFolder, recipe: Recipe, data: DataSplits, task: Task, device: torch.device, resolved: Resolved
 ) -> None:
     """Every value with its origin, then batches, learning rate, cost and place."""
-    table = rich.table.Table("key", "value", "from", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table = rich.table.Table(
+        "key", rich.table.Column("value", overflow="fold"), "from", box=rich.box.SIMPLE_HEAD, pad_edge=False
+    )
     asked = rcp.flatten(resolved.recipe.model_dump(mode="json"))
     for key, value in rcp.flatten(recipe.model_dump(mode="json")).items():
         source = "auto" if asked[key] == "auto" else resolved.sources.get(key, "recipe")

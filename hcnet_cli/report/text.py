@@ -74,7 +74,7 @@ def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: 
         for column in columns:
             side: Literal["left", "right"] = "left" if column.style == "text" else "right"
             title = Text(visible(column.title).replace(" ", "\n"))
-            grid.add_column(title, justify=side, no_wrap=not table.is_label(column))
+            grid.add_column(title, justify=side, no_wrap=not table.is_label(column), overflow="fold")
         for _, rows in itertools.groupby(table.rows, key=lambda row: row.kind):
             for row in rows:
                 cells = (_rich_cell(table, row, column) for column in columns)
