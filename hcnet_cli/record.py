@@ -49,8 +49,11 @@ class DataCard(BaseModel):
         if not self.imbalance:
             return ""
         plural = "es" if self.num_classes != 1 else ""
-        text = f"{self.num_classes:,} class{plural} of {self.smallest:,} to {self.largest:,} {self.unit}"
-        text += f", {self.imbalance:.{1 if self.imbalance < 10 else 0}f} to 1"
+        text = f"{self.num_classes:,} class{plural} of {self.smallest:,}"
+        if self.imbalance == 1:
+            text += f" {self.unit} each"
+        else:
+            text += f" to {self.largest:,} {self.unit}, {self.imbalance:.{1 if self.imbalance < 10 else 0}f} to 1"
         return f"{text}, {self.empty:,} without any" if self.empty else text
 
     def size_text(self) -> str:

@@ -76,7 +76,7 @@ def test_with_and_without_the_pictures_the_weights_have_the_same_bytes(
     assert done.code == 0, done.err
     drawn = only_run(tmp_path / "with")
     assert "The first batches, as the model gets them" in done.err
-    assert "Training data: 2 classes of 2 to 2 images, 1.0 to 1; 40 x 40 pixels, of 4 images." in done.err
+    assert "Training data: 2 classes of 2 images each; 40 x 40 pixels, of 4 images." in done.err
     assert (drawn / "batches.png").exists()
     assert (drawn / "progress.png").exists()
     assert [file.name for file in sorted((drawn / "progress").iterdir())] == [
