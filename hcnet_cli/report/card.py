@@ -177,7 +177,7 @@ def _limits(infos: Sequence[RunInfo], lines: Sequence[str]) -> str:
             "are too high on average."
         )
     found.append(
-        "Not measured: scores on any other data, on damaged or unusual images, calibration, and differences between "
+        "Not measured: scores on any other data, on damaged or unusual images, and differences between "
         "groups in the data."
     )
     found += dict.fromkeys(_data_nature(info) for info in infos)
