@@ -15,22 +15,24 @@ from hcnet_cli.pictures import shortened
 INK, MUTED, HOT, COOL = "#1f1b18", "#6a625a", "#c2410c", "#1d6fa5"
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of numbers that a line may cross
 MOST_CLASSES = 200  # bars of a figure: of more classes the worst
-STYLE: dict[Any, Any] = {
+COMMON: dict[Any, Any] = {  # to all figures, those of hcnet explain too
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": "#b3aa9e",
-    "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "legend.frameon": False,
+}
+STYLE = COMMON | {
+    "axes.labelcolor": MUTED,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.titlesize": 10,
     "axes.grid.axis": "x",
     "grid.color": "#ece7e0",
-    "xtick.color": MUTED,
     "ytick.color": INK,
-    "legend.frameon": False,
     "text.parse_math": False,  # a name is never a formula
 }
 

@@ -312,11 +312,11 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     few = data.info.num_train < MANY_IMAGES
     if small and img_size and (few or (side and side <= LARGEST_SMALL)):
         fitting = min(LARGEST_SMALL, max(32, 32 * round((side or img_size) / 32)))
-        size = "" if fitting == 32 else f" --set data.img_size={fitting}"
+        flags = "" if fitting == 32 else f" --set data.img_size={fitting}"
         usual = rcp.resolve(rcp.recipes_dir() / recipe.task / f"{small}.yaml").recipe.train.batch_size
         if data.info.num_train < usual:
-            size += f" --batch-size {min(recipe.train.batch_size, max(1, data.info.num_train // 4))}"
-        notice(f"Fits better: hcnet {recipe.task} --recipe {recipe.task}/{small} --data {recipe.data.path}{size}")
+            flags += f" --batch-size {min(recipe.train.batch_size, max(1, data.info.num_train // 4))}"
+        notice(f"Fits better: hcnet {recipe.task} --recipe {recipe.task}/{small} --data {recipe.data.path}{flags}")
         return
     length = max(1, int(recipe.schedule.length * LONG_SECONDS / seconds))
     flag = f"--epochs {length}" if recipe.schedule.unit == "epochs" else f"--set schedule.length={length}"

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from torch import Tensor, nn
 
+from hcnet_cli.charts import INK
 from hcnet_cli.explain.captions import percent
 from hcnet_cli.explain.heat import Floats, area, receptive_field, windows
-from hcnet_cli.explain.pictures import FLOOR, HEAD, HEAT, INK, LABEL, NOTE, STYLE, WIDTH, Sheet, png
+from hcnet_cli.explain.pictures import FLOOR, HEAD, HEAT, LABEL, NOTE, STYLE, WIDTH, Sheet, png
 from hcnet_cli.pictures import one_line
 
 PITCH, SIDE = 2.7, 2.1  # inches

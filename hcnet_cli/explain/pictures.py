@@ -15,10 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from hcnet_cli.charts import COMMON, INK, MUTED
 from hcnet_cli.explain.captions import ROUNDING, percent
 from hcnet_cli.pictures import one_line
 
-INK, MUTED, LINE = "#1f1b18", "#6a625a", "#d9d2c8"
+LINE = "#d9d2c8"
 COLOURS = {
     1: "#2b1e6b",
     2: "#85216b",
@@ -33,19 +34,11 @@ KIND_SHADES = {"isotropic": "#3d3a4b", "directional": "#8d88a0", "transport": "#
 NOTE: dict[str, Any] = {"fontsize": 8, "color": MUTED}
 LABEL: dict[str, Any] = {"fontsize": 8.5, "color": MUTED}
 HEAD: dict[str, Any] = {"fontsize": 9, "fontweight": "bold"}
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": "#b3aa9e",
+STYLE = COMMON | {
     "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
-    "legend.frameon": False,
     "legend.fontsize": 8.5,
     "image.interpolation": "nearest",
 }
