@@ -168,6 +168,11 @@ def write_output(path: Path, text: str) -> None:
     notice(f"Wrote {path}.")
 
 
+def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files in a folder and in the folders in it."""
+    return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
+
+
 def existing_parent(path: Path) -> Path:
     """The path itself or the nearest folder above it that exists."""
     path = path.absolute()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hcnet_cli import model_names
 from hcnet_cli.console import UserError
+from hcnet_cli.files import parquet_files
 from hcnet_cli.own_model import is_own
 from hcnet_cli.pretrained import TIMM, find_init, weights_file
 from hcnet_cli.recipe import Recipe
@@ -51,6 +52,11 @@ def check_data(recipe: Recipe) -> None:
     check_folder(str(root), f"Its layout is to be {form.layout}.")
     if form.recognise(root):
         return
+    if parquet_files(root):
+        raise UserError(
+            f"{root} holds Parquet files, which are read as tars alone.",
+            hint=f"Write the tars once with hcnet shards {root} OUT, then train with --data OUT.",
+        )
     others = [name for name, spec in TASKS.items() if any(other.recognise(root) for other in spec.formats.values())]
     found = sorted(entry.name for entry in root.iterdir())
     inside = f"It has {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}." if found else "It is empty."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +58,9 @@ def check(
 
 
 def shards(
-    folder: Annotated[str, typer.Argument(help="An image folder, the name of an embedded one, or tars.")],
+    folder: Annotated[
+        str, typer.Argument(help="An image folder or the name of an embedded one, tars, or Parquet files.")
+    ],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
     size: Annotated[str, typer.Option(help="Bytes of a tar, about: 500MB, 2GB.")] = "500MB",
 ) -> None:
@@ -65,17 +68,22 @@ def shards(
 
     --data OUT trains the same run as --data FOLDER, bit for bit. webdataset and timm read the tars too.
     """
-    from hcnet_cli.inputs import check_folder
-
     parts = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([kMGT]?)B", size)
     limit = int(float(parts[1]) * 1000 ** " kMGT".index(parts[2] or " ")) if parts else 0
     if limit < 1000:
         raise UserError(f"--size {size} is not a size of at least 1kB.", hint="For example: --size 500MB")
+    from hcnet_cli.inputs import check_folder
+
     check_folder(os.path.expanduser(folder))
     from hcnet_cli.data.embedded import data_folder
-    from hcnet_cli.tasks.classification.shards import write
+    from hcnet_cli.files import parquet_files
+    from hcnet_cli.tasks.classification.parquet import as_tars
+    from hcnet_cli.tasks.classification.shards import check_out, write
 
-    write(data_folder(folder), out_dir.expanduser(), limit)
+    check_out(out_dir.expanduser())
+    root, out_dir = data_folder(folder), out_dir.expanduser()
+    with as_tars(root, out_dir) if parquet_files(root) else nullcontext(root) as images:
+        write(images, out_dir, limit)
 
 
 def explain(

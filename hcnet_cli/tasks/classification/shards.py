@@ -39,8 +39,7 @@ def write(folder: Path, out: Path, size: int) -> None:
 
     UserError for data that training would refuse, an `out` that exists, and a disk without room, before writing.
     """
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists.", hint="Name a folder that does not exist yet.")
+    check_out(out)
     index = scan(folder)
     splits = {split: ImageFolder(index, split, lambda image: {}) for split in SPLITS}
     with reading_folder(folder):
@@ -68,6 +67,12 @@ def write(folder: Path, out: Path, size: int) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
     count = sum(len(part["filenames"]) for part in info["splits"].values())
     notice(f"Wrote {len(splits['train']):,} training and {len(splits['val']):,} validation images as {count} tars.")
+
+
+def check_out(out: Path) -> None:
+    """UserError for a folder that exists."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists.", hint="Name a folder that does not exist yet.")
 
 
 def _size(path: Source) -> int:

@@ -201,6 +201,8 @@ def check_evaluation(entry: EvaluationPart, classes: Sequence[str]) -> None:
 
 def is_image_folder(root: Path) -> bool:
     """Class folders, or tars of them: see data/archive.py."""
+    if any(root.glob("train/*.parquet")):
+        return False
     return (root / "train").is_dir() or (root / "_info.json").is_file() or any(root.glob("*train*.t*"))
 
 
