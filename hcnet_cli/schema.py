@@ -326,7 +326,7 @@ class Train(Part):
     batch_size: BatchSize = field(..., "Images per optimizer step, over all processes and micro-batches.", example=256)
     accumulate: BatchSize = field(
         1,
-        "Micro-batches per optimizer step. Results change only with batch norm, and timm's drop path.",
+        "Micro-batches per optimizer step. Results change only with batch norm, and dropout of other models.",
         fingerprint="never",
     )
     seed: Seed = field(0, "Seed of everything random.", example=1)

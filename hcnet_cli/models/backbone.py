@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hcnet_cli import model_names, own_model
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.models import own
+from hcnet_cli.models.drop_path import Draws, keyed_drop_path
 from hcnet_cli.models.simple_pyramid import SimplePyramid
 from hcnet_cli.models.swin import pad_before_shifting
 
@@ -70,12 +71,26 @@ class FeatureMaps(nn.Module):
         takes = inspect.signature(model.forward_intermediates).parameters
         self.format = {"output_fmt": "NCHW"} if "output_fmt" in takes else {}
         self.model = model
+        self.draws = Draws()
+
+    @property
+    def num_blocks(self) -> int:
+        """Rows of `noise`."""
+        return self.draws.rows
 
     def forward_intermediates(
-        self, x: Tensor, indices: Sequence[int] | None = None, intermediates_only: bool = True
+        self,
+        x: Tensor,
+        indices: Sequence[int] | None = None,
+        intermediates_only: bool = True,
+        noise: Tensor | None = None,
     ) -> list[Tensor]:
-        """Image [B, 3, H, W] -> the maps [B, C, H / stride, W / stride], sizes rounded up."""
+        """Image [B, 3, H, W] -> the maps [B, C, H / stride, W / stride], sizes rounded up.
+
+        noise: [num_blocks, B] uniform in [0, 1), the draws of drop path.
+        """
         assert intermediates_only
+        self.draws.noise = noise
         height, width = x.shape[2:]
         padded = F.pad(x, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
         maps = self.model.forward_intermediates(padded, indices=self.kept, intermediates_only=True, **self.format)
@@ -177,7 +192,7 @@ def _try_classifier(name: str, model: nn.Module, num_classes: int, side: int) ->
     """UserError unless the model turns an image of the recipe's size into logits."""
     training = model.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), keyed_drop_path(model) as draws:
             made = model.eval()(torch.zeros(1, 3, side, side))
     except Exception as error:
         raise UserError(
@@ -192,6 +207,8 @@ def _try_classifier(name: str, model: nn.Module, num_classes: int, side: int) ->
             f"The model {name} returned {shape} for one image, not logits [1, {num_classes}].",
             hint="A function of your own takes num_classes and returns a module that maps images to logits.",
         )
+    if draws.rows:
+        model.drop_path_draws = draws  # type: ignore[assignment]
 
 
 def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:
@@ -199,7 +216,8 @@ def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:
     trained; several processes would wait for their gradients.
     """
     try:
-        maps = backbone.eval().forward_intermediates(torch.zeros(1, 3, *TRIED))
+        with keyed_drop_path(backbone) as draws:
+            maps = backbone.eval().forward_intermediates(torch.zeros(1, 3, *TRIED))
         found = [tuple(one.shape[1:]) for one in maps]
         torch.stack([one.sum() for one in maps]).sum().backward()
     except Exception as error:
@@ -220,6 +238,7 @@ def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:
             f"promises {expected} (channels, height, width).",
             hint=SUITABLE,
         )
+    backbone.draws = draws
     for parameter in backbone.parameters():
         if freeze_unused and parameter.grad is None:
             parameter.requires_grad_(False)

@@ -81,6 +81,8 @@ class ClassificationTask(Task):
         if self.mixup:
             images, target = mix(images, target, batch["step_key"], self.mixup)
         noise = {"noise": keyed_uniform(batch["key"], self.model.num_blocks)} if self.takes_noise else {}
+        if draws := getattr(self.model, "drop_path_draws", None):
+            draws.noise = keyed_uniform(batch["key"], draws.rows)
         logits = self.model(images, **noise)
         return {"loss_cls": self.criterion(logits.float(), target)}
 
