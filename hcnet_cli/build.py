@@ -280,8 +280,15 @@ class Steps:
 
 
 def steps(recipe: Recipe, data: DataSplits) -> Steps:
-    """Durations of the schedule on these data."""
-    return steps_of_schedule(recipe, data.steps_per_epoch(recipe.train.batch_size))
+    """Durations of the schedule on these data. UserError for fewer images than a batch."""
+    try:
+        epoch = data.steps_per_epoch(recipe.train.batch_size)
+    except UserError as error:
+        small = f"{recipe.task}/{recipe.spec.small_recipe}"
+        if recipe.spec.small_recipe and recipe.protocol != small:
+            raise UserError(str(error), hint=f"{error.hint} A recipe for few images is --recipe {small}.") from None
+        raise
+    return steps_of_schedule(recipe, epoch)
 
 
 def steps_of_schedule(recipe: Recipe, epoch: int) -> Steps:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
-from hcnet_cli.console import UserError, warn
+from hcnet_cli.console import UserError, did_you_mean, warn
 from hcnet_cli.header import read_metadata
 from hcnet_cli.inputs import check_data
 from hcnet_cli.privacy import home
@@ -126,9 +126,13 @@ def _wanted(info: RunInfo, recipe: Recipe, names: Sequence[str], set_now: Sequen
     known = list(recipe.evaluation)
     for name in names:
         if name not in known:
+            choices = [*known, *recipe.spec.further]
+            near = did_you_mean(name, choices)
+            others = [task.name for task in TASKS.values() if name in task.further]
             raise UserError(
-                f'--on: this run has no evaluation "{name}" (known: {", ".join([*known, *recipe.spec.further])}).',
-                hint=f"A new one: --set evaluation.{name}.KEY=VALUE",
+                f'--on: this run has no evaluation "{name}"{f", which is for {others[0]} runs" if others else ""} '
+                f"(known: {', '.join(choices)}).{near}",
+                hint="" if near or others else "One with other settings: --set evaluation.NAME.KEY=VALUE",
             )
     first, *further = known
     primary = recipe.spec.primary.key

@@ -55,7 +55,7 @@ def finished_run(recipe: Recipe, results: Path, name: str, device: str) -> RunFo
         train_part = recipe.train.model_copy(update={"precision": precision})
         fixed = recipe.model_copy(update={"train": train_part})
         fingerprint = runs.run_fingerprint(fixed, data.digest, init)
-        folder = RunFolder(results / "runs" / (name or runs.run_name(fixed, data.name, fingerprint)))
+        folder = runs.own_folder(results, name, runs.run_name(fixed, data.name, fingerprint), fingerprint)
         info = folder.read()
         if info is None or (info.status, info.fingerprint) != ("finished", fingerprint) or not info.weights:
             return None

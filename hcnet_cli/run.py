@@ -119,9 +119,9 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
                 raise UserError(f"{others}; scored against each other they mean nothing.")
             warn(f"{others}. The head starts from what it learned there.")
     fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
-    name = options.name or runs.run_name(recipe, data.info.name, fingerprint)
+    default = runs.run_name(recipe, data.info.name, fingerprint)
+    folder = dist.from_main(lambda: runs.own_folder(options.results, options.name, default, fingerprint))
     recipe = _with_short_paths(recipe)
-    folder = RunFolder(options.results / "runs" / name)
     return RunSetup(folder, recipe, data, task, device, init, fingerprint, source)
 
 

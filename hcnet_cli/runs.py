@@ -229,6 +229,17 @@ def find_run(run_name: str, results: Path) -> RunFolder:
     return RunFolder(path)
 
 
+def own_folder(results: Path, name: str, default: str, fingerprint: str) -> RunFolder:
+    """The folder of the run that a command makes: `name` if it gives one, else `default`, or where the run of this
+    fingerprint is called otherwise, as `hcnet runs mv` leaves it.
+    """
+    usual = results / "runs" / (name or default)
+    if name or os.path.lexists(usual):
+        return RunFolder(usual)
+    same = [path for path, info in find_runs(results)[0] if info.fingerprint == fingerprint]
+    return RunFolder(same[0] if len(same) == 1 else usual)
+
+
 def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Path, str]]]:
     """All runs under results/runs, sorted by folder name; and the folders that hold none that can be believed, each
     with its reason.

@@ -131,7 +131,7 @@ def test_the_card_of_a_study(tmp_path: Path, hcnet: Hcnet) -> None:
     ("arguments", "message"),
     [
         ((), "A card is of a run or of a study."),
-        (("nowhere",), "There is no run nowhere."),
+        (("nowhere",), "There is no run and no study nowhere"),
         (("RUN", "--output", "card.txt"), "should end in .md"),
         (("RUN", "--data", "x"), "--data is for --verify."),
         (("--verify", "text.md", "RUN"), "text.md is not a card"),

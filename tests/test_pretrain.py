@@ -148,6 +148,9 @@ def test_same_command_again_says_finished_and_fresh_starts_over(
     evaluated = hcnet(*arguments, "--eval-only")
     assert evaluated.code == 0
     assert f"top1 {first['metrics']['top1']:.3f}" in evaluated.out
+    assert hcnet("runs", "mv", only_run(tmp_path).name, "mine", "--out", tmp_path).code == 0
+    assert f"This run is finished: {tmp_path / 'runs' / 'mine'}" in hcnet(*arguments).err
+    assert only_run(tmp_path).name == "mine"
 
 
 def test_fresh_loses_no_weights_before_there_are_new_ones(tmp_path: Path) -> None:

@@ -65,6 +65,11 @@ def _written(name: str, results: Path) -> str:
     study = results / "studies" / f"{name}.json"
     if study.is_file() and not (results / "runs" / name).is_dir():
         return study_card(read_study(study), runs_by_name(results))
+    if not Path(name).is_dir() and not (results / "runs" / name).is_dir():
+        raise UserError(
+            f"There is no run and no study {name} in {results}.",
+            hint="hcnet runs ls and hcnet studies list what there is.",
+        )
     folder = find_run(name, results)
     return run_card(folder, trusted_weights(folder), read_metadata(folder.best))
 
