@@ -72,7 +72,7 @@ def test_verification_says_what_differs(root: Path, hcnet: Hcnet) -> None:
     assert hcnet("card", run, "--output", page).code == 0
     arguments = ("card", "--verify", page, run, "--data", data, "--device", "cpu")
     done = hcnet(*arguments)
-    assert (done.code, "Equal to the card's table." in done.err) == (0, True), done.err
+    assert (done.code, "Equal to the card's table of 1 row." in done.err) == (0, True), done.err
     assert "top1: equal" in done.out
 
     text = page.read_text()

@@ -137,6 +137,11 @@ def test_a_run_that_is_too_short_says_that_nothing_was_profiled(
     engine.fit(job, RunFolder(tmp_path), engine.State(), lambda _: None)
     assert "Nothing was profiled" in capsys.readouterr().err
     assert not (tmp_path / "profile").exists()
+    job = make_job(Regression(), total=WARM_UP + 2, ema=False)
+    job.profile = 999
+    engine.fit(job, RunFolder(tmp_path), engine.State(), lambda _: None)
+    assert "ended after 2 of the 999 steps" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "profile").iterdir()} == {"profile.md"}
 
 
 @pytest.mark.parametrize("other", ["--dry-run", "--eval-only"])

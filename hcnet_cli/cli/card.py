@@ -102,5 +102,6 @@ def _verify(file: Path, name: str | None, data: str | None, model: str | None, r
     if differing:
         notice(f"Not as the card says: {', '.join(dict.fromkeys(differing))}.")
     else:
-        notice("Equal to the card's table.")
+        rows = f"{len(claims)} row" + "s" * (len(claims) > 1)
+        notice(f"Equal to the card's table of {rows}.")
     return not differing

@@ -129,7 +129,9 @@ class Profiler:
             made = self.table(timed)
             sys.stdout.write(render([made], "rich"))
             write_text(self.folder / "profile.md", render([made], "markdown"))
-            if trace is not None:
+            if trace is None:
+                warn(f"Training ended after {timed} of the {asked} steps to time, so there is no trace.json.gz.")
+            else:
                 trace.export_chrome_trace(str(self.folder / "trace.json.gz"))
 
     def table(self, timed: int) -> Table:
