@@ -15,18 +15,26 @@ TIMM = "timm"  # as `init`: the weights that timm has for the model, which `--pr
 
 
 def best_pretraining(recipe: Recipe, results: Path) -> str | None:
-    """The finished run, of the task that this one starts from, of the same model on the most training images; of
-    several the one with the best score, then the newest.
+    """The finished run, of the task that this one starts from, of the same model on the most training images. Of
+    several data sets with as many it is the one that was trained on last; scores on it alone are compared.
     """
     source = TASKS[recipe.spec.starts_from]
-    candidates = [
-        (info.data.num_train, info.metrics.get(source.primary.key, 0.0), info.finished, str(folder))
+    found = [
+        (info, folder)
         for folder, info in runs.find_runs(results)[0]
         if (info.task, info.status, info.model or info.size) == (source.name, "finished", recipe.model.label)
         and info.variant == rcp.variant(recipe)
         and (folder / "best.safetensors").exists()
     ]
-    return max(candidates)[-1] if candidates else None
+    if not found:
+        return None
+    data = max((info.data.num_train, info.finished, info.data.digest) for info, _ in found)[-1]
+    candidates = [
+        (info.metrics.get(source.primary.key, 0.0), info.finished, str(folder))
+        for info, folder in found
+        if info.data.digest == data
+    ]
+    return max(candidates)[-1]
 
 
 def explain_missing_pretraining(recipe: Recipe, results: Path) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from conftest import Hcnet, outcome
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
+from synthetic_runs import make_run
 from test_engine import Regression, make_job
 from test_other_models import MY_NET, TASKS, arguments, data, here, stopped_at_step_2, untimed
 from timm.optim import param_groups_layer_decay
@@ -29,12 +31,14 @@ from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
 from hcnet_cli import engine, optim, runs
+from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
 from hcnet_cli.data.balance import class_counts, class_weights
 from hcnet_cli.engine.profiler import Profiler
 from hcnet_cli.engine.step import Stepper
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone, layers
+from hcnet_cli.pretrained import best_pretraining
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.tasks.classification.loss import ClassLoss
 from hcnet_cli.tasks.segmentation.task import SegmentationTask
@@ -477,3 +481,25 @@ def test_every_command_of_the_page_runs(
         assert "of them trained" in done.out
     if "--sweep" in rest:
         assert "lr=0.003" in done.out
+
+
+def test_auto_compares_scores_on_one_data_set_alone(tmp_path: Path) -> None:
+    """The most training images first; of data sets with as many, the one that was trained on last."""
+
+    def pretrained_on(data: str, images: int, name: str, score: float, finished: str) -> None:
+        run = make_run(tmp_path, name=name, score=score, finished=finished, log=False)
+        record = json.loads((run / "run.json").read_text())
+        record["data"] |= {"name": data, "digest": data, "num_train": images}
+        (run / "run.json").write_text(json.dumps(record))
+        (run / "best.safetensors").touch()
+
+    recipe = rcp.resolve(rcp.recipes_dir() / "finetune-det/digit-scenes.yaml").recipe
+    for name, expected in (
+        (("few", 10, "a", 99.0, "2026-01-03"), "a"),
+        (("old", 20, "b", 98.0, "2026-01-01"), "b"),
+        (("new", 20, "c", 50.0, "2026-01-02"), "c"),
+        (("new", 20, "d", 60.0, "2026-01-01"), "d"),
+        (("new", 20, "e", 40.0, "2026-01-04"), "d"),
+    ):
+        pretrained_on(*name)
+        assert best_pretraining(recipe, tmp_path) == str(tmp_path / "runs" / expected)
