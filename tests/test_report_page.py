@@ -13,7 +13,7 @@ from PIL import Image
 from synthetic_runs import make_run, picture
 
 from hcnet_cli.record import data_card, read_record
-from hcnet_cli.report import figures, page, report
+from hcnet_cli.report import figures, page, plots, report
 from hcnet_cli.table import Column, Row, Table
 
 EVIL = "</script><img src=x onerror=window.hacked=1><b>"
@@ -181,10 +181,10 @@ def test_page_stops_taking_pictures(tmp_path, monkeypatch):
 
 def test_curves_are_thinned_and_keep_the_last_point():
     log = [{"step": i, "loss": float(i)} for i in range(1, 5001)]
-    thin = page._thin(log, "loss")
-    assert len(thin) == page.CURVE_POINTS
+    thin = plots.thinned(log, "loss")
+    assert len(thin) == plots.CURVE_POINTS
     assert (thin[0], thin[-1]) == ([1, 1.0], [5000, 5000.0])
-    assert page._thin([{"step": 1, "loss": float("nan")}, {"step": 2}], "loss") == []
+    assert plots.thinned([{"step": 1, "loss": float("nan")}, {"step": 2}], "loss") == []
 
 
 def test_five_hundred_runs(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +12,8 @@ from hcnet_cli.report.escape import in_html
 FONT = 12
 LETTER = 0.64 * FONT  # mean width of a letter, rounded up: no browser measures the labels
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Spot = tuple[float, float]
+Series = tuple[str, str]  # kind, name
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,10 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, hei
     series: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         series.setdefault((point.kind, point.series), []).append(point)
-    segments, marks, spots_of = [], [], {}
+    marks, spots_of = [], {}
     for (kind, name), members in series.items():
         members.sort(key=lambda p: (p.x, p.y))
         spots_of[kind, name] = spots = [at(p.x, p.y) for p in members]
-        segments += list(pairwise(spots))
         if len(spots) > 1:
             line = "L".join(f"{_n(x)} {_n(y)}" for x, y in spots)
             parts.append(f'<path class="line {kind}" d="M{line}"/>')
@@ -64,34 +65,38 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, hei
                 parts.append(_path(f"whisker {kind}", (x, high), "V", low))
             circle = f'<circle class="dot {style}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}">'
             marks.append(f"{circle}<title>{in_html(point.title)}</title></circle>")
-    dots = [spot for spots in spots_of.values() for spot in spots]
-    order = sorted(series, key=lambda key: (key[0] != "measured", key[1] != "HcNet-T", len(series[key])))
-    labels: list[Box] = []
-    for kind, name in order:
-        frame = (left + 2, top, float(width), bottom - 2)
-        placed = _place(name, spots_of[kind, name], dots, segments, labels, frame)
-        if placed is not None:
-            box, anchor = placed
-            labels.append(box)
-            marks += [
-                _leader(box, anchor, kind),
-                _text(box[0], box[3] - 3, name, f"label {_style(kind, name)}", "start"),
-            ]
+    for (kind, name), box, anchor in place_labels(spots_of, (left + 2, top, float(width), bottom - 2)):
+        marks += [_leader(box, anchor, kind), _text(box[0], box[3] - 3, name, f"label {_style(kind, name)}", "start")]
     what = in_html(f"{y_title} against {x_title}: {len(points)} models")
     return _svg(width, height, what, [*parts, *marks])
 
 
+def place_labels(spots_of: Mapping[Series, Sequence[Spot]], frame: Box) -> list[tuple[Series, Box, Spot]]:
+    """Where the name of each (kind, name) stands, and beside which of its points, in pixels at a font of FONT. A name
+    without room in the frame is left out; measured ones are placed first.
+    """
+    dots = [spot for spots in spots_of.values() for spot in spots]
+    segments = [pair for spots in spots_of.values() for pair in pairwise(spots)]
+    order = sorted(spots_of, key=lambda key: (key[0] != "measured", key[1] != "HcNet-T", len(spots_of[key])))
+    found: list[tuple[Series, Box, Spot]] = []
+    for key in order:
+        placed = _place(key[1], spots_of[key], dots, segments, [box for _, box, _ in found], frame)
+        if placed is not None:
+            found.append((key, *placed))
+    return found
+
+
 def _place(
     name: str,
-    spots: Sequence[tuple[float, float]],
-    dots: Sequence[tuple[float, float]],
-    segments: Sequence[tuple[tuple[float, float], tuple[float, float]]],
+    spots: Sequence[Spot],
+    dots: Sequence[Spot],
+    segments: Sequence[tuple[Spot, Spot]],
     labels: Sequence[Box],
     frame: Box,
-) -> tuple[Box, tuple[float, float]] | None:
+) -> tuple[Box, Spot] | None:
     """The cheapest free box for a label near one of its points, and that point; None where no box is free."""
     wide, high = len(name) * LETTER, FONT + 3
-    best: tuple[float, Box, tuple[float, float]] | None = None
+    best: tuple[float, Box, Spot] | None = None
     for rank, (x, y) in enumerate(reversed(spots)):  # the largest model comes first
         for gap in (7, 13, 22, 34):
             for dx, dy in ((1, 0), (0, -1), (1, -1), (1, 1), (0, 1), (-1, 0), (-1, -1), (-1, 1)):

@@ -7,28 +7,25 @@ import hashlib
 import io
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image
 
-from hcnet_cli import files, runs
-from hcnet_cli.console import UserError, visible, warn
+from hcnet_cli import files
+from hcnet_cli.console import UserError, visible
 from hcnet_cli.grouping import Run, changes_text
 from hcnet_cli.privacy import public_text
-from hcnet_cli.report import figures
+from hcnet_cli.report import figures, plots
 from hcnet_cli.report.escape import to_json
-from hcnet_cli.results import Results, command, model_name
+from hcnet_cli.results import Results, command
 from hcnet_cli.study.status import StudyStatus
 from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
-from hcnet_cli.tasks import TASKS
 
 FOLDER = Path(__file__).parent
-CURVE_POINTS = 120  # of each curve; more is finer than a screen shows
 PICTURES_PER_ROW = 4
 PICTURE_WIDTH = 900
 PICTURE_BYTES = 200_000  # a larger file is shrunk
@@ -49,8 +46,6 @@ CAPTIONS = {  # files whose names do not say what they show
     "mistakes": "the worst mistakes",
 }
 HIDDEN_ON_PHONES = ("img_size", "images_per_second", "difference")  # columns, with the secondary ones
-DRAWN = 1e9  # figures leave out what is larger: no model has such values, and axes need room
-FOREST_TITLE = "difference to the full model"
 COLUMNS_LEFT_OUT = ("seeds", "recipe")  # links to the runs show the seeds, and each run's section its recipe
 
 
@@ -108,12 +103,12 @@ def _shown(value: Any) -> Any:
 
 def _section(table: Table, anchor: str, anchors: Mapping[Path, str]) -> dict[str, Any]:
     columns = [c for c in table.columns if c.key not in COLUMNS_LEFT_OUT]
-    arms = [arm for arm in table.forest if _drawn(arm[1]) and all(map(_drawn, filter(math.isfinite, arm[2:])))]
-    forest = [figures.forest(arms, FOREST_TITLE, width) for width in (760, 350)] if arms else []
+    arms = plots.forest_arms(table)
+    forest = [figures.forest(arms, plots.FOREST_TITLE, width) for width in (760, 350)] if arms else []
     return {
         "id": anchor,
         "table": table,
-        "short": _short(table),
+        "short": plots.short_title(table),
         "columns": columns,
         "wide": [c for c in columns if c.secondary or c.key in HIDDEN_ON_PHONES],
         "rows": [(row.kind, [_cell(table, row, column, anchors) for column in columns]) for row in table.rows],
@@ -139,19 +134,9 @@ def _cell(table: Table, row: Row, column: Column, anchors: Mapping[Path, str]) -
     return cell
 
 
-def _short(table: Table) -> str:
-    """A title for links: its own, else the part of the whole title before the split."""
-    return table.short or re.sub(" val.*", "", table.title)
-
-
-def _primary(table: Table) -> Column | None:
-    """The metric that the models of a table are compared by; None for ablations."""
-    return next((c for c in table.columns if c.best and not table.forest), None)
-
-
 def _card(table: Table) -> dict[str, str] | None:
     """The best finished result of a table, in one line."""
-    primary = _primary(table)
+    primary = plots.primary(table)
     if primary is None:
         return None
     measured = [(row.values.get(primary.key), row) for row in table.rows if row.kind == "measured"]
@@ -162,100 +147,41 @@ def _card(table: Table) -> dict[str, str] | None:
     text, _, half = table.show(best, primary).partition(" ± ")
     seeds = best.values.get("n") or 1
     model, how_many = table.label(best), "one seed" if seeds == 1 else f"{seeds} seeds"
-    return {"title": _short(table), "value": text, "half": half, "how": f"{primary.title}, {model}, {how_many}"}
+    return {
+        "title": plots.short_title(table),
+        "value": text,
+        "half": half,
+        "how": f"{primary.title}, {model}, {how_many}",
+    }
 
 
 def _scatter_plots(table: Table) -> list[dict[str, Any]]:
-    """Accuracy against MACs and against parameters, each drawn for wide and for narrow screens."""
-    plots: list[dict[str, Any]] = []
-    primary = _primary(table)
-    if primary is None:
-        return plots
-    for x, x_title in (("macs_g", "MACs (G)"), ("params_m", "#params (M)")):
-        points = [point for row in table.rows if (point := _point(table, row, x, primary))]
-        if len({p.x for p in points}) < 2 or (len(points) < 4 and any(p.kind == "published" for p in points)):
-            continue
-        y_title = f"{primary.title} (%)" if primary.style == "percent" else primary.title
-        svgs = [figures.scatter(points, f"{x_title}, log scale", y_title, *size) for size in ((580, 400), (350, 330))]
-        plots.append({"title": f"{primary.title} against {x_title}", "svgs": [Markup(svg) for svg in svgs]})
-    return plots
-
-
-def _point(table: Table, row: Row, x: str, y: Column) -> figures.Point | None:
-    x_value, y_value, half = row.values.get(x), row.values.get(y.key), row.values.get(f"{y.key}_ci")
-    if row.kind == "unfinished" or not _drawn(x_value) or not _drawn(y_value) or x_value < 1 / DRAWN:
-        return None
-    model = table.label(row)
-    title = f"{model}: {y.title} {table.show(row, y)}, {x_value:.4g} {'G MACs' if x == 'macs_g' else 'M parameters'}"
-    series = _series(table, row) if row.kind == "published" else model
-    return figures.Point(x_value, y_value, row.kind, series, f"{title} ({row.kind})", half if _drawn(half) else None)
-
-
-def _series(table: Table, row: Row) -> str:
-    """The line that a published model belongs to: the sizes of one family, each image size apart."""
-    model = table.label(row)
-    family = model.split("-")[0]
-    models = [table.label(r) for r in table.rows if r.kind == "published"]
-    if sum(other.startswith(f"{family}-") for other in models) == 1:
-        return model
-    image = row.values.get("img_size")
-    usual = Counter(r.values.get("img_size") for r in table.rows).most_common(1)[0][0]
-    return family if image == usual else f"{model} at {image}"
+    """Each drawn for wide and for narrow screens."""
+    made = []
+    for plot in plots.scatters(table):
+        svgs = [figures.scatter(plot.points, plot.x_title, plot.y_title, *size) for size in ((580, 400), (350, 330))]
+        made.append({"title": plot.title, "svgs": [Markup(svg) for svg in svgs]})
+    return made
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def _label(run: Run) -> str:
-    changes = changes_text(run.info)
-    return f"{model_name(run.info)}, seed {run.info.seed}{f' ({changes})' if changes else ''}"
-
-
 def _curves(all_runs: Sequence[Run], anchors: Mapping[Path, str]) -> list[dict[str, Any]]:
-    """Loss, primary metric and learning rate of each run over its steps, at most CURVE_POINTS each."""
-    curves = []
-    for run in all_runs:
-        try:
-            log = runs.read_log(run.folder / "metrics.jsonl")
-        except UserError as error:
-            warn(f"{error} The run has no curves.")
-            continue
-        metric = TASKS[run.info.task].primary.key
-        series = {name: _thin(log, key) for name, key in (("loss", "loss"), ("metric", metric), ("lr", "lr"))}
-        if any(series.values()):
-            group = f"{run.info.data.name}: {metric}"
-            about: dict[str, Any] = {"id": anchors[run.folder], "label": _label(run), "group": group, "primary": metric}
-            about |= {"running": run.state == "running", "best": run.info.metrics.get(metric)}
-            about |= {"images": run.info.steps_done * run.info.batch_size}
-            curves.append((run, {**about, **series}))
-    return _with_short_labels(curves)
-
-
-def _with_short_labels(curves: Sequence[tuple[Run, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Without the settings that all runs of a group share; running ones first, then the best."""
-    for group in {curve["group"] for _, curve in curves}:
-        members = [(run, curve) for run, curve in curves if curve["group"] == group]
-        first = members[0][0].info.changes if len(members) > 1 else {}
-        shared = [k for k, v in first.items() if all(run.info.changes.get(k) == v for run, _ in members)]
-        for run, curve in members:
-            own = {key: value for key, value in run.info.changes.items() if key not in shared}
-            curve["label"] = _label(Run(run.folder, run.info.model_copy(update={"changes": own})))
-    ordered = [curve for _, curve in curves]
-    return sorted(ordered, key=lambda curve: (not curve["running"], -(curve["best"] or -1)))
-
-
-def _drawn(value: object) -> TypeGuard[float]:
-    return is_number(value) and abs(value) < DRAWN
-
-
-def _thin(log: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
-    """[step, value] of every entry, or of CURVE_POINTS evenly spaced ones with the last among them."""
-    entries = [e for e in log if _drawn(e.get("step")) and e["step"] >= 0 and _drawn(e.get(key))]
-    points = [[int(e["step"]), float(f"{e[key]:.5g}")] for e in entries]
-    if len(points) <= CURVE_POINTS:
-        return points
-    last = len(points) - 1
-    return [points[round(i * last / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]
+    """Loss, primary metric and learning rate of each run, for the script."""
+    return [
+        {
+            "id": anchors[curve.run.folder],
+            "label": curve.label,
+            "group": f"{curve.data}: {curve.metric}",
+            "primary": curve.metric,
+            "running": curve.run.state == "running",
+            "best": curve.run.info.metrics.get(curve.metric),
+            "images": curve.run.info.steps_done * curve.run.info.batch_size,
+            **curve.points,
+        }
+        for curve in plots.curves(all_runs)
+    ]
 
 
 def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
@@ -301,7 +227,7 @@ def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
     return {
         "id": anchor,
         "run": run,
-        "label": _label(run),
+        "label": plots.label(run, run.info.changes, f", seed {run.info.seed}"),
         "share": math.floor(100 * i.steps_done / max(1, i.steps_total)),
         "facts": {what: text for what, text in facts.items() if text},
         "recipe": public_text(text) if public else text,
