@@ -183,13 +183,14 @@ def test_latex_compiles(folder, tmp_path):
         pytest.skip("no pdflatex or tectonic here")
     (tmp_path / "tables.tex").write_text(report([folder], fmt="latex"), encoding="utf-8")
     (tmp_path / "paper.tex").write_text(
-        r"\documentclass{article}\usepackage[a4paper,landscape]{geometry}\usepackage{booktabs}"
+        r"\documentclass{article}\usepackage[a4paper,margin=2cm]{geometry}\usepackage{booktabs}"
         r"\begin{document}\input{tables}\end{document}"
     )
     options = ["-interaction=nonstopmode", "-halt-on-error"] if "pdflatex" in tex else []
     done = subprocess.run([tex, *options, "paper.tex"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "paper.pdf").stat().st_size > 0
+    assert "Float too large" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("given", "meant"), [("markdwn", "markdown"), ("imagnet", "imagenet")])

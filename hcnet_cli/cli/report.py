@@ -30,6 +30,9 @@ def report(
         bool,
         typer.Option("--public", help="Leave out folders, the names of computer and user, and secrets in commands."),
     ] = False,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for every figure of the page, as PDF and SVG for a paper's column.")
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(help="Two classifiers image by image; --output FILE.png draws images on which they differ."),
@@ -58,9 +61,20 @@ def report(
                 raise UserError(f"--compare prints lines of text; {flag} has no place beside it.")
         _compare(*compare, output)
         return
+    if figures is not None:
+        for flag, given in (("--format", fmt), ("--output", output), ("--check", check), ("--watch", watch)):
+            if given:
+                raise UserError(f"--figures writes figures alone; {flag} has no place beside it.")
     studies, unreadable = tables(where)
     for line in unreadable:
         warn(line)
+    if figures is not None:
+        from hcnet_cli.report import write_figures
+
+        for line in write_figures(where, figures, table=table, published=more, extra=studies, public=public):
+            out.print(line)
+        notice(f"Each as PDF and as SVG in {figures}.")
+        return
     if check is not None:
         if output is not None or fmt is not None:
             raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from hcnet_cli import console
 from hcnet_cli.console import UserError, did_you_mean
 from hcnet_cli.report import text
-from hcnet_cli.results import collect, public_table, tables
+from hcnet_cli.results import Results, collect, public_table, tables
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.study.status import statuses
 from hcnet_cli.table import Table
@@ -49,14 +49,9 @@ def report(
         version: Of a page that is served and follows the runs, with every cell of the studies ("html" only).
         refresh: Seconds after which a browser loads the page again ("html" only).
     """
-    _check_known("table", table, (*TABLES, "all"))
     _check_known("format", fmt, FORMATS)
-    for file in published:
-        if not file.is_file():
-            raise UserError(f"There is no file {file} with published numbers.")
-    found = collect(results, published, public)
+    found, made = _collected(results, table, published, extra, public)
     base = output.absolute().parent if output else None
-    made = [*tables(found, table), *(t for t in extra if table in ("all", t.name))]
     if public:
         links_from = {"html": None, "markdown": base or Path.cwd()}.get(fmt, Path.cwd())
         made = [public_table(one, links_from) for one in made]
@@ -78,6 +73,30 @@ def report(
             notes.insert(0, f"Published numbers alone: hcnet report --table {' or '.join(hidden)}.")
         made = [t for t in made if t.measured]
     return render(made, fmt, notes, base=base, width=width)
+
+
+def write_figures(results: Sequence[Path], folder: Path, *, table: str = "all", published: Sequence[Path] = (),
+                  extra: Sequence[Table] = (), public: bool = False) -> list[str]:  # fmt: skip
+    """Every figure of the page in `folder`, as PDF and SVG; a line for each. UserError where there is none.
+
+    The other arguments are those of `report`.
+    """
+    from hcnet_cli.report import paper  # loads matplotlib
+
+    found, made = _collected(results, table, published, extra, public)
+    return paper.write_figures([public_table(one, None) for one in made] if public else made, found, folder)
+
+
+def _collected(
+    results: Sequence[Path], table: str, published: Sequence[Path], extra: Sequence[Table], public: bool
+) -> tuple[Results, list[Table]]:
+    """The runs, and the tables of that name."""
+    _check_known("table", table, (*TABLES, "all"))
+    for file in published:
+        if not file.is_file():
+            raise UserError(f"There is no file {file} with published numbers.")
+    found = collect(results, published, public)
+    return found, [*tables(found, table), *(t for t in extra if table in ("all", t.name))]
 
 
 def render(

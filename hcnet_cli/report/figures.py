@@ -11,6 +11,7 @@ from hcnet_cli.report.escape import in_html
 
 FONT = 12
 LETTER = 0.64 * FONT  # mean width of a letter, rounded up: no browser measures the labels
+LEADER = 14  # pixels between a point and its label from which on a line joins them
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Spot = tuple[float, float]
 Series = tuple[str, str]  # kind, name
@@ -31,8 +32,8 @@ class Point:
 def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, height: int) -> str:
     """Points over a logarithmic x axis, with labels that do not overlap; a label without room is left out."""
     left, top, right, bottom = 44.0, 26.0, width - 14.0, height - 40.0
-    low_x, high_x, ticks_x = _log_range([p.x for p in points])
-    low_y, high_y, ticks_y = _nice_range([p.y + s * (p.half or 0) for p in points for s in (-1, 1)])
+    low_x, high_x, ticks_x = log_range([p.x for p in points])
+    low_y, high_y, ticks_y = nice_range([p.y + s * (p.half or 0) for p in points for s in (-1, 1)])
 
     def at(x: float, y: float) -> tuple[float, float]:
         share = (math.log(x) - math.log(low_x)) / (math.log(high_x) - math.log(low_x))
@@ -134,9 +135,14 @@ def _crosses(box: Box, a: tuple[float, float], b: tuple[float, float]) -> bool:
     return enter < leave
 
 
+def nearest(box: Box, anchor: Spot) -> Spot:
+    """The end of the line from a point to its label."""
+    return min(max(anchor[0], box[0]), box[2]), min(max(anchor[1], box[1] + 2), box[3] - 2)
+
+
 def _leader(box: Box, anchor: tuple[float, float], kind: str) -> str:
-    x, y = min(max(anchor[0], box[0]), box[2]), min(max(anchor[1], box[1] + 2), box[3] - 2)
-    if math.dist((x, y), anchor) < 14:
+    x, y = nearest(box, anchor)
+    if math.dist((x, y), anchor) < LEADER:
         return ""
     return f'<path class="leader {kind}" d="M{_n(anchor[0])} {_n(anchor[1])}L{_n(x)} {_n(y)}"/>'
 
@@ -149,7 +155,7 @@ def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str, width:
     name_width = min(0.4 * width, max(len(arm[0]) for arm in arms) * LETTER + 14)
     number_width = 21 * LETTER if width > 500 else 6.5 * LETTER
     left, right, bottom = name_width, width - number_width - 10, top + row * len(arms)
-    low, high, ticks = _nice_range([0.0, *(v for arm in arms for v in arm[1:] if math.isfinite(v))])
+    low, high, ticks = nice_range([0.0, *(v for arm in arms for v in arm[1:] if math.isfinite(v))])
 
     def at(value: float) -> float:
         return left + (value - low) / (high - low) * (right - left)
@@ -177,7 +183,7 @@ def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str, width:
 # --- axes -----------------------------------------------------------------------------------------------------------
 
 
-def _nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
+def nice_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """Lowest and highest value with a margin, and ticks between them (1, 2 or 5 times a power of ten apart)."""
     low, high = min(values), max(values)
     span = (high - low) or max(abs(high) * 0.02, 0.1)
@@ -192,7 +198,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _log_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
+def log_range(values: Sequence[float]) -> tuple[float, float, list[float]]:
     """The same for a logarithmic axis: ticks at 1, 2, 5 times powers of ten; evenly spaced over a short range."""
     low, high = min(values), max(values)
     room = max((math.log(high) - math.log(low)) * 0.07, 0.1)

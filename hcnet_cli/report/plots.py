@@ -84,7 +84,9 @@ def _series(table: Table, row: Row) -> str:
         return model
     image = row.values.get("img_size")
     usual = Counter(r.values.get("img_size") for r in table.rows).most_common(1)[0][0]
-    return family if image == usual else f"{model} at {image}"
+    if image == usual:
+        return family
+    return f"{model} at {image}" if image else model
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------

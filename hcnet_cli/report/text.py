@@ -28,6 +28,7 @@ from hcnet_cli.report.escape import (
 from hcnet_cli.table import MISSING, Column, Row, Table, Value, is_number
 
 LISTED_RUNS = 12  # under a table on the terminal
+SOURCES_IN_TABLE = 12  # under a LaTeX table; more follow it
 NOT_IN_LATEX = ("source", "recipe", "init", "seeds", "schedule")  # the caption and the notes hold them
 
 
@@ -205,8 +206,19 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
                 lines.append(latex_line(" & ".join(cells)) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\par\medskip\begingroup\scriptsize\raggedright"]
         lines += [rf"{latex_line(in_latex(note))}\par" for note in table.notes]
-        lines += [rf"\textsuperscript{{{n}}} {in_latex(source)}.\quad" for source, n in sources.items()]
-        lines += [r"\par\endgroup", r"\end{table}"]
+        listed = [rf"\textsuperscript{{{n}}} {in_latex(source)}.\quad" for source, n in sources.items()]
+        end = [r"\par\endgroup", r"\end{table}"]
+        if len(listed) <= SOURCES_IN_TABLE:
+            lines += listed + end
+        else:  # a float cannot be longer than a page; what follows it can be broken
+            label = rf"tab:{table.name}-{number}"
+            lines += [
+                *end,
+                r"\begingroup\scriptsize\raggedright\noindent",
+                rf"Sources of Table~\ref{{{label}}}:",
+                *listed,
+            ]
+            lines += [r"\par\endgroup"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

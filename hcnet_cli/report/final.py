@@ -1,0 +1,133 @@
+"""Figures of what a run left in `final/`, drawn again from its numbers. A file that is none of these is passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hcnet_cli import calibration
+from hcnet_cli.charts import COOL, HOT, INK, MUTED
+from hcnet_cli.console import UserError, warn
+from hcnet_cli.pictures import shortened
+from hcnet_cli.plain_json import read_json
+
+MOST_NAMES = 40  # classes whose names have room in a confusion matrix
+MOST_BARS = 60  # classes in a figure of bars: of more the worst
+
+
+def drawings(folder: Path, column: float, page: float) -> Iterator[tuple[str, Figure]]:
+    """(what, figure) of each file of numbers in the folder; `column` and `page` are widths in inches."""
+    for name, draw in FILES.items():
+        if (folder / name).is_file():
+            try:
+                yield from draw(read_json(folder / name), column, page)
+            except UserError as error:
+                warn(str(error))
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
+                warn(f"{folder / name} does not hold what its name says: it is not drawn.")
+
+
+def _reliability(content: Any, column: float, _: float) -> Iterator[tuple[str, Figure]]:
+    """How often answers are right, over their confidence."""
+    bins = [calibration.Bin(**one) for one in content["bins"]]
+    figure = Figure(figsize=(column, 0.8 * column), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (4, 1.5)))
+    for one in bins:
+        width = 100 * (one.high - one.low)
+        axes.bar(100 * one.low, 100 * one.accuracy, width, align="edge", color=COOL, edgecolor="white", linewidth=0.6)
+    error = 100 * calibration.calibration_error(bins)
+    axes.text(3, 95, f"expected calibration error {error:.2f} %", va="top", color=INK)
+    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="accuracy (%)")
+    yield "reliability", figure
+
+
+def _confusion(content: Any, column: float, page: float) -> Iterator[tuple[str, Figure]]:
+    """The share of each class's images by what they were taken for."""
+    cells = [(str(truth), str(answer), int(images)) for truth, answer, images in content["cells"]]
+    names = sorted({name for truth, answer, _ in cells for name in (truth, answer)})
+    number = {name: i for i, name in enumerate(names)}
+    counts = np.zeros((len(names), len(names)))
+    for truth, answer, images in cells:
+        counts[number[truth], number[answer]] += images
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    width = column if len(names) <= 20 else page
+    figure = Figure(figsize=(width, 0.92 * width), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="none")
+    if len(names) <= MOST_NAMES:
+        labels = [shortened(name, 7, 60) for name in names]
+        upright = max(map(len, labels)) <= 2
+        axes.set_xticks(range(len(names)), labels, rotation=0 if upright else 90)
+        axes.set_yticks(range(len(names)), labels)
+    if len(names) <= 12:
+        for i, j in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[i, j] > 50 else INK
+            text = f"{shares[i, j]:.0f}" if shares[i, j] >= 1 else "<1"
+            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=5.5)
+    axes.set(xlabel="prediction", ylabel="truth")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=28, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("share of the class (%)")
+    yield "confusion", figure
+
+
+def _errors(content: Any, column: float, _: float) -> Iterator[tuple[str, Figure]]:
+    """Precision over recall, and the AP50 that each kind of error costs."""
+    figure = Figure(figsize=(column, 0.7 * column), layout="constrained")
+    axes = figure.subplots()
+    recall = np.linspace(0, 100, 101)
+    styles = zip((HOT, COOL, INK), ("solid", (0, (4, 1.5)), (0, (1, 1.2))), strict=True)
+    for (name, values), (colour, dashes) in zip(content["precision"].items(), styles, strict=False):
+        text = f"IoU {name}: AP {100 * float(np.mean(values)):.1f}"
+        axes.plot(recall, 100 * np.asarray(values, float), color=colour, linestyle=dashes, label=text)
+    axes.set(xlim=(0, 100), ylim=(0, 103), xlabel="recall (%)", ylabel="precision (%)")
+    axes.legend(loc="best", handlelength=2.2)
+    yield "precision over recall", figure
+    lost = {str(name): max(0.0, float(one["AP50_lost"])) for name, one in content["errors"].items()}
+    numbers = [int(one["count"]) for one in content["errors"].values()]
+    texts = [f"{value:.1f} ({number:,})" for value, number in zip(lost.values(), numbers, strict=True)]
+    yield "errors by kind", _bars(list(lost), list(lost.values()), texts, "AP50 lost (number of errors)", column, 1.3)
+
+
+def _per_class(content: Any, column: float, page: float) -> Iterator[tuple[str, Figure]]:
+    """IoU of the classes, the best first."""
+    if "mIoU" not in content:  # of another task: the page has no figure of it either
+        return
+    known = [(float(one["IoU"]), str(one["name"])) for one in content["classes"] if one["IoU"] is not None]
+    known = sorted(known, key=lambda pair: -pair[0])[-MOST_BARS:]
+    names, values = [name for _, name in known], [value for value, _ in known]
+    if known:
+        figure = _bars(names, values, [f"{value:.1f}" for value in values], "IoU (%)", column, 1.15)
+        mean = float(content["mIoU"])
+        figure.axes[0].axvline(mean, color=INK, linewidth=0.8, linestyle=(0, (4, 1.5)), zorder=1.5)
+        figure.axes[0].set_title(f"mean {mean:.1f}", fontsize=7, fontweight="normal", loc="left")
+        yield "IoU of the classes", figure
+
+
+def _bars(names: list[str], values: list[float], texts: list[str], title: str, width: float, room: float) -> Figure:
+    figure = Figure(figsize=(width, 0.5 + 0.15 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(names)), values, height=0.7, color=COOL)
+    axes.set_yticks(range(len(names)), [shortened(name, 7, 90) for name in names])
+    most = max(*values, 1.0)
+    for place, (value, text) in enumerate(zip(values, texts, strict=True)):
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+        axes.text(value + 0.015 * most, place, text, va="center", color=MUTED, bbox=ground)
+    axes.set(xlim=(0, room * most), ylim=(len(names) - 0.4, -0.6), xlabel=title)
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+FILES = {
+    "calibration.json": _reliability,
+    "confusion.json": _confusion,
+    "errors.json": _errors,
+    "per_class.json": _per_class,
+}
