@@ -213,3 +213,12 @@ def test_a_tracker_that_is_not_installed_is_a_sentence(hcnet: Hcnet, monkeypatch
     done = hcnet("pretrain", "--track", "tensorboard")
     assert done.code == 2
     assert "pip install 'hcnet[tensorboard]'" in done.err
+
+
+def test_a_folder_of_that_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights & Biases itself makes a folder `wandb` where a script runs."""
+    (tmp_path / "a_tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(track, "TRACKERS", ("a_tracker",))
+    with pytest.raises(UserError, match="a_tracker is not installed"):
+        track.check_trackers("a_tracker")

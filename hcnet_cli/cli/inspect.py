@@ -163,18 +163,19 @@ def track(
 ) -> None:
     """Send the log of a run to experiment trackers: what they have not got yet, each point once.
 
-    Also of a run that was killed, or trained without --track. Nothing leaves this machine.
+    Also of a run that was killed, or trained without --track. Nothing leaves this machine unless a tracker's own
+    environment variables say so.
     """
     from hcnet_cli.runs import find_run
     from hcnet_cli.track import check_trackers
-    from hcnet_cli.track.sending import send
+    from hcnet_cli.track.sending import send, where
 
     names = check_trackers(to)
     folder = find_run(run, out_dir)
     folder.require()
     for name in names:
         lines = send(folder, name)
-        notice(f"{lines} lines sent: {name} --logdir {folder.path / 'track'}")
+        notice(f"{lines} lines sent. Next: {where(folder, name)}")
 
 
 def doctor(

@@ -21,7 +21,7 @@ from hcnet_cli.files import optional
 if TYPE_CHECKING:
     from hcnet_cli.runs import RunFolder
 
-TRACKERS = ("tensorboard",)  # each is the name of its package, and of an extra
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # each is the name of its package, and of an extra
 PATIENCE = 30.0  # seconds that trackers get at the end of training, before they are stopped
 
 
@@ -33,7 +33,8 @@ def check_trackers(text: str) -> list[str]:
             raise UserError(
                 f'There is no tracker "{name}".{did_you_mean(name, TRACKERS)}', hint=f"Known: {', '.join(TRACKERS)}."
             )
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name is no package
             raise UserError(f"{name} is not installed.", hint=f"pip install 'hcnet[{name}]'")
     return names
 

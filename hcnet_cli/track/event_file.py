@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hcnet_cli.files import writing
+from hcnet_cli.track.tracked import About
 
 
 class EventFile:
     """A new event file in `folder`, which TensorBoard reads after the older ones there."""
 
+    whole = False
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def begin(self, step: int, recipe: str) -> None:
+    def begin(self, step: int, about: About) -> None:
         """From now on TensorBoard forgets what older files say of `step` and of later ones; -1: of everything."""
         from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, types_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -30,7 +34,7 @@ class EventFile:
         self._write(file_version="brain.Event:2")
         self._write(step=max(0, step), session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
-        text = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[_as_code(recipe).encode()])
+        text = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[_as_code(about.recipe).encode()])
         shown = {"metadata": summary_pb2.SummaryMetadata(plugin_data=plugin), "tensor": text}
         self._write(step=max(0, step), summary=summary_pb2.Summary(value=[self._value(tag="recipe", **shown)]))
 
@@ -44,6 +48,9 @@ class EventFile:
 
     def close(self) -> None:
         self.records.close()
+
+    def where(self) -> str:
+        return f"tensorboard --logdir {shlex.quote(str(self.folder.parent))}"
 
     def _value(self, **fields: Any) -> Any:
         return self.summaries.Summary.Value(**fields)

@@ -12,11 +12,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hcnet_cli.console import UserError
-from hcnet_cli.files import read_text, write_text, writing
+from hcnet_cli.files import write_text, writing
 from hcnet_cli.plain_json import parse_json, read_json
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.table import is_number
 from hcnet_cli.track.event_file import EventFile
+from hcnet_cli.track.mlflow_run import MlflowRun
+from hcnet_cli.track.tracked import Tracker, about
+from hcnet_cli.track.trackio_run import TrackioRun
+from hcnet_cli.track.wandb_run import WandbRun
+
+KINDS: dict[str, Callable[[Path], Tracker]] = {  # each loads its package in `begin`
+    "tensorboard": EventFile,
+    "wandb": WandbRun,
+    "trackio": TrackioRun,
+    "mlflow": MlflowRun,
+}
 
 POLL = 2.0  # seconds between two looks at the log of a run that trains
 
@@ -25,7 +36,8 @@ def send(folder: RunFolder, name: str, training: Callable[[], bool] = lambda: Fa
     """Sends what the tracker `name` lacks, and goes on while `training()`. Returns the number of lines sent.
 
     The last step that was sent is kept. The next call sends that step again, for its evaluation may have come later,
-    and has the tracker forget what it got of it and of later ones: no point is missing or twice.
+    and has the tracker forget what it got of it and of later ones: no point is missing or twice. A tracker that cannot
+    forget gets the whole log each time (`Tracker.whole`).
 
     UserError while another process sends to the same tracker.
     """
@@ -38,12 +50,17 @@ def send(folder: RunFolder, name: str, training: Callable[[], bool] = lambda: Fa
     except Timeout:
         raise UserError(f"Another process sends {folder.path} to {name}.") from None
     with lock:
-        return _send(folder, place / f"{name}.json", EventFile(place / name), training)
+        return _send(folder, place / f"{name}.json", KINDS[name](place / name), training)
 
 
-def _send(folder: RunFolder, kept: Path, tracker: EventFile, training: Callable[[], bool]) -> int:
-    last = last_step(kept)
-    tracker.begin(last, read_text(folder.recipe_file) if folder.recipe_file.is_file() else "")
+def where(folder: RunFolder, name: str) -> str:
+    """The command that shows or uploads what was sent."""
+    return KINDS[name](folder.path / "track" / name).where()
+
+
+def _send(folder: RunFolder, kept: Path, tracker: Tracker, training: Callable[[], bool]) -> int:
+    last = -1 if tracker.whole else last_step(kept)
+    tracker.begin(last, about(folder))
     log, sent = Tail(folder.log_file), 0
     try:
         while True:
