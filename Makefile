@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz slurm gpu signals lint format clean
+.PHONY: demo test fuzz slurm gpu signals docs lint format clean
 
 # The environment is complete when the stamp is newer than what it was made from.
 $(VENV)/.stamp: pyproject.toml
@@ -41,6 +41,11 @@ gpu: $(VENV)/.stamp
 # Signals at random moments to 2 processes under torchrun; HCNET_SIGNALS is the number of moments of each signal.
 signals: $(VENV)/.stamp
 	HCNET_SIGNALS=$${HCNET_SIGNALS:-10} $(BIN)/python -m pytest tests/test_signals_at_random.py --timeout 0 -s
+
+# README, docs/ and the generated references as pages in build/site; fails at a link that leads nowhere.
+docs: $(VENV)/.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
