@@ -11,6 +11,11 @@ Each task's module (Spec.module, tasks/*/task.py) provides
         Multiply-accumulates for one image of `size`, as the task's tables report them.
     build_predictor(head, config, evaluation, class_names, backbone) -> Predictor
         In predict.py beside the task's module: predictions for images without labels.
+    graphs(task), settings(task), ExportedTask(task, files, about), PROGRAM
+        In export.py beside the task's module, where Spec.in_parts says why: the model as graphs, by the names of their
+        files; what their metadata have more than the weights'; the task that predicts with the files, which takes the
+        place of a task with data (`in_place_of`) and then says how both compare (`compare`); the module that is written
+        beside them. DECIMALS: of the scores that must be the run's.
     describe_input(config, evaluation) -> dict
         What the model must be given, for the metadata of best.safetensors: plain JSON values.
 """
@@ -76,6 +81,11 @@ class FormatModule(Protocol):
 
 def task_module(recipe: Recipe) -> TaskModule:
     return cast(TaskModule, importlib.import_module(recipe.spec.module))
+
+
+def task_part(recipe: Recipe, name: str) -> Any:
+    """The module `name` beside the task's."""
+    return importlib.import_module(f"{recipe.spec.module.rpartition('.')[0]}.{name}")
 
 
 # --- data, model, task ------------------------------------------------------------------------------------------------
@@ -156,8 +166,7 @@ def count_macs(recipe: Recipe, task: Task, data: DataSplits) -> int:
 
 def build_predictor(recipe: Recipe, class_names: Sequence[str]) -> Predictor:
     """The task of a recipe without its data, for predictions; its weights are fresh (see `load_own`)."""
-    module = importlib.import_module(f"{recipe.spec.module.rpartition('.')[0]}.predict")
-    made = module.build_predictor(
+    made = task_part(recipe, "predict").build_predictor(
         recipe.head,
         recipe.data,
         next(iter(recipe.evaluation.values())),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -19,7 +20,8 @@ from torch.export import Dim
 from hcnet_cli import build, checkpoint, engine
 from hcnet_cli.console import UserError, notice, status_line, warn
 from hcnet_cli.data.images import Size
-from hcnet_cli.files import replacing, write_text, writing
+from hcnet_cli.engine import Graph, Task
+from hcnet_cli.files import new_folder, replacing, write_text, writing
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
 from hcnet_cli.recipe import Recipe
@@ -27,12 +29,13 @@ from hcnet_cli.report.card import run_card
 from hcnet_cli.runs import RunFolder, RunInfo
 
 SIZES: tuple[Size, ...] = ((256, 320), (224, 224), (160, 352))  # height, width; tried where a file is for any size
-TOLERANCE = 1e-4  # of logits
+TOLERANCE = 1e-4  # of logits, or relative (see Graph)
 OPSET = 20
 KEY = "hcnet"  # of the metadata, in every format
 LOCAL = "local-dir:FOLDER"
+OTHER = {"onnx": "pt2", "pt2": "onnx", "torchscript": "pt2", "timm": "pt2"}  # what to try instead
 EXTRA = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
-Run = Callable[[Tensor], Tensor]
+Run = Callable[..., Any]  # of tensors: one, or several
 
 
 def check_extra(fmt: str) -> None:
@@ -48,7 +51,7 @@ def export(folder: RunFolder, info: RunInfo, recipe: Recipe, fmt: str, output: P
     replaces `output` only after that. UserError where the model cannot be written so, or the file computes otherwise.
     """
     about = read_metadata(folder.best)
-    model = _model(folder, recipe, about)
+    graph = _image_to_logits(_task(folder, recipe, about).model)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     own, fixed = _sizes(recipe)
@@ -56,16 +59,43 @@ def export(folder: RunFolder, info: RunInfo, recipe: Recipe, fmt: str, output: P
         tell(f"Writing the model as {fmt} (this can take minutes)")
         try:
             size = own if fixed else None
-            file, largest = _written(model, fmt, temporary, size, own, about)
+            file, largest = _written(graph, fmt, temporary, size, own, about)
         except UserError:
             if fixed or own is None:
                 raise
             size = own  # a graph for every size may leave out small images, whose last map is a single pixel
-            file, largest = _written(model, fmt, temporary, size, own, about)
+            file, largest = _written(graph, fmt, temporary, size, own, about)
         tell("Scoring the file on the validation data")
-        score = _score(folder, info, recipe, file)
+        score = _score(folder, info, recipe, functools.partial(_put, _InPlace(file)))
     sizes = "images of any size" if size is None else f"images of {size[0]} x {size[1]}"
     notice(f"Wrote {output} for {sizes}. Largest difference to PyTorch: {largest:.1e}. {score}")
+
+
+def export_parts(folder: RunFolder, info: RunInfo, recipe: Recipe, fmt: str, output: Path) -> None:
+    """Writes the best weights of a run as a folder: graphs, and the program that says what goes between them.
+
+    Each graph is compared with the model, then the predictions and the scores of all together. UserError as `export`.
+    """
+    about = read_metadata(folder.best)
+    task = _task(folder, recipe, about)
+    parts: Any = build.task_part(recipe, "export")
+    about |= parts.settings(task)
+    files: dict[str, Run] = {}
+    differences = []
+    with status_line() as tell, new_folder(output) as made:
+        for name, graph in parts.graphs(task).items():
+            file = f"{name}{ENDINGS[fmt]}"
+            tell(f"Writing {file} (this can take minutes)")
+            files[name], largest = _written(graph, fmt, made / file, None, None, about)
+            differences.append(largest)
+        program = Path(parts.PROGRAM.__file__)
+        write_text(made / program.name, program.read_text(encoding="utf-8"))
+        tell("Scoring the files on the validation data")
+        exported = parts.ExportedTask(task, files, about)
+        score = _score(folder, info, recipe, exported.in_place_of, parts.DECIMALS)
+        compared = exported.compare()
+    written = f"{', '.join(f'{name}{ENDINGS[fmt]}' for name in files)} and {program.name}"
+    notice(f"Wrote {output}: {written}. Largest difference to PyTorch: {max(differences):.1e}. {compared}{score}")
 
 
 def export_folder(folder: RunFolder, info: RunInfo, recipe: Recipe, output: Path, load: str = LOCAL) -> str:
@@ -74,7 +104,7 @@ def export_folder(folder: RunFolder, info: RunInfo, recipe: Recipe, output: Path
     Returns sentences that say how it compares with the run. `load`: what the card says that timm takes.
     """
     about = read_metadata(folder.best)
-    model = _model(folder, recipe, about)
+    model = _task(folder, recipe, about).model
     try:
         with writing(output):
             output.mkdir(parents=True)
@@ -82,18 +112,25 @@ def export_folder(folder: RunFolder, info: RunInfo, recipe: Recipe, output: Path
         write_text(output / "config.json", json.dumps(timm_config(model, about), indent=2) + "\n")
         write_text(output / "README.md", run_card(folder, info, about, load))
         loaded = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
-        largest = _compare(model, loaded, [(about["img_size"], about["img_size"])], "timm")
-        score = _score(folder, info, recipe, loaded)
+        largest = _compare(_image_to_logits(model), loaded, [(about["img_size"], about["img_size"])], "timm")
+        score = _score(folder, info, recipe, functools.partial(_put, loaded))
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
     return f"Largest difference to the run's model: {largest:.1e}. {score}"
 
 
-def _model(folder: RunFolder, recipe: Recipe, about: dict[str, Any]) -> Any:
+def _task(folder: RunFolder, recipe: Recipe, about: dict[str, Any]) -> Any:
     predictor = build.build_predictor(recipe, [str(name) for name in about["classes"]])
     build.load_own(predictor.task, folder.path)
-    return predictor.task.model.eval().requires_grad_(False)
+    return predictor.task.eval().requires_grad_(False)
+
+
+def _image_to_logits(model: nn.Module) -> Graph:
+    def image(count: int, size: Size, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randn(count, 3, *size, generator=generator),)
+
+    return Graph(model, ["image"], ["logits"], image, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}])
 
 
 def _sizes(recipe: Recipe) -> tuple[Size | None, bool]:
@@ -104,35 +141,35 @@ def _sizes(recipe: Recipe) -> tuple[Size | None, bool]:
 
 
 def _written(
-    model: nn.Module, fmt: str, path: Path, size: Size | None, own: Size | None, about: dict[str, Any]
+    graph: Graph, fmt: str, path: Path, size: Size | None, own: Size | None, about: dict[str, Any]
 ) -> tuple[Run, float]:
     """Writes a file for images of `size` (None: any), reads it back and compares; (the file, largest difference)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporters, about themselves
-        FORMATS[fmt](model, path, size, about)
+        FORMATS[fmt](graph, path, size, about)
         file = LOADERS[fmt](path)
         tried = [size] if size else [*([own] if own else []), *SIZES]
-        return file, _compare(model, file, tried, fmt)
+        return file, _compare(graph, file, tried, fmt)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
-def _program(model: nn.Module, size: Size | None) -> Any:
-    """The exported program of [batch, 3, height, width], batch and (without `size`) height and width of any size."""
-    dimensions = {0: Dim.DYNAMIC} | ({} if size else {2: Dim.DYNAMIC, 3: Dim.DYNAMIC})
-    example = torch.zeros(2, 3, *(size or SIZES[0]))
+def _program(graph: Graph, size: Size | None) -> Any:
+    """The exported program, for images of any size or of `size` alone."""
+    dynamic = tuple({0: Dim.DYNAMIC} if size else dict(one) for one in graph.dynamic)
+    example = graph.example(2, size or SIZES[0], torch.Generator().manual_seed(0))
     try:
-        return torch.export.export(model, (example,), dynamic_shapes=(dimensions,))
+        return torch.export.export(graph.module, example, dynamic_shapes=dynamic)
     except Exception as error:  # the exporter raises almost anything
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"This model cannot be exported for images of any size: {reason}.") from None
 
 
-def _write_pt2(model: nn.Module, path: Path, size: Size | None, about: dict[str, Any]) -> None:
+def _write_pt2(graph: Graph, path: Path, size: Size | None, about: dict[str, Any]) -> None:
     content = {KEY: json.dumps(about)}
     with path.open("wb") as file:
-        torch.export.save(_program(model, size), file, extra_files=content)
+        torch.export.save(_program(graph, size), file, extra_files=content)
 
 
 def _load_pt2(path: Path) -> Run:
@@ -141,14 +178,14 @@ def _load_pt2(path: Path) -> Run:
     return module
 
 
-def _write_onnx(model: nn.Module, path: Path, size: Size | None, about: dict[str, Any]) -> None:
+def _write_onnx(graph: Graph, path: Path, size: Size | None, about: dict[str, Any]) -> None:
     import onnx
 
     made: Any = torch.onnx.export(
-        _program(model, size),
+        _program(graph, size),
         dynamo=True,
-        input_names=["image"],
-        output_names=["logits"],
+        input_names=graph.inputs,
+        output_names=graph.outputs,
         opset_version=OPSET,
         verbose=False,
     )
@@ -164,11 +201,19 @@ def _load_onnx(path: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"image": images.contiguous().numpy()})[0])
+    names = [one.name for one in session.get_inputs()]
+
+    def run(*tensors: Tensor) -> Any:
+        arrays = [tensor.contiguous().numpy() for tensor in tensors]
+        made = [torch.from_numpy(one) for one in session.run(None, dict(zip(names, arrays, strict=True)))]
+        return made if len(made) > 1 else made[0]
+
+    return run
 
 
-def _write_torchscript(model: nn.Module, path: Path, size: Size | None, about: dict[str, Any]) -> None:
-    traced: Any = torch.jit.trace(model, torch.zeros(2, 3, *(size or SIZES[0])), check_trace=False)
+def _write_torchscript(graph: Graph, path: Path, size: Size | None, about: dict[str, Any]) -> None:
+    example = graph.example(2, size or SIZES[0], torch.Generator().manual_seed(0))
+    traced: Any = torch.jit.trace(graph.module, example, check_trace=False)
     torch.jit.save(traced, str(path), _extra_files={KEY: json.dumps(about)})
 
 
@@ -177,11 +222,12 @@ def _load_torchscript(path: Path) -> Run:
     return loaded
 
 
-FORMATS: dict[str, Callable[[nn.Module, Path, Size | None, dict[str, Any]], None]] = {
+FORMATS: dict[str, Callable[[Graph, Path, Size | None, dict[str, Any]], None]] = {
     "onnx": _write_onnx,
     "pt2": _write_pt2,
     "torchscript": _write_torchscript,
 }
+ENDINGS = {"onnx": ".onnx", "pt2": ".pt2"}  # of the graphs in a folder
 LOADERS: dict[str, Callable[[Path], Run]] = {"onnx": _load_onnx, "pt2": _load_pt2, "torchscript": _load_torchscript}
 
 
@@ -207,29 +253,36 @@ def timm_config(model: Any, about: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _compare(model: Run, file: Run, sizes: Sequence[Size], fmt: str) -> float:
-    """The largest difference of the logits for 1, 2 and more images; UserError where it exceeds TOLERANCE."""
+def _compare(graph: Graph, file: Run, sizes: Sequence[Size], fmt: str) -> float:
+    """The largest difference of the outputs for 1, 2 and more images; UserError where it exceeds TOLERANCE."""
     largest, generator = 0.0, torch.Generator().manual_seed(0)
     for count, size in enumerate([*sizes, sizes[0]], 1):
-        images = torch.randn(count, 3, *size, generator=generator)
-        expected = model(images)
+        given = graph.example(count, size, generator)
+        expected = graph.module(*given)
         try:
-            found = file(images)
+            found = file(*given)
         except Exception as error:  # runtimes raise almost anything
             reason = str(error).strip().splitlines()[0][:200]
             raise UserError(
-                f"The {fmt} file fails on images of {tuple(images.shape[2:])}: {reason}", hint="Use --format pt2."
+                f"The {fmt} file fails on images of {size}: {reason}", hint=f"Use --format {OTHER[fmt]}."
             ) from None
-        same_shape = found.shape == expected.shape
-        difference = float((found - expected).abs().max()) if same_shape else float("inf")
+        pairs = zip(found, expected, strict=True) if isinstance(expected, tuple) else [(found, expected)]
+        difference = max(_difference(*pair, graph.relative) for pair in pairs)
         if not difference <= TOLERANCE:
             raise UserError(
-                f"The {fmt} file computes otherwise than the model on images of {tuple(images.shape[2:])} "
+                f"The {fmt} file computes otherwise than the model on images of {size} "
                 f"(difference {difference:.1e}), so it was not kept.",
-                hint="Use --format pt2.",
+                hint=f"Use --format {OTHER[fmt]}.",
             )
         largest = max(largest, difference)
     return largest
+
+
+def _difference(found: Tensor, expected: Tensor, relative: bool) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    unit = max(1.0, float(expected.abs().max())) if relative else 1.0
+    return float((found - expected).abs().max()) / unit
 
 
 class _InPlace(nn.Module):
@@ -240,11 +293,21 @@ class _InPlace(nn.Module):
         self.file = [file]  # in a list, so that it is no submodule
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.file[0](images)
+        return cast(Tensor, self.file[0](images))
 
 
-def _score(folder: RunFolder, info: RunInfo, recipe: Recipe, file: Run) -> str:
-    """A sentence: the run's score, made again with the file. UserError where it differs in a digit that tables show."""
+def _put(model: nn.Module, task: Task) -> Task:
+    task.model = model
+    return task
+
+
+def _score(
+    folder: RunFolder, info: RunInfo, recipe: Recipe, use_file: Callable[[Task], Task], decimals: int = 2
+) -> str:
+    """A sentence: the run's score, made again with the file. UserError where it differs in a digit that is shown.
+
+    `use_file`: the task that predicts with the file, from the run's task.
+    """
     try:
         data = build.open_data(recipe)
     except UserError as error:
@@ -258,9 +321,13 @@ def _score(folder: RunFolder, info: RunInfo, recipe: Recipe, file: Run) -> str:
     build.load_own(task, folder.path)
     job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
     first = job.evaluations[0]
-    task.model = _InPlace(file)
-    metrics, _ = engine.evaluate(job, first)
-    found, recorded = f"{metrics[task.primary]:.2f}", f"{info.metrics[task.primary]:.2f}"
+    exported = use_file(first.task)
+    metrics, _ = engine.evaluate(job, dataclasses.replace(first, task=exported))
+    names = [one.key for one in recipe.spec.metrics if one.key == task.primary or one.in_studies]
+    found, recorded = (
+        ", ".join(f"{name} {scores[name]:.{decimals}f}" for name in names if name in scores)
+        for scores in (metrics, info.metrics)
+    )
     if found != recorded:
-        raise UserError(f"The file scores {task.primary} {found}, the run {recorded}: it was not kept.")
-    return f"On the run's validation data: {task.primary} {found}, as the run."
+        raise UserError(f"The file scores {found}, the run {recorded}: it was not kept.")
+    return f"On the run's validation data: {found}, as the run."

@@ -118,6 +118,24 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`, which becomes `path` at the end of the block; removed if it raises.
+
+    UserError where it cannot be written, or something has the name by then.
+    """
+    remove_stale(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+        yield temporary
+        with writing(path):
+            os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_stale(folder: Path, pattern: str, seconds: float = STALE_SECONDS) -> None:
     """Removes the temporary files and folders of a pattern that nothing has been written to for `seconds`."""
     for old in folder.glob(pattern):

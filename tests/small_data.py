@@ -84,3 +84,17 @@ def opened(root: Path, **data: object) -> DataSplits:
         settings["head.with_masks"] = False
     given = [(key, value, "test") for key, value in settings.items()]
     return build.open_data(rcp.resolve(file, given).recipe)
+
+
+def evaluate_and_predict(hcnet: Callable[..., Any], run: Path, on: str, folder: Path) -> None:
+    """What follows on training, as typed: the score is the record's, and photos have predictions."""
+    done = hcnet("evaluate", run, "--on", on, "--workers", 0)
+    assert done.code == 0, done.err
+    assert "Equal to the run's record." in done.err
+    for number, size in enumerate(((90, 50), (64, 64))):
+        path = folder / "photos" / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(noise(number)).resize(size).save(path)
+    done = hcnet("predict", run, folder / "photos", "--output", folder / "predictions", "--workers", 0)
+    assert done.code == 0, done.err
+    assert {path.name for path in (folder / "predictions" / "pictures").iterdir()} == {"0.png", "1.png"}

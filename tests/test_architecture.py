@@ -26,7 +26,7 @@ LAYERS = [
     ["plan", "previous", "reading", "first_batches", "scores"],
     ["trial"],
     ["build"],
-    ["task modules"],  # tasks/*/task.py, tasks/*/predict.py
+    ["task modules"],  # tasks/*/task.py, tasks/*/predict.py, tasks/*/export.py
     ["task parts"],  # tasks/*/: data formats, heads, metrics
     ["engine"],
     ["kernels", "foreign"],
@@ -87,7 +87,7 @@ def place(module: str) -> str:
         return parts[0]
     if len(parts) == 1 or parts[-1] == "spec":
         return "declarations"
-    return "task modules" if parts[-1] in ("task", "predict") else "task parts"
+    return "task modules" if parts[-1] in ("task", "predict", "export") else "task parts"
 
 
 def imported(path: Path) -> set[tuple[str, int]]:

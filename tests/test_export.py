@@ -21,7 +21,8 @@ from hcnet_cli import export
 from hcnet_cli.tasks.segmentation.upernet import AveragePool
 
 DOC = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
-PROGRAMS = re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)
+PROGRAMS = {code.split()[1]: code for code in re.findall(r"```python\n(.*?)```", DOC, flags=re.DOTALL)}
+GUARD = "import sys\nfor one in ('torch', 'hcnet_cli'): sys.modules[one] = None\n"
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +50,13 @@ def test_onnx_runtime_alone_gets_the_top1_of_the_run(
     done = hcnet("export", run, "--output", tmp_path / "model.onnx")
     assert done.code == 0, done.err
     assert "for images of any size" in done.err
-    code, _ = PROGRAMS
-    guard = "import sys; sys.modules['torch'] = sys.modules['hcnet_cli'] = None\n"
-    (tmp_path / "classify.py").write_text(guard + code)
+    (tmp_path / "classify.py").write_text(GUARD + PROGRAMS["classify.py"])
     line = [sys.executable, "-I", tmp_path / "classify.py", tmp_path / "model.onnx", folder_of_images / "val"]
     found = subprocess.run(line, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     record = json.loads((run / "run.json").read_text())
     assert found.stdout.strip() == f"top1 {record['metrics']['top1']:.2f}"
+    small_data.evaluate_and_predict(hcnet, run, "val", tmp_path)
 
 
 def test_a_plain_loop_gets_the_top1_of_the_run(
@@ -68,7 +68,7 @@ def test_a_plain_loop_gets_the_top1_of_the_run(
 ) -> None:
     """And for each image the logit of the best class that the run's evaluation kept."""
     run = classifier(root, hcnet, folder_of_images)
-    _, code = PROGRAMS
+    code = PROGRAMS["score.py"]
     assert len(code.splitlines()) <= 30
     monkeypatch.setattr(sys, "argv", ["score.py", str(run / "best.safetensors"), str(folder_of_images / "val")])
     names: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def test_pytorch_without_hcnet_loads_it(
     assert found.stdout.strip() == "(2, 3)", found.stderr
 
 
-def test_a_segmentation_model_in_onnx(root: Path, hcnet: Hcnet, tmp_path: Path) -> None:
+def test_onnx_runtime_alone_gets_the_miou_of_the_run(root: Path, hcnet: Hcnet, tmp_path: Path) -> None:
     more = ("--recipe", "digit-stuff", "--init", "none", "--batch-size", "2", "--set", "schedule.length=2")
     more += ("--set", "data.img_scale=[64,64]", "--set", "head.channels=8", "--set", "head.aux_channels=8")
     run = trained(root, hcnet, "finetune-seg", small_data.scenes(root / "scenes"), *more)
@@ -121,6 +121,13 @@ def test_a_segmentation_model_in_onnx(root: Path, hcnet: Hcnet, tmp_path: Path) 
     assert done.code == 0, done.err
     assert "for images of any size" in done.err
     assert re.search(r"mIoU [\d.]+, as the run", done.err)
+    (tmp_path / "segment.py").write_text(GUARD + PROGRAMS["segment.py"])
+    line = [sys.executable, "-I", tmp_path / "segment.py", tmp_path / "model.onnx"]
+    line += [root / "scenes" / kind / "validation" for kind in ("images", "annotations")]
+    found = subprocess.run(line, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == f"mIoU {json.loads((run / 'run.json').read_text())['metrics']['mIoU']:.2f}"
+    small_data.evaluate_and_predict(hcnet, run, "ss", tmp_path)
 
 
 @pytest.mark.parametrize("size", [(7, 9), (1, 1), (6, 12), (5, 3)])

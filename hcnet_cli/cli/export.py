@@ -13,6 +13,7 @@ from hcnet_cli.console import UserError, did_you_mean, notice
 if TYPE_CHECKING:
     from hcnet_cli.recipe import Recipe
 
+IN_PARTS = ("onnx", "pt2")
 ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt", "timm": ""}
 
 
@@ -23,7 +24,9 @@ def export(
             help="A run with weights: its folder, or its name under results/runs/.", autocompletion=complete.runs
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", help="The new file, or the new folder of --format timm.")],
+    output: Annotated[
+        Path, typer.Option("--output", help="The new file, or the new folder of a detector or of --format timm.")
+    ],
     fmt: Annotated[
         str | None, typer.Option("--format", help="onnx, pt2, torchscript or timm; else what the output's ending says.")
     ] = None,
@@ -46,24 +49,35 @@ def export(
         raise UserError(f'Unknown format "{kind}".{did_you_mean(kind, ENDINGS)}', hint=f"Known: {', '.join(ENDINGS)}.")
     if output.exists():
         raise UserError(f"{output} exists already.", hint="Name a new one, or remove it.")
-    if ENDINGS[kind] and output.suffix != ENDINGS[kind]:
-        raise UserError(f"A file of the format {kind} ends in {ENDINGS[kind]}.")
-    if ENDINGS[kind]:
-        check_output(output)
     folder = find_run(run, out_dir)
     info, recipe = with_weights(folder, model, data)
-    if reason := recipe.spec.not_exported:
-        raise UserError(f"A run of {recipe.task} is not exported. {reason}")
-    if kind == "timm":
+    parts = recipe.spec.in_parts
+    if parts:
+        check_parts(recipe, kind, output)
+    elif kind == "timm":
         check_timm(recipe)
+    elif output.suffix != ENDINGS[kind]:
+        raise UserError(f"A file of the format {kind} ends in {ENDINGS[kind]}.")
+    check_output(output)
     from hcnet_cli import export as exporting
 
     exporting.check_extra(kind)
     if kind == "timm":
         compared = exporting.export_folder(folder, info, recipe, output)
         notice(f"Wrote {output}. {compared}")
+    elif parts:
+        exporting.export_parts(folder, info, recipe, kind, output)
     else:
         exporting.export(folder, info, recipe, kind, output)
+
+
+def check_parts(recipe: Recipe, kind: str, output: Path) -> None:
+    """UserError for a format or an output that a model in parts does not have."""
+    hint = f"hcnet export RUN --format {kind if kind in IN_PARTS else IN_PARTS[0]} --output {output.with_suffix('')}"
+    if kind not in IN_PARTS:
+        raise UserError(f"{recipe.spec.in_parts}: it is written as {' or '.join(IN_PARTS)}, not as {kind}.", hint=hint)
+    if output.suffix:
+        raise UserError(f"{recipe.spec.in_parts}: it is written as a folder, and {output} names a file.", hint=hint)
 
 
 def check_timm(recipe: Recipe) -> None:

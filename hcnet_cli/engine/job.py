@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -88,6 +88,22 @@ class Predictor(Protocol):
         ...
 
     def draw(self, image: Image.Image, prediction: Any, title: str) -> Image.Image: ...
+
+
+class Graph(NamedTuple):
+    """A module of tensors that `hcnet export` writes as a file.
+
+    `example(count, size, generator)`: its inputs, random, for `count` images of a size (height, width), or for more and
+    more boxes in one. `dynamic`: for each input the dimensions that may have any size, as torch.export takes them.
+    `relative`: differences to PyTorch are counted in the largest value of an output, where that is above 1.
+    """
+
+    module: nn.Module
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    example: Callable[[int, tuple[int, int], torch.Generator], tuple[Tensor, ...]]
+    dynamic: Sequence[Mapping[int, Any]]
+    relative: bool = False
 
 
 class TrainBatches(Protocol):

@@ -118,7 +118,7 @@ class Spec:
     macs_note: str = ""  # what MACs are counted at under the benchmark's protocols
     schedule_column: bool = False  # the schedule is named (1x, 3x) instead of its epochs
     compare_by_image_size: bool = False  # a published row compares at its own image size alone
-    not_exported: str = ""  # why `hcnet export` refuses a model of this task
+    in_parts: str = ""  # why `hcnet export` writes a folder of graphs, as onnx or pt2; see hcnet_cli/build.py
     times_inference: bool = False  # images/s of the trained model are measured
 
     @property
