@@ -16,6 +16,7 @@ TARGETS = (  # of links, no pages
     *("LICENSE", "results/published.csv", "hcnet_cli/statistics.py", "hcnet_cli/sizes.py"),
     "hcnet_cli/tasks/detection/mask_rcnn.py",
 )
+IMAGES = "docs/images/*"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -25,6 +26,10 @@ def on_files(files: Files, config: Any) -> Files:
     made = [
         File.generated(config, path.relative_to(ROOT).as_posix(), content=path.read_text(encoding="utf-8"))
         for path in paths
+    ]
+    made += [
+        File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
+        for path in sorted(ROOT.glob(IMAGES))
     ]
     return Files([*theme, *made, File.generated(config, "commands.md", content=commands())])
 

@@ -90,13 +90,14 @@ def write_figures(results: Sequence[Path], folder: Path, *, table: str = "all", 
 def _collected(
     results: Sequence[Path], table: str, published: Sequence[Path], extra: Sequence[Table], public: bool
 ) -> tuple[Results, list[Table]]:
-    """The runs, and the tables of that name."""
+    """The runs, and the tables of that name, those with measured rows first."""
     _check_known("table", table, (*TABLES, "all"))
     for file in published:
         if not file.is_file():
             raise UserError(f"There is no file {file} with published numbers.")
     found = collect(results, published, public)
-    return found, [*tables(found, table), *(t for t in extra if table in ("all", t.name))]
+    made = [*tables(found, table), *(t for t in extra if table in ("all", t.name))]
+    return found, sorted(made, key=lambda t: not t.measured)
 
 
 def render(
