@@ -44,14 +44,16 @@ def check_extra(fmt: str) -> None:
         raise UserError(f"{fmt} needs {', '.join(missing)}.", hint="pip install 'hcnet[export]'")
 
 
-def export(folder: RunFolder, info: RunInfo, recipe: Recipe, fmt: str, output: Path) -> None:
-    """Writes the best weights of a run to `output` in one of FORMATS.
+def export(folder: RunFolder, info: RunInfo, recipe: Recipe, fmt: str, output: Path, features: bool = False) -> None:
+    """Writes the best weights of a run to `output` in one of FORMATS; with `features` its backbone, up to the maps.
 
-    The file is compared with the model on images of several sizes, then by the run's score on its validation data; it
-    replaces `output` only after that. UserError where the model cannot be written so, or the file computes otherwise.
+    The file is compared with the model on images of several sizes, then by the run's score on its validation data,
+    which maps have not; it replaces `output` only after that. UserError where the model cannot be written so, or the
+    file computes otherwise.
     """
     about = read_metadata(folder.best)
-    graph = _image_to_logits(_task(folder, recipe, about).model)
+    model = _task(folder, recipe, about).model
+    graph = _image_to_maps(model, recipe) if features else _image_to_logits(model)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     own, fixed = _sizes(recipe)
@@ -65,10 +67,12 @@ def export(folder: RunFolder, info: RunInfo, recipe: Recipe, fmt: str, output: P
                 raise
             size = own  # a graph for every size may leave out small images, whose last map is a single pixel
             file, largest = _written(graph, fmt, temporary, size, own, about)
-        tell("Scoring the file on the validation data")
-        score = _score(folder, info, recipe, functools.partial(_put, _InPlace(file)))
+        score = ""
+        if not features:
+            tell("Scoring the file on the validation data")
+            score = " " + _score(folder, info, recipe, functools.partial(_put, _InPlace(file)))
     sizes = "images of any size" if size is None else f"images of {size[0]} x {size[1]}"
-    notice(f"Wrote {output} for {sizes}. Largest difference to PyTorch: {largest:.1e}. {score}")
+    notice(f"Wrote {output} for {sizes}. Largest difference to PyTorch: {largest:.1e}.{score}")
 
 
 def export_parts(folder: RunFolder, info: RunInfo, recipe: Recipe, fmt: str, output: Path) -> None:
@@ -126,11 +130,31 @@ def _task(folder: RunFolder, recipe: Recipe, about: dict[str, Any]) -> Any:
     return predictor.task.eval().requires_grad_(False)
 
 
-def _image_to_logits(model: nn.Module) -> Graph:
+def _image_to_logits(model: nn.Module, outputs: Sequence[str] = ("logits",)) -> Graph:
     def image(count: int, size: Size, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (torch.randn(count, 3, *size, generator=generator),)
 
-    return Graph(model, ["image"], ["logits"], image, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}])
+    return Graph(model, ["image"], outputs, image, [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}])
+
+
+class _Maps(nn.Module):
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.indices = backbones.Pyramid.of(backbone).indices
+        self.backbone = backbone
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.backbone.forward_intermediates(image, indices=self.indices, intermediates_only=True))
+
+
+def _image_to_maps(model: Any, recipe: Recipe) -> Graph:
+    """The maps of the backbone at strides 4 to 32. UserError for a model without."""
+    backbone = getattr(model, "backbone", model)
+    maker = getattr(backbone, "forward_intermediates", None)
+    if maker is None or not backbones.takes_noise(maker):
+        backbone = backbones.FeatureMaps(recipe.model.name, backbone)
+    names = [f"stride{stride}" for stride in backbones.STRIDES]
+    return dataclasses.replace(_image_to_logits(_Maps(backbone), names), relative=True)
 
 
 def _sizes(recipe: Recipe) -> tuple[Size | None, bool]:

@@ -113,6 +113,23 @@ def test_pytorch_without_hcnet_loads_it(
     assert found.stdout.strip() == "(2, 3)", found.stderr
 
 
+def test_the_maps_are_those_that_timm_takes_from_the_weights(
+    root: Path, hcnet: Hcnet, folder_of_images: Path, tmp_path: Path
+) -> None:
+    run = classifier(root, hcnet, folder_of_images)
+    done = hcnet("export", run, "--features", "--output", tmp_path / "maps.pt")
+    assert done.code == 0, done.err
+    assert "Largest difference to PyTorch" in done.err
+    assert hcnet("export", run, "--format", "timm", "--output", tmp_path / "m").code == 0
+    expected = timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True, features_only=True).eval()
+    x = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        for found, one in zip(torch.jit.load(tmp_path / "maps.pt")(x), expected(x), strict=True):
+            torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
+    refused = hcnet("export", run, "--features", "--format", "timm", "--output", tmp_path / "n")
+    assert (refused.code, "features_only=True" in refused.err) == (2, True)
+
+
 def test_onnx_runtime_alone_gets_the_miou_of_the_run(root: Path, hcnet: Hcnet, tmp_path: Path) -> None:
     more = ("--recipe", "digit-stuff", "--init", "none", "--batch-size", "2", "--set", "schedule.length=2")
     more += ("--set", "data.img_scale=[64,64]", "--set", "head.channels=8", "--set", "head.aux_channels=8")

@@ -30,6 +30,9 @@ def export(
     fmt: Annotated[
         str | None, typer.Option("--format", help="onnx, pt2, torchscript or timm; else what the output's ending says.")
     ] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="The backbone's maps at strides 4, 8, 16 and 32, instead of its answers.")
+    ] = False,
     data: options.DataPath = None,
     model: options.OwnModel = None,
     out_dir: options.Out = Path("results"),
@@ -51,7 +54,12 @@ def export(
         raise UserError(f"{output} exists already.", hint="Name a new one, or remove it.")
     folder = find_run(run, out_dir)
     info, recipe = with_weights(folder, model, data)
-    parts = recipe.spec.in_parts
+    parts = "" if features else recipe.spec.in_parts
+    if features and kind == "timm":
+        raise UserError(
+            "The folder of --format timm holds the whole model: timm takes the maps from it.",
+            hint='timm.create_model("local-dir:FOLDER", pretrained=True, features_only=True)',
+        )
     if parts:
         check_parts(recipe, kind, output)
     elif kind == "timm":
@@ -68,7 +76,7 @@ def export(
     elif parts:
         exporting.export_parts(folder, info, recipe, kind, output)
     else:
-        exporting.export(folder, info, recipe, kind, output)
+        exporting.export(folder, info, recipe, kind, output, features)
 
 
 def check_parts(recipe: Recipe, kind: str, output: Path) -> None:
