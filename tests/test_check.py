@@ -42,7 +42,12 @@ def test_nothing_is_wrong_with_the_embedded_sets(name: str, hcnet: Hcnet, tmp_pa
     (tmp_path / "mine").symlink_to(embedded.ensure(name))
     found = findings(hcnet, tmp_path / "mine", code=0)
     assert not any(one["wrong"] for one in found.values())
-    assert hcnet("check", name).code == 0
+
+
+def test_an_embedded_set_is_checked_by_its_name(hcnet: Hcnet) -> None:
+    done = hcnet("check", "digit-stuff")
+    assert done.code == 0
+    assert "Nothing is wrong." in done.out
 
 
 @pytest.fixture

@@ -60,6 +60,12 @@ def test_digits_are_all_there_split_four_to_one_in_every_class(monkeypatch: pyte
     assert (image.size, image.mode) == ((32, 32), "RGB")
 
 
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {split: ones[::40] for split, ones in digits.load_digits().items()}
+    monkeypatch.setattr(digits, "load_digits", lambda: few)
+
+
 def test_clutter_is_of_the_same_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A piece of a validation digit in a training image would be a leak."""
     shown: list[tuple[int, set[int]]] = []
@@ -207,6 +213,7 @@ def test_scenes_and_stuff_are_the_same_pictures_with_agreeing_labels() -> None:
 # making them
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("name", list(embedded.EMBEDDED))
 def test_making_a_set_twice_gives_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -221,6 +228,7 @@ def test_making_a_set_twice_gives_the_same_bytes(
     assert contents(embedded.ensure(name)) == contents(first)
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_the_folder_is_named_by_set_and_version() -> None:
     folder = embedded.ensure("digits")
     assert folder == cache.cache_dir() / f"embedded-v{cache.EMBEDDED_VERSION}" / "digits"

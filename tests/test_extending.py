@@ -23,7 +23,7 @@ ADDED = {  # to the commands of the docs, so that the test takes seconds
     "pretrain": [*SHORT, "--workers", "0", "--batch-size", "8"],
     "rotate": [*SHORT, "--workers", "0"],
     "finetune-det": [*SHORT, "--workers", "0", "--set", "train.eval_every=2"],
-    "ablate": [*SHORT, "--seeds", "0", "--set", "train.workers=0"],
+    "ablate": [*SHORT, "--seeds", "0", "--set", "train.workers=0", "--set", "train.batch_size=8"],
 }
 
 
@@ -64,6 +64,7 @@ def run_commands(body: str, source: Path, folder: Path, images: Path) -> str:
     scenes = coco(folder / "scenes", change=with_polygons)
     few = {
         "pretrain": ["--data", str(images), "--recipe", "digits"],
+        "ablate": ["--data", str(images), "--recipe", "digits"],
         "finetune-det": ["--data", str(scenes), "--recipe", "digit-scenes", "--batch-size", "2"],
     }
     said = ""

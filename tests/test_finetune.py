@@ -166,10 +166,10 @@ def test_costs_follow_the_papers_convention(finished: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_init_auto_takes_the_best_pretrain_run_of_the_same_model(
-    task: str, hcnet: Hcnet, data: dict[str, Path], tmp_path: Path
+    task: str, hcnet: Hcnet, data: dict[str, Path], folder_of_images: Path, tmp_path: Path
 ) -> None:
-    pretrain = ("pretrain", "--recipe", "digits", *SMALL_MODEL, "--epochs", "1", "--out", tmp_path)
-    assert hcnet(*pretrain).code == 0
+    pretrain = ("pretrain", "--recipe", "digits", *SMALL_MODEL, "--epochs", "1", "--batch-size", "8", "--workers", "0")
+    assert hcnet(*pretrain, "--data", folder_of_images, "--out", tmp_path).code == 0
     made = only_run(tmp_path).name
     done = hcnet(task, *SMALL[task], "--data", data[task], "--out", tmp_path)
     assert done.code == 0, done.err

@@ -29,6 +29,7 @@ def commands() -> list[str]:
 
 
 TRAINING = ("pretrain", "finetune-det", "finetune-seg")
+TWO_STEPS = ("--set", "schedule.unit=steps", "--set", "schedule.length=2", "--set", "train.eval_every=2")
 DATA = {
     "/data/imagenet": "digits",
     "/data/coco": "digit-scenes",
@@ -59,9 +60,9 @@ def test_make_knows_its_targets() -> None:
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the embedded digits, for the commands that need one."""
+    """A short run of the embedded digits, for the commands that need one."""
     results = tmp_path_factory.mktemp("readme")
-    line = [sys.executable, "-m", "hcnet_cli", "pretrain", *SMALL_MODEL, "--epochs", "1", "--out", str(results)]
+    line = [sys.executable, "-m", "hcnet_cli", "pretrain", *SMALL_MODEL, *TWO_STEPS, "--out", str(results)]
     subprocess.run(line, check=True, capture_output=True, env=environment())
     return only_run(results)
 
@@ -159,7 +160,7 @@ def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
     for arguments in (
         ["recipes", "show", "pretrain/imagenet"],
         ["report", "--format", "markdown"],
-        ["pretrain", *SMALL_MODEL, "--epochs", "1"],
+        ["pretrain", *SMALL_MODEL, *TWO_STEPS],
     ):
         done = subprocess.run([*run, *arguments], cwd=elsewhere, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

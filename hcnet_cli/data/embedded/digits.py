@@ -37,13 +37,15 @@ def load_digits() -> dict[str, list[Digit]]:
 
 def make_digits(folder: Path) -> None:
     """Writes COPIES images of each digit. Training images show training digits alone, also as clutter."""
+    random = np.random.RandomState()
     for split, digits in load_digits().items():
         for label in range(10):
             (folder / split / str(label)).mkdir(parents=True)
         for number, label, grey in digits:
             for copy in range(COPIES[split]):
-                image = draw_image(grey, digits, np.random.RandomState([SEED, number, copy]))
-                Image.fromarray(image).save(folder / split / str(label) / f"digit_{number:04d}_{copy}.png")
+                random.seed([SEED, number, copy])  # making a generator takes ten times as long
+                image = draw_image(grey, digits, random)
+                Image.fromarray(image).save(f"{folder}/{split}/{label}/digit_{number:04d}_{copy}.png")
 
 
 def draw_image(grey: NDArray[np.uint8], others: Sequence[Digit], random: np.random.RandomState) -> NDArray[np.uint8]:
@@ -91,7 +93,9 @@ def _turned(grey: NDArray[np.uint8], size: float, angle: float, random: np.rando
     back = np.linalg.inv(rotation @ [[1, 0], [shear, 1]] @ np.diag([size / 8, size / 8 * stretch]))
     slack = (SIDE - size) / 2 + 1
     center = (SIDE - 1) / 2 + random.uniform(-slack, slack, 2)
-    shape = ndimage.affine_transform(np.pad(grey / 255, 2), back, 5.5 - back @ center, (SIDE, SIDE))
+    padded = np.zeros((12, 12))
+    padded[2:-2, 2:-2] = grey / 255
+    shape = ndimage.affine_transform(padded, back, 5.5 - back @ center, (SIDE, SIDE))
     return np.asarray(np.clip((shape - 0.2) / 0.4, 0, 1))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import functools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,15 @@ Floats = NDArray[np.float64]
 TEXTURES = ("stripes", "dots", "checks", "gradient")
 
 
+@functools.cache
+def grid(size: int) -> Floats:
+    """The rows and the columns [2, size, size] of the pixels of an image."""
+    return np.mgrid[0:size, 0:size].astype(np.float64)
+
+
 def texture(kind: int, size: int, periods: tuple[float, float], random: np.random.RandomState) -> Floats:
     """A pattern [size, size] of numbers from 0 to 1, turned by any angle. `periods`: in pixels, from and to."""
-    y, x = np.mgrid[0:size, 0:size].astype(np.float64)
+    y, x = grid(size)
     angle, period = random.uniform(0, np.pi), random.uniform(*periods)
     u = (x * np.cos(angle) + y * np.sin(angle)) / period + random.uniform()
     v = (y * np.cos(angle) - x * np.sin(angle)) / period + random.uniform()

@@ -75,18 +75,20 @@ def _scene(digits: list[Digit], random: np.random.RandomState) -> _Scene:
     edge = random.uniform(-25, 25) + 7 * np.sin(across / random.uniform(8, 20))
     second = along > edge if random.uniform() < 0.7 else np.zeros_like(along, dtype=bool)
     texture = np.where(second, kinds[1], kinds[0])
-    image = np.zeros((CANVAS, CANVAS, 3))
-    for kind, region in zip(kinds, (~second, second), strict=True):
+    grounds = []
+    for kind in kinds:
         one, two = _texture_color(kind, 15, 40, random), _texture_color(kind, 60, 95, random)
         pattern = drawing.texture(kind, CANVAS, PERIODS, random)[..., None]
-        image[region] = (one + pattern * (two - one))[region]
+        grounds.append(one + pattern * (two - one))
+    image = np.where(second[..., None], grounds[1], grounds[0])
 
     other = np.zeros((CANVAS, CANVAS), dtype=bool)
     objects: list[_Object] = []
 
     def paint(opacity: Floats) -> Mask:
-        nonlocal image
-        image = image + opacity[..., None] * (_ink_color(random) - image)
+        rows, columns = np.flatnonzero(opacity.any(1)), np.flatnonzero(opacity.any(0))
+        touched = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        touched += opacity[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1, None] * (_ink_color(random) - touched)
         mask = opacity > 0.5
         for thing in objects:
             thing.mask &= ~mask
