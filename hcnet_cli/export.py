@@ -154,7 +154,7 @@ def _image_to_maps(model: Any, recipe: Recipe) -> Graph:
     if maker is None or not backbones.takes_noise(maker):
         backbone = backbones.FeatureMaps(recipe.model.name, backbone)
     names = [f"stride{stride}" for stride in backbones.STRIDES]
-    return dataclasses.replace(_image_to_logits(_Maps(backbone), names), relative=True)
+    return _image_to_logits(_Maps(backbone), names)._replace(relative=True)
 
 
 def _sizes(recipe: Recipe) -> tuple[Size | None, bool]:
