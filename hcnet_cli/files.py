@@ -132,6 +132,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         with writing(path):
             os.rename(temporary, path)
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -26,7 +26,7 @@ from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data import archive
 from hcnet_cli.data.folders import reading_folder
 from hcnet_cli.data.member import Member, Source
-from hcnet_cli.files import existing_parent, remove_stale, sync, writing
+from hcnet_cli.files import existing_parent, new_folder, sync, writing
 from hcnet_cli.tasks.classification.image_folder import SPLITS, Files, ImageFolder, scan
 
 STATUS_SECONDS = 2.0
@@ -48,23 +48,14 @@ def write(folder: Path, out: Path, size: int) -> None:
     free = shutil.disk_usage(existing_parent(out)).free
     if need > free:
         raise UserError(f"The shards need {need / 2**20:,.0f} MiB and {out} has {free / 2**20:,.0f} MiB free.")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     info: dict[str, Any] = {"hcnet": 1, "name": index.name, "digest": index.digest, "classes": list(index.classes)}
     info["splits"] = {}
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(out.parent, f".{out.name}.*.tmp")
-        try:
-            temporary.mkdir()
-            for split, images in splits.items():
-                info["splits"][split] = _write_split(images, sizes[split], temporary, size)
-            with open(temporary / archive.INFO, "w", encoding="utf-8") as file:
-                json.dump(info, file, indent=1)
-            sync(temporary / archive.INFO)
-            temporary.rename(out)
-            sync(out.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(out) as temporary, writing(out):
+        for split, images in splits.items():
+            info["splits"][split] = _write_split(images, sizes[split], temporary, size)
+        with open(temporary / archive.INFO, "w", encoding="utf-8") as file:
+            json.dump(info, file, indent=1)
+        sync(temporary / archive.INFO)
     count = sum(len(part["filenames"]) for part in info["splits"].values())
     notice(f"Wrote {len(splits['train']):,} training and {len(splits['val']):,} validation images as {count} tars.")
 
