@@ -80,8 +80,9 @@ def shards(
     from hcnet_cli.tasks.classification.parquet import as_tars
     from hcnet_cli.tasks.classification.shards import check_out, write
 
-    check_out(out_dir.expanduser())
-    root, out_dir = data_folder(folder), out_dir.expanduser()
+    out_dir = out_dir.expanduser()
+    check_out(out_dir)
+    root = data_folder(folder)
     with as_tars(root, out_dir) if parquet_files(root) else nullcontext(root) as images:
         write(images, out_dir, limit)
 

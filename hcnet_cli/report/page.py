@@ -57,17 +57,16 @@ def html(
     version: str = "",
     studies: Sequence[StudyStatus] = (),
 ) -> str:
-    """The page. Tables with measured rows come first. `refresh`: seconds after which it loads itself again.
+    """The page, with the tables in their order. `refresh`: seconds after which it loads itself again.
 
     `version`: of a page that `serve` hands out, which loads itself again when there is another one.
     """
     anchors = {run.folder: f"run-{i}" for i, run in enumerate(found.runs)}
-    ordered = sorted(made, key=lambda table: not table.measured)
-    sections = [_section(table, f"table-{i}", anchors) for i, table in enumerate(ordered)]
+    sections = [_section(table, f"table-{i}", anchors) for i, table in enumerate(made)]
     environment = Environment(
         loader=FileSystemLoader(FOLDER), autoescape=True, finalize=_shown, trim_blocks=True, lstrip_blocks=True
     )
-    pictures, left_out = _pictures(ordered)
+    pictures, left_out = _pictures(made)
     curves = to_json(_curves(found.runs, anchors), indent=None, separators=(",", ":"))
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
     if version:
@@ -77,7 +76,7 @@ def html(
     text = environment.get_template("page.html").render(
         measured=[s for s in sections if s["table"].measured],
         published=[s for s in sections if not s["table"].measured],
-        cards=[card for table in ordered if (card := _card(table))],
+        cards=[card for table in made if (card := _card(table))],
         runs=[_run(run, anchors[run.folder], found.public) for run in found.runs],
         finished=sum(run.finished for run in found.runs),
         data_sets=len({run.info.data.name for run in found.runs}),

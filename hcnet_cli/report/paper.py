@@ -89,7 +89,7 @@ def write_figures(made: Sequence[Table], found: Results, folder: Path) -> list[s
 
 def _all(made: Sequence[Table], found: Results) -> Iterator[tuple[str, str, Figure]]:
     """(name, what it shows, figure) of each."""
-    for table in sorted(made, key=lambda table: not table.measured):
+    for table in made:
         title = plots.short_title(table)
         for plot in plots.scatters(table):
             yield f"{title} {plot.x}", f"{title}, {plot.title}", scatter(plot)
