@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from hcnet_cli import dist, foreign, kernels, optim, rng
 from hcnet_cli.console import UserError
+from hcnet_cli.cores import cores
 from hcnet_cli.data import embedded, loader
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Evaluation, Job, Predictor, Task
@@ -325,7 +326,7 @@ MOST_WORKERS = 16  # that `auto` starts: each holds batches in memory
 def workers(recipe: Recipe) -> int:
     """Processes that load data for this one. `auto`: its cores but one, which trains; at least 1."""
     asked = recipe.train.workers
-    return max(1, min(dist.cores() - 1, MOST_WORKERS)) if asked == "auto" else asked
+    return max(1, min(cores() - 1, MOST_WORKERS)) if asked == "auto" else asked
 
 
 def build_job(

@@ -10,15 +10,16 @@ import torch
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError, warn
+from hcnet_cli.cores import cores
 from hcnet_cli.inputs import DEVICES, NO_CUDA, NO_CUDA_HINT
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and ARM processors, in /proc/cpuinfo
 
 
 def use_cores(device: torch.device) -> None:
-    """Divides the cores between the processes of a machine, unless the user has."""
-    if device.type == "cpu" and dist.world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.world_size()))
+    """Computes with no more threads than this process has cores, unless the user says how many (OMP_NUM_THREADS)."""
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,9 +18,10 @@ import torch
 from packaging.requirements import Requirement
 from PIL import Image, features
 
-from hcnet_cli import __version__, device, dist, runs
+from hcnet_cli import __version__, device, runs
 from hcnet_cli.cache import cache_dir
 from hcnet_cli.console import UserError
+from hcnet_cli.cores import cores
 from hcnet_cli.files import check_output, existing_parent
 from hcnet_cli.privacy import home, mask
 
@@ -101,7 +102,7 @@ def _pair() -> str:
 
 
 def _machine() -> Iterator[Finding]:
-    usable = dist.cores()
+    usable = cores()
     total = os.cpu_count() or usable
     name = _first(Path("/proc/cpuinfo"), r"model name\s*: (.*)") or platform.processor() or platform.machine()
     yield Finding("processor", f"{name}, {usable} of {total} cores usable, {torch.get_num_threads()} threads")

@@ -45,13 +45,23 @@ LAYERS = [
     ["schema", "plain_json", "own_model"],
     ["values", "plain_yaml", "locks"],
     ["files", "privacy"],
-    ["console", "sizes"],
+    ["console", "sizes", "cores"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
-    *("own_model", "model_names", "cache", "finished", "failure", "evaluation_request", "bench.choices", "published"),
+    *(
+        "own_model",
+        "cores",
+        "model_names",
+        "cache",
+        "finished",
+        "failure",
+        "evaluation_request",
+        "bench.choices",
+        "published",
+    ),
     *(
         "statistics",
         "calibration",

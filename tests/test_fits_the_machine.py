@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, Hcnet, only_run, outcome
 
-from hcnet_cli import build, dist, runs, trial
+from hcnet_cli import build, cores, device, runs, trial
 from hcnet_cli import recipe as rcp
 from hcnet_cli.tasks.classification.task import ClassificationTask
 
 
 @pytest.mark.parametrize(
-    ("affinity", "environment", "cores", "workers"),
+    ("affinity", "environment", "usable", "workers"),
     [
         (8, {}, 8, 7),
         (64, {}, 64, 16),
@@ -29,18 +29,36 @@ from hcnet_cli.tasks.classification.task import ClassificationTask
     ],
 )
 def test_workers_follow_the_cores(
-    monkeypatch: pytest.MonkeyPatch, affinity: int, environment: dict[str, str], cores: int, workers: int
+    monkeypatch: pytest.MonkeyPatch, affinity: int, environment: dict[str, str], usable: int, workers: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)), raising=False)
-    monkeypatch.setattr(dist, "container_cores", lambda: None)
+    monkeypatch.setattr(cores, "container_cores", lambda: None)
     for name in ("SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert dist.cores() == cores
+    assert cores.cores() == usable
     for asked, expected in (("auto", workers), (5, 5), (0, 0)):
         recipe = rcp.resolve(rcp.recipe_file("imagenet", "pretrain"), [("train.workers", asked, "--workers")]).recipe
         assert build.workers(recipe) == expected
+
+
+@pytest.mark.parametrize(("usable", "asked", "threads"), [(1, None, 1), (8, None, 2), (1, "2", 2)])
+def test_threads_follow_the_cores(
+    monkeypatch: pytest.MonkeyPatch, usable: int, asked: str | None, threads: int
+) -> None:
+    """PyTorch has 2 threads here; a container's limit is not among what it looks at."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(device, "cores", lambda: usable)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    try:
+        torch.set_num_threads(2)
+        device.use_cores(torch.device("cpu"))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

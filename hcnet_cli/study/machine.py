@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 
+from hcnet_cli.cores import cores
+
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -16,11 +18,6 @@ def environment(slot: int, jobs: int, device: str) -> dict[str, str]:
         if cards := gpus(device):
             env["CUDA_VISIBLE_DEVICES"] = cards[slot % len(cards)]
     return env
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus(device: str) -> list[str]:
