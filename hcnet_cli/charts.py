@@ -9,11 +9,13 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from hcnet_cli.pictures import shortened
 
 INK, MUTED, HOT, COOL = "#1f1b18", "#6a625a", "#c2410c", "#1d6fa5"
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of numbers that a line may cross
+MOST_NAMES = 40  # classes whose names have room in a confusion matrix
 MOST_CLASSES = 200  # bars of a figure: of more classes the worst
 COMMON: dict[Any, Any] = {  # to all figures, those of hcnet explain too
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
@@ -70,3 +72,40 @@ def class_bars(names: Sequence[str], values: Sequence[float], title: str, unit: 
         axes.tick_params(length=0)
 
     return drawn(7.5, 1.3 + 0.26 * len(ordered), draw)
+
+
+def reliability(axes: Any, bins: Sequence[tuple[float, float, float]], error: float) -> None:
+    """The share of right answers in bins of confidence: (low, high, share) each; shares and `error` between 0 and 1.
+
+    A calibrated model's bars end on the diagonal.
+    """
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (4, 1.5)))
+    for low, high, share in bins:
+        axes.bar(100 * low, 100 * share, 100 * (high - low), align="edge", color=COOL, edgecolor="white", linewidth=0.6)
+    axes.text(3, 97, f"expected calibration error {100 * error:.2f} %", va="top", color=INK, bbox=GROUND)
+    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="accuracy (%)")
+
+
+def confusion(axes: Any, names: Sequence[str], counts: NDArray[Any], size: float) -> None:
+    """The share of each class's images by what they were taken for, from images by label and prediction [K, K].
+
+    Names and numbers stand in it where there are few classes. size: of the names, in points.
+    """
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="antialiased")
+    if len(names) <= MOST_NAMES:
+        labels = [shortened(name, 7, 60) for name in names]
+        upright = max(map(len, labels)) <= 2
+        axes.set_xticks(range(len(names)), labels, rotation=0 if upright else 90)
+        axes.set_yticks(range(len(names)), labels)
+    if len(names) <= 12:
+        for i, j in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[i, j] > 50 else INK
+            text = f"{shares[i, j]:.0f}" if shares[i, j] >= 1 else "<1"
+            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=0.8 * size)
+    axes.set(xlabel="prediction", ylabel="truth")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=28, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("share of the class (%)")

@@ -11,6 +11,7 @@ from hcnet_cli.console import UserError, notice, out
 from hcnet_cli.device import pick_device, use_cores
 from hcnet_cli.evaluation_request import EvaluationRequest
 from hcnet_cli.privacy import host_id
+from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.scores import differing_scores, protocols, suffixed
 
@@ -37,7 +38,6 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
         task = build.build_task(recipe, data)
         build.load_own(task, folder.path)
         job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
-        changed = wanted != [first]
         for evaluation in build.build_evaluations(recipe, task, data, wanted):
             primary = evaluation.name == first
             notes = protocols([evaluation], first=primary)
@@ -53,9 +53,8 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
                 if primary and not info.altered and (missing := scores.keys() - info.metrics.keys()):
                     info.metrics |= {name: scores[name] for name in scores if name in missing}  # of an older version
                     info.metric_notes = notes | info.metric_notes
-                    changed = True
+                    _record(folder, info, recipe)
                 continue
-            changed = True
             if dist.is_main():
                 engine.save_final(evaluator, folder.path / "final" / evaluation.name)
             commit, dirty = runs.git_state()
@@ -73,11 +72,16 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
                     "host": host_id(),
                 }
             )
-        if dist.is_main() and changed:
-            files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
-            info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
-            folder.write(info)
+            _record(folder, info, recipe)
     return info
+
+
+def _record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> None:
+    """Writes what is known by now, from the main process: a later evaluation may be interrupted."""
+    if dist.is_main():
+        files.write_text(folder.recipe_file, rcp.dump_yaml(recipe))
+        info.recipe_digest = runs.text_digest(rcp.dump_yaml(recipe))
+        folder.write(info)
 
 
 def _check_protocol(info: RunInfo, notes: dict[str, str], name: str) -> None:

@@ -12,7 +12,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, did_you_mean, warn
 from hcnet_cli.header import read_metadata
-from hcnet_cli.inputs import check_data
+from hcnet_cli.inputs import MOVED, check_data
 from hcnet_cli.privacy import home
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
@@ -45,7 +45,7 @@ def read_request(
     wanted = _wanted(info, recipe, names, set_now)
     _check_settings(info, recipe, wanted)
     _check_record(folder, info, adding=wanted != [next(iter(recipe.evaluation))])
-    check_data(recipe)
+    check_data(recipe, MOVED)
     if check := recipe.spec.check_evaluation:
         for name in wanted:
             check(recipe.evaluation[name], _classes(folder))

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -214,9 +215,23 @@ def _write_onnx(graph: Graph, path: Path, size: Size | None, about: dict[str, An
         verbose=False,
     )
     proto = made.model_proto
+    _name_axes(proto.graph)
     onnx.helper.set_model_props(proto, {KEY: json.dumps(about)})
     onnx.checker.check_model(proto)
     onnx.save(proto, str(path))
+
+
+def _name_axes(graph: Any) -> None:
+    """The symbols of the image's axes (s77, s53, ...) as words, wherever the file uses them."""
+    words = {}
+    for one in graph.input:
+        if one.name == "image":
+            axes = zip(one.type.tensor_type.shape.dim, ("batch", "", "height", "width"), strict=True)
+            words = {axis.dim_param: word for axis, word in axes if axis.dim_param}
+    for one in (*graph.input, *graph.value_info, *graph.output):
+        for axis in one.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                axis.dim_param = re.sub(r"\w+", lambda found: words.get(found[0], found[0]), axis.dim_param)
 
 
 def _load_onnx(path: Path) -> Run:

@@ -187,6 +187,19 @@ def write_output(path: Path, text: str) -> None:
     notice(f"Wrote {path}.")
 
 
+EXTENSIONS = frozenset(  # of the files that are taken as images
+    [
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"),
+        *(".gif", ".ppm", ".pgm", ".pnm"),
+    ]
+)
+
+
+def is_image(name: bytes) -> bool:
+    """Whether a file's name ends as those of images do."""
+    return os.fsdecode(os.path.splitext(name)[1]).lower() in EXTENSIONS
+
+
 def parquet_files(folder: Path) -> list[Path]:
     """The Parquet files in a folder and in the folders in it."""
     return sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])

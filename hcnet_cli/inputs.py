@@ -12,12 +12,13 @@ from pathlib import Path
 
 from hcnet_cli import model_names
 from hcnet_cli.console import UserError
-from hcnet_cli.files import parquet_files
+from hcnet_cli.files import is_image, parquet_files
 from hcnet_cli.own_model import is_own
 from hcnet_cli.pretrained import TIMM, find_init, weights_file
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import FIRST_TASK, TASKS
 
+MOVED = "If it was moved or renamed, name it with --data."
 EMBEDDED = frozenset(spec.embedded for spec in TASKS.values())
 
 
@@ -43,14 +44,18 @@ def check_model(recipe: Recipe) -> None:
         raise model_names.unknown_model(recipe.model.name)
 
 
-def check_data(recipe: Recipe) -> None:
-    """UserError unless the data folder has the layout of the recipe's format, as far as its folders show."""
+def check_data(recipe: Recipe, hint: str = "") -> None:
+    """UserError unless the data folder has the layout of the recipe's format, as far as its folders show.
+
+    hint: what to do about a folder that is not there; what it should hold, where none is given.
+    """
     path, form = recipe.data.path or "", recipe.spec.formats[recipe.data.format]
     if path in EMBEDDED:
         return
     root = Path(os.path.expanduser(path))
-    check_folder(str(root), f"Its layout is to be {form.layout}.")
+    check_folder(str(root), hint or f"Its layout is to be {form.layout}.")
     if form.recognise(root):
+        form.require(root)
         return
     if parquet_files(root):
         raise UserError(
@@ -62,8 +67,27 @@ def check_data(recipe: Recipe) -> None:
     inside = f"It has {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}." if found else "It is empty."
     raise UserError(
         f"The data folder {root} is not laid out as {recipe.task} reads it: {form.layout}.",
-        hint=f"It looks like data for another command: hcnet {others[0]} --data {root}" if others else inside,
+        hint=f"It looks like data for another command: hcnet {others[0]} --data {root}"
+        if others
+        else _like(root) or inside,
     )
+
+
+def _like(root: Path) -> str:
+    """What a folder looks like that people have before they split or convert it, and what to do; "" if unknown."""
+    files = [Path(entry.name) for entry in os.scandir(root) if entry.is_file()]
+    images = {file.stem for file in files if is_image(os.fsencode(file))}
+    if any(file.suffix == ".json" and file.stem in images for file in files):
+        return "It has a JSON file for each image, as LabelMe writes them: make one COCO file of each split from them."
+    folders = [entry.path for entry in os.scandir(root) if entry.is_dir()]
+    if len(folders) > 1 and all(
+        any(is_image(os.fsencode(one.name)) for one in os.scandir(folder)) for folder in folders
+    ):
+        return (
+            f"It looks like one folder of images for each of {len(folders)} classes: move them into {root / 'train'}, "
+            f"then some images of each class into {root / 'val'}/<class>/."
+        )
+    return ""
 
 
 def task_of(data: str) -> str:

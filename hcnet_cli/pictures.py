@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
@@ -24,10 +25,18 @@ Colour = tuple[int, int, int]
 Pixels = NDArray[np.uint8]
 
 
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # comes with matplotlib: everywhere the same
+
+
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu, which comes with matplotlib: the same letters on every machine, in many alphabets."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+    return ImageFont.truetype(FONT, size)
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    """The code points that the font has: many alphabets, but no Chinese, Japanese or Korean."""
+    return frozenset(FT2Font(FONT).get_charmap())
 
 
 def palette(num_classes: int) -> Pixels:
@@ -54,14 +63,22 @@ def palette(num_classes: int) -> Pixels:
 
 
 def one_line(text: str) -> str:
-    """The text as it can be drawn: no line break, nothing that is obeyed or hidden (`console.visible`), not endless."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * LONGEST]).split())
+    r"""The text as it can be drawn: no line break, nothing that is obeyed or hidden (`console.visible`), not endless.
+
+    Letters that the font lacks are escapes, such as \u51b0, so that two names of them differ.
+    """
+    plain = _printable(text)
+    plain = "".join(c if ord(c) in _letters() else c.encode("unicode_escape").decode() for c in plain)
     return plain if len(plain) <= LONGEST else f"{plain[: LONGEST - 1]}…"
+
+
+def _printable(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * LONGEST]).split())
 
 
 def _plain(part: str) -> str:
     """A part of a path that can stand in a file name everywhere."""
-    return re.sub(r'[\\/:*?"<>|]', "_", one_line(part)).encode()[:80].decode(errors="ignore")
+    return re.sub(r'[\\/:*?"<>|]', "_", _printable(part)).encode()[:80].decode(errors="ignore")
 
 
 def file_names(images: Sequence[str]) -> list[str]:
@@ -219,32 +236,6 @@ def bars(values: Sequence[tuple[str, float]]) -> Image.Image:
         if share * PANEL >= 8:
             draw.rounded_rectangle((0, y + 20, round(share * PANEL), y + 34), radius=4, fill=(194, 65, 12))
     return image
-
-
-def reliability(bins: Sequence[tuple[float, float, float]]) -> Image.Image:
-    """The share of right answers (upwards) in bins of confidence (across): (low, high, share) each, between 0 and 1.
-
-    A calibrated model's bars end on the diagonal. PANEL x PANEL pixels.
-    """
-    image = Image.new("RGB", (PANEL, PANEL), (232, 228, 222))
-    draw = ImageDraw.Draw(image)
-    for low, high, share in bins:
-        top = min(PANEL - 2, round((1 - share) * PANEL))
-        draw.rectangle((round(low * PANEL) + 1, top, round(high * PANEL) - 2, PANEL - 1), fill=(194, 65, 12))
-    draw.line((0, PANEL - 1, PANEL - 1, 0), fill=INK, width=2)
-    return image
-
-
-def confusion(counts: NDArray[np.int64]) -> Image.Image:
-    """Images by label (row) and prediction (column), [K, K]: the share of the label's images, white for none, in a
-    panel of PANEL x PANEL pixels. Where classes are more than pixels, a pixel shows the mean of its classes.
-    """
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    strength = np.sqrt(shares)[..., None]  # rare confusions stay visible
-    rgb = (1 - strength) * 255 + strength * np.array([194, 65, 12])
-    drawn = Image.fromarray(np.asarray(np.rint(rgb), dtype=np.uint8))
-    small = len(counts) > PANEL
-    return drawn.resize((PANEL, PANEL), Image.Resampling.BOX if small else Image.Resampling.NEAREST)
 
 
 def _flow(names: Sequence[str], width: int) -> tuple[list[tuple[int, int]], int]:

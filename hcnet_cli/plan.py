@@ -96,9 +96,10 @@ def _lines(
             f"process, {tried.per_image / 2**20:.0f} MiB an image, measured"
         )
     else:
+        program = profile.peak_memory_mb() * 2**20  # with what was loaded and tried by now
         lines["memory"] = (
-            f"about {(state_bytes + tried.per_image * micro) / 2**30:.1f} GiB a process: "
-            f"{state_bytes / 2**30:.2f} weights, gradients and optimizer, "
+            f"about {(program + state_bytes + tried.per_image * micro) / 2**30:.1f} GiB a process: "
+            f"{program / 2**30:.1f} the program, {state_bytes / 2**30:.2f} weights, gradients and optimizer, "
             f"{tried.per_image / 2**20:.{0 if tried.per_image > 2**23 else 1}f} MiB activations an image"
         )
     lines["time"] = (

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from hcnet_cli import __version__, build, engine, pictures
 from hcnet_cli.console import UserError, notice, status_line, warn
-from hcnet_cli.data.folders import LeftOut, counted, is_image, reading_folder, walk
+from hcnet_cli.data.folders import LeftOut, counted, reading_folder, walk
 from hcnet_cli.data.images import UnusableImageError, read_image
 from hcnet_cli.device import pick_device
 from hcnet_cli.engine import Predictor
-from hcnet_cli.files import replacing, write_text, writing
+from hcnet_cli.files import is_image, replacing, write_text, writing
 from hcnet_cli.header import read_metadata
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report import gallery

@@ -68,10 +68,14 @@ def find_init(recipe: Recipe, results: Path) -> str:
 
 
 def weights_file(source: str) -> Path:
-    """The file of weights that a run folder or a path names; `~` is the home folder. UserError where there is none."""
+    """The file of weights that a run, a folder in timm's layout or a path names; `~` is the home folder. UserError
+    where there is none.
+    """
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        best = path / "best.safetensors"
+        best, exported = path / "best.safetensors", path / "model.safetensors"  # hcnet export --format timm
+        if not best.is_file() and exported.is_file():
+            best = exported
         if not best.is_file():
             inside = sorted(str(file.parent) for file in path.glob("runs/*/best.safetensors"))
             more = " ..." if len(inside) > 3 else ""

@@ -1,4 +1,4 @@
-"""Calibration against formulas by hand, scikit-learn and a bootstrap that redraws; the pictures against pixels."""
+"""Calibration against formulas by hand, scikit-learn and a bootstrap that redraws; the pictures against their axes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss
 
-from hcnet_cli import pictures
+from hcnet_cli import charts
 from hcnet_cli.calibration import Bin, calibration_error, image_scores, reliability, share_interval
 from hcnet_cli.tasks.classification.metric import Accuracy
 
@@ -90,19 +91,20 @@ def test_where_all_images_are_alike_redrawing_them_says_nothing() -> None:
 
 
 def test_the_pictures_show_bars_and_cells() -> None:
-    side = pictures.PANEL
-    image = pictures.reliability([(0.5, 1.0, 0.25)])
-    bar = (194, 65, 12)
-    assert image.getpixel((side * 3 // 4, side - 20)) == bar
-    assert image.getpixel((side * 3 // 4, side // 2)) != bar  # above a quarter
-    assert image.getpixel((side // 4, side - 20)) != bar  # a bin without images
-    counts = np.array([[3, 0], [1, 3]])
-    cells = pictures.confusion(counts)
-    corners = [cells.getpixel((x, y)) for y in (9, side - 9) for x in (9, side - 9)]
-    assert corners[:2] == [bar, (255, 255, 255)]
-    # the second class: a quarter of its images was called the first; the square root of 1/4 is 1/2
-    assert corners[2] == tuple(round(0.5 * 255 + 0.5 * part) for part in bar)
-    assert pictures.confusion(np.eye(1000, dtype=np.int64)).size == (side, side)
+    axes = Figure().subplots()
+    charts.reliability(axes, [(0.5, 1.0, 0.25)], 0.5)
+    (bar,) = axes.patches
+    assert (bar.get_x(), bar.get_width(), bar.get_height()) == (50, 50, 25)
+    assert axes.texts[0].get_text() == "expected calibration error 50.00 %"
+    axes = Figure().subplots()
+    charts.confusion(axes, ["cat", "\u51b0"], np.array([[3, 0], [1, 3]]), 9.5)
+    assert np.array_equal(axes.images[0].get_array(), [[100, 0], [25, 75]])
+    assert [text.get_text() for text in axes.texts] == ["100", "25", "75"]
+    # letters that the font lacks are escapes: two such names differ
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "\\u51b0"]
+    axes = Figure().subplots()
+    charts.confusion(axes, [f"class {i}" for i in range(1000)], np.eye(1000, dtype=np.int64), 9.5)
+    assert not axes.texts
 
 
 def test_bins_and_pictures_are_kept(tmp_path: Path) -> None:
@@ -117,4 +119,4 @@ def test_bins_and_pictures_are_kept(tmp_path: Path) -> None:
     assert 100 * calibration_error(bins) == pytest.approx(metrics["ece"], abs=1e-4)
     assert "15 bins" in kept["protocol"]
     with Image.open(tmp_path / "pictures" / "calibration.png") as picture:
-        assert picture.width > 2 * pictures.PANEL
+        assert picture.width > picture.height

@@ -91,7 +91,7 @@ def test_ctrl_c_ends_it_quietly(hcnet: Hcnet, folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(check, "inspect_images", interrupted)
     done = hcnet("check", folder)
-    assert (done.code, done.out, done.err) == (130, "", "")
+    assert (done.code, done.out, done.err) == (130, "", "Stopped.\n")
 
 
 def test_a_class_without_validation_images_is_named(hcnet: Hcnet, folder: Path) -> None:

@@ -7,12 +7,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL_MODEL, Done, only_run, run_here
 from safetensors.torch import load_file
 
-from hcnet_cli import checkpoint, runs
+from hcnet_cli import checkpoint, engine, runs
 from hcnet_cli.console import UserError
 from hcnet_cli.header import read_metadata
 from hcnet_cli.recipe import parse_override, recipe_file, resolve
@@ -56,6 +57,29 @@ def test_a_new_protocol_is_added_to_the_record(run: Path, hcnet: Hcnet) -> None:
     again = hcnet("evaluate", run, "--on", "large")
     assert again.code == 0
     assert again.out == done.out
+
+
+def test_an_interrupted_evaluation_keeps_the_scores_before_it(
+    run: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [f"--set=evaluation.{name}.img_size={size}" for name, size in (("one", 16), ("two", 24))]
+    whole = engine.evaluate
+
+    def interrupted(job: Any, evaluation: Any) -> Any:
+        if evaluation.name == "two":
+            raise KeyboardInterrupt
+        return whole(job, evaluation)
+
+    monkeypatch.setattr(engine, "evaluate", interrupted)
+    done = hcnet("evaluate", run, *settings)
+    assert (done.code, done.err.splitlines()[-1]) == (130, "Stopped.")
+    kept = runs.read_record(run / "run.json")
+    assert [one["name"] for one in kept.evaluations] == ["one"]
+    assert "top1_one" in kept.metrics
+    monkeypatch.undo()
+    done = hcnet("evaluate", run)  # what has no score yet
+    assert done.code == 0, done.err
+    assert [one["name"] for one in runs.read_record(run / "run.json").evaluations] == ["one", "two"]
 
 
 def test_without_further_evaluations_the_record_is_checked(run: Path, hcnet: Hcnet) -> None:

@@ -64,6 +64,12 @@ def trained(folder_of_images: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_mistakes_are_said_before_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    for name in ("flat/cat/1.jpg", "flat/dog/1.jpg", "labelme/1.jpg", "labelme/1.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("cvat/annotations/instances_default.json", "cvat/images/default/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
     expected = {
         "evaluate nowhere": "There is no run nowhere",
         "explain nowhere": "not a run",
@@ -76,6 +82,10 @@ def test_mistakes_are_said_before_torch_is_loaded(tmp_path: Path) -> None:
         "bench --precision fp8": "fp32, bf16, fp16",
         "bench --output here.txt": "neither .md nor .json",
         "check empty": "It is empty.",
+        "pretrain --data flat": "for each of 2 classes: move them into flat/train, then some images of each class into",
+        "finetune-det --data labelme": "It has a JSON file for each image, as LabelMe writes them",
+        "finetune-det --data cvat": "annotations/instances_val2017.json.",
+        "check cvat": "There is instances_default.json.",
     }
     found = answers([command.split() for command in expected], tmp_path)
     for (command, words), (end, said) in zip(expected.items(), found, strict=True):

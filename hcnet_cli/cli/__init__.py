@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import hcnet_cli
 from hcnet_cli.cli import (
@@ -32,12 +33,35 @@ from hcnet_cli.cli import (
     training,
 )
 from hcnet_cli.cli.base import require_text
-from hcnet_cli.console import DISK_FULL, UserError, is_main_process, open_output, out, print_error, visible, warn
+from hcnet_cli.console import (
+    DISK_FULL,
+    UserError,
+    is_main_process,
+    notice,
+    open_output,
+    out,
+    print_error,
+    visible,
+    warn,
+)
 from hcnet_cli.tasks import TASKS
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # of every mistake in flags; Typer has no public name for it
 
+
+class Program(typer.core.TyperGroup):
+    """The commands. Typer ends an interrupted one without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            notice("Stopped.")
+            raise
+
+
 app = typer.Typer(
+    cls=Program,
     help="Train, fine-tune, ablate and report HcNet, the vision backbone that conducts heat.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -103,7 +127,7 @@ def main() -> None:
         print_error(str(error), error.hint)
         _report_to_torchrun(f"error: {error}", error.hint)
         code = error.exit_code
-    except typer.Abort:  # Ctrl-C
+    except typer.Abort:
         code = 130
     except BrokenPipeError:  # the reader of a pipe (head, less) has seen enough
         _close_output()

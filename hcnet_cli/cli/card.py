@@ -76,7 +76,7 @@ def _written(name: str, results: Path) -> str:
 
 def _verify(file: Path, name: str | None, data: str | None, model: str | None, results: Path, device: str) -> bool:
     """Whether all runs of a card are as it says. Prints what was compared."""
-    from hcnet_cli.inputs import check_data, check_device
+    from hcnet_cli.inputs import MOVED, check_data, check_device
     from hcnet_cli.report.card import read_card
     from hcnet_cli.runs import find_run, with_weights
 
@@ -90,7 +90,7 @@ def _verify(file: Path, name: str | None, data: str | None, model: str | None, r
     recipes = [with_weights(folder, model, data, any_weights=True)[1] for folder in folders]
     check_device(device)
     for recipe in recipes:
-        check_data(recipe)
+        check_data(recipe, MOVED)
     from hcnet_cli.verify import CODE, verify
 
     differing: list[str] = []

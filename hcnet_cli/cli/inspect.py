@@ -135,7 +135,7 @@ def replay(
     output or gradient is not finite, the parameter and the images. Exits with 1 if everything is finite here.
     """
     from hcnet_cli.failure import read_failure
-    from hcnet_cli.inputs import check_data, check_device
+    from hcnet_cli.inputs import MOVED, check_data, check_device
     from hcnet_cli.recipe import resolve as resolve_recipe
     from hcnet_cli.runs import find_run, with_paths
 
@@ -144,7 +144,7 @@ def replay(
     failure, weights = read_failure(folder)  # this and what follows before PyTorch is loaded, which takes seconds
     recipe = with_paths(folder, resolve_recipe(folder.recipe_file).recipe, model, data)
     check_device(device)
-    check_data(recipe)
+    check_data(recipe, MOVED)
     from hcnet_cli import replay as replaying
 
     losses = ", ".join(f"{name} {value}" for name, value in failure.losses.items())

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from hcnet_cli import dist
 from hcnet_cli.cache import cache_dir
 from hcnet_cli.console import UserError, status_line
-from hcnet_cli.data.folders import Packed, is_image
+from hcnet_cli.data.folders import Packed
 from hcnet_cli.data.member import Member, Tar
-from hcnet_cli.files import read_text, replacing
+from hcnet_cli.files import is_image, read_text, replacing
 
 INFO = "_info.json"  # timm's name and form: splits, their tars, and how many samples each has
 SPLIT = {"train": "train", "val": "val", "validation": "val"}

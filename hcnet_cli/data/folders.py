@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcnet_cli.console import UserError
-from hcnet_cli.data.images import EXTENSIONS
 
 
 class Packed:
@@ -104,11 +103,6 @@ def walk(folder: bytes, wanted: Callable[[bytes], bool], other: str, left_out: L
 def _is_broken_link(entry: os.DirEntry[bytes]) -> bool:
     """Whether a link leads nowhere: its target was meant to be used, and whoever reads it says so."""
     return entry.is_symlink() and not os.path.exists(entry.path)
-
-
-def is_image(name: bytes) -> bool:
-    """Whether a file's name ends as those of images do."""
-    return os.fsdecode(os.path.splitext(name)[1]).lower() in EXTENSIONS
 
 
 def counted(left_out: LeftOut) -> dict[str, int]:

@@ -28,12 +28,6 @@ from hcnet_cli.schema import MAX_PIXELS
 
 Size = tuple[int, int]  # height, width
 T = TypeVar("T")
-EXTENSIONS = frozenset(  # of the files that are taken as images
-    [
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff"),
-        *(".gif", ".ppm", ".pgm", ".pnm"),
-    ]
-)
 # What a file may be, whatever its name says. Pillow knows more, of which some start other programs (EPS: Ghostscript).
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 if "avif" in features.get_supported():  # from Pillow 11.3 on

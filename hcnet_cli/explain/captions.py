@@ -88,5 +88,5 @@ def _about_spread(found: dict[str, Any]) -> str:
         "Effective receptive field: the root mean square gradient of each stage's centre feature (+) with respect to "
         f"each pixel. 95 % of its energy lies on {', '.join(seen)} of the picture in stages 1 to {len(seen)}. The even "
         f"floor comes through the norms{' and the conduction rates' if rates else ''}, which depend on the whole map. "
-        "Features lie at multiples of the stride, so in a small image those of the last stage lie at its upper left."
+        "Features lie at multiples of the stride, so in a small image the + of a late stage can be off its middle."
     )

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from hcnet_cli import calibration
+from hcnet_cli import calibration, charts
 from hcnet_cli.charts import COOL, HOT, INK, MUTED
 from hcnet_cli.console import UserError, warn
 from hcnet_cli.pictures import shortened
 from hcnet_cli.plain_json import read_json
 
-MOST_NAMES = 40  # classes whose names have room in a confusion matrix
+SIZE = 7  # points, of the names
 MOST_BARS = 60  # classes in a figure of bars: of more the worst
 
 
@@ -35,14 +35,8 @@ def _reliability(content: Any, column: float, _: float) -> Iterator[tuple[str, F
     """How often answers are right, over their confidence."""
     bins = [calibration.Bin(**one) for one in content["bins"]]
     figure = Figure(figsize=(column, 0.8 * column), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (4, 1.5)))
-    for one in bins:
-        width = 100 * (one.high - one.low)
-        axes.bar(100 * one.low, 100 * one.accuracy, width, align="edge", color=COOL, edgecolor="white", linewidth=0.6)
-    error = 100 * calibration.calibration_error(bins)
-    axes.text(3, 95, f"expected calibration error {error:.2f} %", va="top", color=INK)
-    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="accuracy (%)")
+    bars = [(one.low, one.high, one.accuracy) for one in bins]
+    charts.reliability(figure.subplots(), bars, calibration.calibration_error(bins))
     yield "reliability", figure
 
 
@@ -54,27 +48,9 @@ def _confusion(content: Any, column: float, page: float) -> Iterator[tuple[str, 
     counts = np.zeros((len(names), len(names)))
     for truth, answer, images in cells:
         counts[number[truth], number[answer]] += images
-    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     width = column if len(names) <= 20 else page
     figure = Figure(figsize=(width, 0.92 * width), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="none")
-    if len(names) <= MOST_NAMES:
-        labels = [shortened(name, 7, 60) for name in names]
-        upright = max(map(len, labels)) <= 2
-        axes.set_xticks(range(len(names)), labels, rotation=0 if upright else 90)
-        axes.set_yticks(range(len(names)), labels)
-    if len(names) <= 12:
-        for i, j in zip(*np.nonzero(counts), strict=True):
-            colour = "white" if shares[i, j] > 50 else INK
-            text = f"{shares[i, j]:.0f}" if shares[i, j] >= 1 else "<1"
-            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=5.5)
-    axes.set(xlabel="prediction", ylabel="truth")
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=28, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.set_label("share of the class (%)")
+    charts.confusion(figure.subplots(), names, counts, SIZE)
     yield "confusion", figure
 
 

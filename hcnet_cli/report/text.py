@@ -54,7 +54,7 @@ def provenance(values: Mapping[str, Value]) -> list[tuple[str, str]]:
         ("commit", values.get("commit")),
         ("machine", values.get("machine")),
         ("device", " ".join(str(values[k]) for k in ("device", "precision") if values.get(k))),
-        ("finished", values.get("finished")),
+        ("finished" if values.get("status") in (None, "finished") else "stopped", values.get("finished")),
         ("error", values.get("error")),
     ]
     return [(what, str(text)) for what, text in facts if text not in (None, "")]

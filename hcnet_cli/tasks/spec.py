@@ -66,13 +66,15 @@ class Format:
     """A data format: its section of the recipe, and the module that reads it.
 
     The module provides `open_data(config, head, root) -> DataSplits` and `audit(config, head, root) -> Audit`.
-    `recognise`: whether a folder looks like this format.
+    `recognise`: whether a folder looks like this format. `require`: UserError for a recognised folder that lacks what
+    even an evaluation needs, by the names of its files alone.
     """
 
     config: type[DataPart]
     module: str
     layout: str  # one line for people
     recognise: Callable[[Path], bool]
+    require: Callable[[Path], object] = bool
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch.utils.data import Dataset
 
 from hcnet_cli.console import UserError
-from hcnet_cli.data.folders import LeftOut, Packed, is_image, reading_folder, walk
+from hcnet_cli.data.folders import LeftOut, Packed, reading_folder, walk
 from hcnet_cli.data.identity import Trust, identify
 from hcnet_cli.data.images import read_image
 from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.files import is_image
 from hcnet_cli.schema import MAX_PIXELS
 from hcnet_cli.tasks.classification.spec import CORRUPTIONS_OF_C, IN_FOLDERS, ImageFolder
 

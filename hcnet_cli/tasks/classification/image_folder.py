@@ -26,13 +26,14 @@ from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean, warn
 from hcnet_cli.data import archive
 from hcnet_cli.data.audit import Audit, Item
-from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, is_image, reading_folder, walk
+from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, reading_folder, walk
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
-from hcnet_cli.data.images import EXTENSIONS, first_usable, read_image
+from hcnet_cli.data.images import first_usable, read_image
 from hcnet_cli.data.loader import SampleRequest, Shards
 from hcnet_cli.data.member import Member, Source
 from hcnet_cli.data.problems import Report, refuse, reported
 from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.files import EXTENSIONS, is_image
 from hcnet_cli.inputs import check_folder
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import MAX_PIXELS, Part

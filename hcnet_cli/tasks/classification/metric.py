@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hcnet_cli import calibration, dist, pictures
+from hcnet_cli import calibration, charts, dist, pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
 from hcnet_cli.engine.strip import IMAGES
@@ -155,7 +155,7 @@ class Accuracy:
                 write_text(folder / "calibration.json", json.dumps(bins, indent=1) + "\n")
             with optional(folder / "pictures"):
                 (folder / "pictures").mkdir(exist_ok=True)
-                self._draw().save(folder / "pictures" / "calibration.png", compress_level=1)
+                (folder / "pictures" / "calibration.png").write_bytes(self._draw())
 
     def strip(self) -> list[tuple[Image.Image, Image.Image]]:
         """See engine.strip: the image over its class, and the answer, green where it is right."""
@@ -172,17 +172,15 @@ class Accuracy:
             pairs.append((image, pictures.label(found, pictures.SMALL, 24, GREEN if answer == label else RED)))
         return pairs
 
-    def _draw(self) -> Image.Image:
-        error = 100 * calibration.calibration_error(self.bins)
-        panels = [
-            pictures.panel(
-                pictures.reliability([(one.low, one.high, one.accuracy) for one in self.bins]),
-                "right over confidence",
-                f"expected calibration error {error:.2f} %",
-            ),
-            pictures.panel(pictures.confusion(self._confusion.numpy()), "prediction (across) by label (down)"),
-        ]
-        return pictures.sheet(panels, f"{int(self._confusion.sum()):,} images of {len(self.class_names):,} classes")
+    def _draw(self) -> bytes:
+        bars = [(one.low, one.high, one.accuracy) for one in self.bins]
+
+        def both(left: Any, right: Any) -> None:
+            charts.reliability(left, bars, calibration.calibration_error(self.bins))
+            charts.confusion(right, self.class_names, self._confusion.numpy(), 9.5)
+            left.set_title(f"{int(self._confusion.sum()):,} images of {len(self.class_names):,} classes")
+
+        return charts.drawn(12, 5.4, both, columns=2)
 
     def _predictions(self) -> str:
         """A line for each image, in the order of the data set: name, label, best classes, their scores."""

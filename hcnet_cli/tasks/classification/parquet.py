@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from hcnet_cli.console import UserError, status_line
 from hcnet_cli.data.archive import NAMED, SPLIT
-from hcnet_cli.data.folders import is_image
-from hcnet_cli.files import existing_parent, parquet_files, require_space, writing
+from hcnet_cli.files import existing_parent, is_image, parquet_files, require_space, writing
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from hcnet_cli.console import UserError
-from hcnet_cli.data.folders import LeftOut, dataset_name, is_image, reading_folder
+from hcnet_cli.data.folders import LeftOut, dataset_name, reading_folder
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import check_size
 from hcnet_cli.data.problems import Report, refuse, reported
+from hcnet_cli.files import is_image
 from hcnet_cli.schema import MAX_PIXELS
 from hcnet_cli.tasks.detection import spec
 from hcnet_cli.tasks.detection.annotations import Annotations, read_annotations
@@ -24,31 +25,6 @@ from hcnet_cli.tasks.detection.stored import shared_annotations
 NUM_IMAGES = (118_287, 5_000)  # of COCO 2017, for training and for validation
 NUM_OBJECTS = (860_001, 36_781)  # annotations of COCO 2017, crowds included
 MIN_DISTINCT = 0.99  # of its images have different contents
-
-
-def find_split(root: Path, split: str) -> tuple[Path, list[Path]]:
-    """The annotation file of a split ("train" or "val") and the folders its images may be in, most likely first.
-
-    Known layouts: COCO's (annotations/instances_train2017.json, train2017/), the same with another suffix or images/
-    in between, and exports with _annotations.coco.json next to the images.
-    """
-    if not root.is_dir():
-        raise UserError(f"There is no folder {root}.")
-    found = sorted(root.glob(f"annotations/instances_{split}*.json")) or sorted(root.glob(f"annotations/{split}*.json"))
-    if len(found) > 1:
-        found = [f for f in found if f.stem == f"instances_{split}2017"] or found
-    if len(found) > 1:
-        raise UserError(f"{root}/annotations has several files for {split}: {', '.join(f.name for f in found)}.")
-    if found:
-        folder = found[0].stem.removeprefix("instances_")
-        return found[0], [root / name for name in (folder, f"images/{folder}", split, f"images/{split}", "images", "")]
-    for name in (split, "valid" if split == "val" else split):
-        if (root / name / "_annotations.coco.json").is_file():
-            return root / name / "_annotations.coco.json", [root / name]
-    raise UserError(
-        f"There is no annotation file {root / 'annotations' / f'instances_{split}2017.json'}.",
-        hint="A COCO folder has train2017/, val2017/ and annotations/instances_{train,val}2017.json.",
-    )
 
 
 def find_images(annotations: Annotations, folders: Sequence[Path], report: Report = refuse) -> Path:
@@ -73,7 +49,7 @@ def load_split(root: Path, split: str, *, masks: bool = True, report: Report = r
     what leaves nothing to go on with is a UserError.
     """
     with reading_folder(root):
-        file, folders = find_split(root, split)
+        file, folders = spec.find_split(root, split)
         scoring = split == "val"
         if report is refuse:
             annotations = shared_annotations(file, masks=masks, scoring=scoring)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from hcnet_cli.console import UserError
 from hcnet_cli.schema import (
     Channels,
     Count,
@@ -80,6 +81,36 @@ class DetectionEvaluation(EvaluationPart):
     )
 
 
+LAYOUT = "train2017/, val2017/ and annotations/instances_{train,val}2017.json"
+
+
+def find_split(root: Path, split: str) -> tuple[Path, list[Path]]:
+    """The annotation file of a split ("train" or "val") and the folders its images may be in, most likely first.
+
+    Known layouts: COCO's (annotations/instances_train2017.json, train2017/), the same with another suffix or images/
+    in between, and exports with _annotations.coco.json next to the images.
+    """
+    if not root.is_dir():
+        raise UserError(f"There is no folder {root}.")
+    found = sorted(root.glob(f"annotations/instances_{split}*.json")) or sorted(root.glob(f"annotations/{split}*.json"))
+    if len(found) > 1:
+        found = [f for f in found if f.stem == f"instances_{split}2017"] or found
+    if len(found) > 1:
+        raise UserError(f"{root}/annotations has several files for {split}: {', '.join(f.name for f in found)}.")
+    if found:
+        folder = found[0].stem.removeprefix("instances_")
+        return found[0], [root / name for name in (folder, f"images/{folder}", split, f"images/{split}", "images", "")]
+    for name in (split, "valid" if split == "val" else split):
+        if (root / name / "_annotations.coco.json").is_file():
+            return root / name / "_annotations.coco.json", [root / name]
+    present = sorted(file.name for file in root.glob("annotations/*.json"))
+    raise UserError(
+        f"There is no annotation file {root / 'annotations' / f'instances_{split}2017.json'}.",
+        hint=f"A COCO folder has {LAYOUT}."
+        + (f" There is {', '.join(present[:3])}{', ...' if len(present) > 3 else ''}." if present else ""),
+    )
+
+
 def is_coco(root: Path) -> bool:
     return any(root.glob("annotations/*.json")) or any(root.glob("*/_annotations.coco.json"))
 
@@ -96,8 +127,9 @@ SPEC = Spec(
         "coco": Format(
             config=Coco,
             module=f"{FOLDER}.coco",
-            layout="train2017/, val2017/ and annotations/instances_{train,val}2017.json",
+            layout=LAYOUT,
             recognise=is_coco,
+            require=lambda root: find_split(root, "val"),
         ),
     },
     evaluation=DetectionEvaluation,

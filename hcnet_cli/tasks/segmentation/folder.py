@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hcnet_cli.console import UserError, warn
-from hcnet_cli.data.folders import LeftOut, dataset_name, is_image, reading_folder, walk
+from hcnet_cli.data.folders import LeftOut, dataset_name, reading_folder, walk
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import read_image
 from hcnet_cli.data.problems import Report, refuse, reported
-from hcnet_cli.files import read_text
+from hcnet_cli.files import is_image, read_text
 from hcnet_cli.schema import MAX_PIXELS
 from hcnet_cli.tasks.segmentation import labels, spec
 from hcnet_cli.tasks.segmentation.ade20k import is_ade20k
