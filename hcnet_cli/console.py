@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -405,3 +406,10 @@ def status_line() -> Iterator[Callable[[str], None]]:
         return
     with Live(console=err, auto_refresh=False, transient=True) as live:
         yield lambda text: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def loading() -> AbstractContextManager[object]:
+    """Says on a terminal that PyTorch is loaded, which takes seconds, for as long as that takes."""
+    if "torch" in sys.modules or not err.is_terminal or not is_main_process():
+        return contextlib.nullcontext()
+    return Live(Text("Loading PyTorch ..."), console=err, auto_refresh=False, transient=True)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import small_data
 import timm
@@ -17,7 +18,7 @@ import torch
 from conftest import SMALL_MODEL, Hcnet, only_run
 from safetensors.torch import load_file
 
-from hcnet_cli import export
+from hcnet_cli import export, pretrained
 from hcnet_cli.tasks.segmentation.upernet import AveragePool
 
 DOC = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
@@ -50,6 +51,9 @@ def test_onnx_runtime_alone_gets_the_top1_of_the_run(
     done = hcnet("export", run, "--output", tmp_path / "model.onnx")
     assert done.code == 0, done.err
     assert "for images of any size" in done.err
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    axes = [one.shape for one in (*session.get_inputs(), *session.get_outputs())]
+    assert axes == [["batch", 3, "height", "width"], ["batch", 3]]
     (tmp_path / "classify.py").write_text(GUARD + PROGRAMS["classify.py"])
     line = [sys.executable, "-I", tmp_path / "classify.py", tmp_path / "model.onnx", folder_of_images / "val"]
     found = subprocess.run(line, capture_output=True, text=True)
@@ -95,6 +99,10 @@ def test_timm_loads_the_folder(root: Path, hcnet: Hcnet, folder_of_images: Path,
         assert torch.equal(state[name], tensor)
     card = (tmp_path / "m" / "README.md").read_text()
     assert "top1" in card
+    started = ("pretrain", *SMALL_MODEL, "--recipe", "digits", "--data", folder_of_images, "--init", tmp_path / "m")
+    planned = hcnet(*started, "--batch-size", "8", "--dry-run")
+    assert planned.code == 0, planned.err
+    assert pretrained.weights_file(str(tmp_path / "m")) == tmp_path / "m" / "model.safetensors"
     assert str(folder_of_images.parent) not in card
 
 

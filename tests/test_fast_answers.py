@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from timm.models import _registry
 from torch import Tensor
 
-from hcnet_cli import cache, finished, header, model_names, weights
+from hcnet_cli import cache, console, finished, header, model_names, weights
 from hcnet_cli.console import UserError
 from hcnet_cli.recipe import recipe_file, resolve
 
@@ -91,6 +92,19 @@ def test_mistakes_are_said_before_torch_is_loaded(tmp_path: Path) -> None:
     for (command, words), (end, said) in zip(expected.items(), found, strict=True):
         assert end == "2 set()", command
         assert words in " ".join(said.split()), command
+
+
+def test_a_terminal_is_told_that_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is not."""
+    for terminal, words in ((True, "Loading PyTorch ..."), (False, "")):
+        file = io.StringIO()
+        monkeypatch.setattr(console, "err", console.Terminal(file=file, force_terminal=terminal))
+        monkeypatch.delitem(sys.modules, "torch")
+        with console.loading():
+            pass
+        monkeypatch.undo()
+        assert words in file.getvalue()
+        assert bool(words) == bool(file.getvalue())
 
 
 def test_of_a_finished_run(trained: tuple[Path, list[str]], hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hcnet_cli.cli import options
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, loading
 from hcnet_cli.privacy import command_line
 from hcnet_cli.tasks.classification.spec import SPEC
 
@@ -52,10 +52,11 @@ def bench(
     check_output(output)
     choices(models, mode, precision)  # before PyTorch is loaded, which takes seconds
     check_device(device)
-    from hcnet_cli.bench import models as timing
-    from hcnet_cli.bench import tables
-    from hcnet_cli.files import write_output
-    from hcnet_cli.report import render
+    with loading():
+        from hcnet_cli.bench import models as timing
+        from hcnet_cli.bench import tables
+        from hcnet_cli.files import write_output
+        from hcnet_cli.report import render
 
     settings = timing.settings(batch_size, img_size, rounds, device, threads)
     known = tables.facts(settings.device, command_line(), settings.threads)

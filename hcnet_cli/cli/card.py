@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hcnet_cli.cli import complete, options
-from hcnet_cli.console import UserError, notice, out
+from hcnet_cli.console import UserError, loading, notice, out
 
 
 def card(
@@ -91,7 +91,8 @@ def _verify(file: Path, name: str | None, data: str | None, model: str | None, r
     check_device(device)
     for recipe in recipes:
         check_data(recipe, MOVED)
-    from hcnet_cli.verify import CODE, verify
+    with loading():
+        from hcnet_cli.verify import CODE, verify
 
     differing: list[str] = []
     for claim, folder, recipe in zip(claims, folders, recipes, strict=True):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hcnet_cli.cli import complete, options
+from hcnet_cli.console import loading
 from hcnet_cli.privacy import command_line
 
 
@@ -54,6 +55,7 @@ def evaluate(
     names = [name.strip() for name in on.split(",")] if on is not None else []
     request = read_request(folder, settings, names)  # before PyTorch is loaded, which takes seconds
     check_device(device)
-    from hcnet_cli.evaluate import evaluate as score
+    with loading():
+        from hcnet_cli.evaluate import evaluate as score
 
     score(folder, request, device, command_line())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hcnet_cli.cli import complete, options
-from hcnet_cli.console import UserError, did_you_mean, notice
+from hcnet_cli.console import UserError, did_you_mean, loading, notice
 
 if TYPE_CHECKING:
     from hcnet_cli.recipe import Recipe
@@ -67,7 +67,8 @@ def export(
     elif output.suffix != ENDINGS[kind]:
         raise UserError(f"A file of the format {kind} ends in {ENDINGS[kind]}.")
     check_output(output)
-    from hcnet_cli import export as exporting
+    with loading():
+        from hcnet_cli import export as exporting
 
     exporting.check_extra(kind)
     if kind == "timm":

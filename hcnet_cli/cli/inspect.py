@@ -13,7 +13,7 @@ import typer
 
 from hcnet_cli.cli import complete, options
 from hcnet_cli.cli.base import resolve
-from hcnet_cli.console import UserError, notice, out, warn
+from hcnet_cli.console import UserError, loading, notice, out, warn
 from hcnet_cli.track import TRACKERS
 
 Run = Annotated[
@@ -45,8 +45,9 @@ def check(
     resolved = resolve(task_of(data), {"data": data, "recipe": recipe, "overrides": overrides})
     if output is None:  # before PyTorch is loaded, which takes seconds
         check_data(resolved.recipe)
-    from hcnet_cli import check as checking
-    from hcnet_cli.report import render
+    with loading():
+        from hcnet_cli import check as checking
+        from hcnet_cli.report import render
 
     made = checking.check(resolved.recipe)
     sys.stdout.write(render(checking.tables(made), "rich", checking.lines(made)))
@@ -111,7 +112,8 @@ def explain(
     if image is not None:
         with open_regular(image):
             pass
-    from hcnet_cli import explain as explaining
+    with loading():
+        from hcnet_cli import explain as explaining
 
     if len(runs) == 1:
         made = explaining.explain(runs[0], image, out_dir)
@@ -145,7 +147,8 @@ def replay(
     recipe = with_paths(folder, resolve_recipe(folder.recipe_file).recipe, model, data)
     check_device(device)
     check_data(recipe, MOVED)
-    from hcnet_cli import replay as replaying
+    with loading():
+        from hcnet_cli import replay as replaying
 
     losses = ", ".join(f"{name} {value}" for name, value in failure.losses.items())
     out.print(f"Step {failure.step}, {len(failure.samples)} images, {losses} in {failure.precision}")
@@ -186,7 +189,8 @@ def doctor(
 
     Exits with 1 if something is wrong.
     """
-    from hcnet_cli.doctor import findings
+    with loading():
+        from hcnet_cli.doctor import findings
 
     problems = []
     for name, value, problem in findings(results):

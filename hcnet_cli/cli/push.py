@@ -11,7 +11,7 @@ import typer
 
 from hcnet_cli.cli import complete, options
 from hcnet_cli.cli.export import check_timm
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, loading
 
 # The hub's rule for the name of a repository.
 NAME = re.compile(
@@ -50,6 +50,7 @@ def push(
         raise UserError(f'--to takes USER/NAME in letters, digits, dots, underscores and hyphens, not "{to}".')
     if not dry_run and hub.get_token() is None:
         raise UserError("No token of the Hugging Face hub is known.", hint="hf auth login, or set $HF_TOKEN.")
-    from hcnet_cli.push import push as upload
+    with loading():
+        from hcnet_cli.push import push as upload
 
     upload(folder, info, recipe, to, private=private, dry_run=dry_run)

@@ -11,7 +11,7 @@ import typer
 
 from hcnet_cli.cli import options, studies
 from hcnet_cli.cli.base import resolve
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, loading
 from hcnet_cli.privacy import command_line
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.spec import Spec
@@ -104,7 +104,8 @@ def train_task(task: str, given: dict[str, Any]) -> None:
     if started and (whole := finished_run(resolved.recipe, given["out_dir"], name or "", given["device"])):
         notice_finished(whole, given["profile"] or 0, track)
         return
-    from hcnet_cli.run import Options, train
+    with loading():
+        from hcnet_cli.run import Options, train
 
     chosen = Options(
         results=given["out_dir"],
