@@ -186,8 +186,8 @@ def lines(audit: Audit) -> list[str]:
     shown = [f"WRONG: {_with_others(found)}" for found in causes[:PROBLEMS_SHOWN]]
     if left := sum(map(len, causes[PROBLEMS_SHOWN:])):
         shown.append(f"WRONG: and {left:,} more problems; --output FILE.json has all.")
-    wrong = len(audit.problems) + sum(finding.wrong for finding in audit.findings)
-    verdict = f"Correct what is WRONG ({wrong:,}) before training." if wrong else "Nothing is wrong."
+    wrong = audit.problems or any(finding.wrong for finding in audit.findings)
+    verdict = "Correct what is WRONG before training." if wrong else "Nothing is wrong."
     return [*shown, *map(str, audit.findings), verdict]
 
 

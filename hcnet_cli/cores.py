@@ -26,3 +26,9 @@ def container_cores() -> int | None:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(quota) // int(period)
     return None
+
+
+def busy() -> str:
+    """Words for a time that other programs have made longer than it will be alone; "" where they have not."""
+    load, all_cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f" while the machine is busy (load {load:.0f}, {all_cores} cores)" if load > all_cores + 1 else ""

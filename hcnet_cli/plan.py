@@ -15,6 +15,7 @@ import torch
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, notice, out, warn
+from hcnet_cli.cores import busy
 from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
@@ -104,7 +105,7 @@ def _lines(
         )
     lines["time"] = (
         f"about {duration(tried.seconds * batch * plan.total)} on this {device.type} by one process "
-        f"({1 / tried.seconds:.1f} images/s in a short trial), evaluation not counted"
+        f"({1 / tried.seconds:.1f} images/s in a short trial{busy()}), evaluation not counted"
     )
     lines["workers"] = f"{build.workers(recipe)} processes load data for each process that trains"
     lines["stop"] = _stop_words(folder, recipe, task, tried.seconds * batch / dist.processes())

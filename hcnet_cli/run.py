@@ -35,6 +35,7 @@ from hcnet_cli import (
 )
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, main_metrics, notice, out, warn
+from hcnet_cli.cores import busy
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision, use_cores
 from hcnet_cli.engine import Task
@@ -299,7 +300,7 @@ def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: f
     if state.step < info.steps_total:
         to_go = " to go" if state.step else ""
         by = f", {dist.processes()} processes" if dist.processes() > 1 else ""
-        notice(f"About {about(left)}{to_go} on this {run.device.type}{by}, evaluation not counted.")
+        notice(f"About {about(left)}{to_go} on this {run.device.type}{by}{busy()}, evaluation not counted.")
     if not state.step and dist.is_main():
         plan.notice_what_fits(run.recipe, run.data, left)
 

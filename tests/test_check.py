@@ -79,7 +79,7 @@ def test_an_image_folder(hcnet: Hcnet, folder: Path) -> None:
     ]
     assert list(found)[:3] == [what for what, one in found.items() if one["wrong"]], "what is wrong comes first"
     text = hcnet("check", folder).out
-    assert "Correct what is WRONG (3) before training." in text
+    assert "Correct what is WRONG before training." in text
     assert "(1): train/green/1.png = val/green/again.bmp " in " ".join(text.split())
     assert "10 – 20 – 24" not in text  # a turned image is 10 wide and 20 high
     assert "10 – 24 – 24" in text
@@ -201,7 +201,7 @@ def test_problems_of_one_cause_are_one_line() -> None:
     shown = check.lines(Audit("x", Path("x"), "COCO", "objects", [], {}, problems=problems))
     assert len(shown) == 4
     assert shown[0].startswith("WRONG: a/b.json: annotation id 0 is of image id 50, which it lacks. And 29 more of")
-    assert "Correct what is WRONG (32) before training." in shown[-1]
+    assert "Correct what is WRONG before training." in shown[-1]
 
 
 def test_classes_that_only_validation_has_are_a_finding(tmp_path: Path) -> None:

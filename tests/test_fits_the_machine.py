@@ -43,6 +43,13 @@ def test_workers_follow_the_cores(
         assert build.workers(recipe) == expected
 
 
+@pytest.mark.parametrize(("load", "words"), [(1.5, ""), (12.2, " while the machine is busy (load 12, 2 cores)")])
+def test_a_time_says_that_the_machine_was_busy(monkeypatch: pytest.MonkeyPatch, load: float, words: str) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert cores.busy() == words
+
+
 @pytest.mark.parametrize(("usable", "asked", "threads"), [(1, None, 1), (8, None, 2), (1, "2", 2)])
 def test_threads_follow_the_cores(
     monkeypatch: pytest.MonkeyPatch, usable: int, asked: str | None, threads: int
