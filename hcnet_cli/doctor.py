@@ -109,8 +109,7 @@ def _machine() -> Iterator[Finding]:
     emulated = device.emulates_bf16(torch.device("cpu"))
     yield Finding(
         "bf16 on CPU",
-        "emulated" if emulated else "in hardware",
-        "--precision bf16 trains many times slower here than fp32" if emulated else "",
+        "emulated: --precision bf16 trains many times slower here than fp32" if emulated else "in hardware",
     )
     memory = {key: _first(Path("/proc/meminfo"), rf"{key}:\s*(\d+) kB") for key in ("MemTotal", "MemAvailable")}
     if memory["MemTotal"]:
