@@ -6,7 +6,9 @@ import base64
 import contextlib
 import functools
 import io
+import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from hcnet_cli import __version__, build, engine, pictures
 from hcnet_cli.console import UserError, notice, status_line, warn
 from hcnet_cli.data.folders import LeftOut, counted, is_image, reading_folder, walk
 from hcnet_cli.data.images import UnusableImageError, read_image
+from hcnet_cli.data.loader import start_worker
 from hcnet_cli.device import pick_device
 from hcnet_cli.engine import Predictor
 from hcnet_cli.files import replacing, write_text, writing
@@ -65,11 +68,13 @@ def find_photos(named: Sequence[Path]) -> list[Photo]:
 
 @dataclass
 class Outcome:
-    """How many images were predicted; those that could not be read, each with its reason; whether it was stopped."""
+    """How many images were predicted; those that could not be read, each with its reason; the number of the signal
+    that stopped it before the last image, or 0.
+    """
 
     done: int = 0
     unreadable: list[str] = field(default_factory=list)
-    stopped: bool = False
+    stopped: int = 0
 
 
 class _Photos(Dataset[Any]):
@@ -92,11 +97,12 @@ class _Photos(Dataset[Any]):
 
 
 def predict(
-    folder: RunFolder, info: RunInfo, recipe: Recipe, photos: Sequence[Photo], output: Path, device: str, workers: int
+    folder: RunFolder, info: RunInfo, recipe: Recipe, photos: Sequence[Photo], output: Path, device: str
 ) -> Outcome:
-    """Predicts with the run's best weights, and writes to `output`: a folder that is made, or a page (.html).
+    """Predicts with the run's best weights, and writes to `output`: a folder that exists, or a page (.html).
 
-    Ctrl-C ends it early: what is predicted by then is written. UserError for weights that do not fit the recipe.
+    A signal such as Ctrl-C ends it after the image at hand, a second Ctrl-C at once: what is predicted by then is
+    written. UserError for weights that do not fit the recipe.
     """
     where = pick_device(device)
     about = read_metadata(folder.best)
@@ -104,74 +110,92 @@ def predict(
     build.load_own(predictor.task, folder.path)
     predictor.task.to(where).eval()
     page = output.suffix == ".html"
-    with writing(output):
-        (output.parent if page else output).mkdir(parents=True, exist_ok=True)
     origin = {"run": folder.path.resolve().name, "weights": info.weights, "hcnet": __version__}
     read = functools.partial(read_image, bits=info.data.bits, max_pixels=recipe.data.max_pixels)
     loader = DataLoader(
         _Photos(photos, predictor.prepare, read),
         batch_size=predictor.batch_size,
-        num_workers=min(workers, len(photos)),
+        num_workers=min(build.workers(recipe), math.ceil(len(photos) / predictor.batch_size)),
         collate_fn=list,
+        worker_init_fn=start_worker,
     )
     names = pictures.file_names([photo.name for photo in photos])
     outcome, drawn = Outcome(), []
-    for number, photo, image, size, prediction in _predictions(predictor, loader, photos, where, outcome):
-        if not page:
-            predictor.keep(output, names[number], photo.name, size, prediction)
-        if image is None:
-            continue
-        picture = predictor.draw(image, prediction, photo.name)
-        if page:
-            drawn.append((photo.name, _jpeg(picture)))
-        else:
-            with writing(output / "pictures"):
-                (output / "pictures").mkdir(exist_ok=True)
-                with replacing(output / "pictures" / names[number]) as temporary:
-                    picture.save(temporary, "PNG")
-    if not outcome.done:
-        raise UserError(f"None of the {len(photos)} images can be read, the first: {outcome.unreadable[0]}.")
-    if page:
-        left = outcome.done - len(drawn)
-        text = gallery.html(origin["run"], drawn, f"{left} more images are not shown." if left else "")
-        write_text(output, text)
-        notice(f"Wrote {output}.")
-    else:
-        file = predictor.finish(output, origin)
-        more = f" and pictures of the first {MAX_PICTURES}" if outcome.done > MAX_PICTURES else " and pictures"
-        notice(f"Wrote {file}{more} ({output / 'pictures'}).")
+    begun = time.monotonic()
+    with engine.Stopper() as stopper:
+        with contextlib.suppress(KeyboardInterrupt), status_line() as tell, torch.inference_mode():
+            for number, image, size, prediction in _predictions(predictor, loader, photos, where, outcome, tell):
+                photo, picture = photos[number], None
+                if image is not None:
+                    picture = predictor.draw(image, prediction, photo.name)
+                if page and picture:
+                    drawn.append((photo.name, _jpeg(picture)))
+                elif picture:
+                    with writing(output / "pictures"):
+                        (output / "pictures").mkdir(exist_ok=True)
+                        with replacing(output / "pictures" / names[number]) as temporary:
+                            picture.save(temporary, "PNG")
+                if not page:
+                    predictor.keep(output, names[number], photo.name, size, prediction)
+                outcome.done += 1
+                if stopper.received:
+                    break
+        seconds = time.monotonic() - begun
+        notice(f"Predicted {_images(outcome.done)} in {seconds:.1f} s, {outcome.done / seconds:.1f} a second.")
+        if left := len(photos) - outcome.done - len(outcome.unreadable):
+            outcome.stopped = stopper.received or signal.SIGINT
+            warn(f"Stopped: {left:,} of {_images(len(photos))} {'was' if left == 1 else 'were'} not looked at.")
+        if outcome.done:
+            _write(predictor, output, origin, drawn, outcome.done)
+    if not outcome.done and not outcome.stopped:
+        which = "The only image cannot" if len(photos) == 1 else f"None of the {len(photos)} images can"
+        raise UserError(f"{which} be read{'' if len(photos) == 1 else ', the first'}: {outcome.unreadable[0]}.")
     return outcome
 
 
+def _write(predictor: Predictor, output: Path, origin: dict[str, Any], drawn: list[tuple[str, str]], done: int) -> None:
+    """Writes the page of what is drawn, or the file of all predictions."""
+    if output.suffix == ".html":
+        left = done - len(drawn)
+        note = f"{left:,} more image{' is' if left == 1 else 's are'} not shown." if left else ""
+        write_text(output, gallery.html(origin["run"], drawn, note))
+        notice(f"Wrote {output}.")
+    else:
+        file = predictor.finish(output, origin)
+        more = f" and pictures of the first {MAX_PICTURES}" if done > MAX_PICTURES else " and pictures"
+        notice(f"Wrote {file}{more} ({output / 'pictures'}).")
+
+
 def _predictions(
-    predictor: Predictor, loader: DataLoader[Any], photos: Sequence[Photo], where: torch.device, outcome: Outcome
-) -> Iterator[tuple[int, Photo, Image.Image | None, tuple[int, int], Any]]:
-    """(number, photo, image if it is drawn, size, prediction) of each photo that can be read, in order."""
+    predictor: Predictor,
+    loader: DataLoader[Any],
+    photos: Sequence[Photo],
+    where: torch.device,
+    outcome: Outcome,
+    tell: Callable[[str], None],
+) -> Iterator[tuple[int, Image.Image | None, tuple[int, int], Any]]:
+    """(number, image if it is drawn, size, prediction) of each photo that can be read, in order."""
     begun = told = time.monotonic()
     seen = 0
     to_device = functools.partial(engine.to_device, device=where)
-    with status_line() as tell, torch.inference_mode(), contextlib.suppress(KeyboardInterrupt):
-        outcome.stopped = True
-        for batch in loader:
-            numbers = range(seen, seen + len(batch))
-            seen += len(batch)
-            good = [(n, *rest) for n, (*rest, reason) in zip(numbers, batch, strict=True) if not reason]
-            outcome.unreadable += [
-                f"{photos[n].path} ({reason})" for n, (*_, reason) in zip(numbers, batch, strict=True) if reason
-            ]
-            found = predictor.predict([item for *_, item in good], to_device) if good else []
-            for (n, image, size, _), prediction in zip(good, found, strict=True):
-                outcome.done += 1
-                yield n, photos[n], image, size, prediction
-            now = time.monotonic()
-            if now - told > TOLD_EVERY and seen < len(photos):
-                told = now
-                tell(f"{seen:,} of {len(photos):,} images, {seen / (now - begun):.1f} a second")
-        outcome.stopped = False
-    seconds = time.monotonic() - begun
-    notice(f"Predicted {outcome.done:,} images in {seconds:.1f} s, {outcome.done / seconds:.1f} a second.")
-    if outcome.stopped:
-        warn(f"Stopped: {len(photos) - seen:,} of {len(photos):,} images were not looked at.")
+    for batch in loader:
+        numbers = range(seen, seen + len(batch))
+        seen += len(batch)
+        good = [(n, *rest) for n, (*rest, reason) in zip(numbers, batch, strict=True) if not reason]
+        outcome.unreadable += [
+            f"{photos[n].path} ({reason})" for n, (*_, reason) in zip(numbers, batch, strict=True) if reason
+        ]
+        found = predictor.predict([item for *_, item in good], to_device) if good else []
+        for (n, image, size, _), prediction in zip(good, found, strict=True):
+            yield n, image, size, prediction
+        now = time.monotonic()
+        if now - told > TOLD_EVERY and seen < len(photos):
+            told = now
+            tell(f"{seen:,} of {len(photos):,} images, {seen / (now - begun):.1f} a second")
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def _jpeg(picture: Image.Image) -> str:
