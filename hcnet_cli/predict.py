@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from hcnet_cli import __version__, build, engine, pictures
 from hcnet_cli.console import UserError, notice, status_line, warn
 from hcnet_cli.data.folders import LeftOut, counted, is_image, reading_folder, walk
-from hcnet_cli.data.images import UnusableImageError, read_image
+from hcnet_cli.data.identity import HEAD, THREADS
+from hcnet_cli.data.images import UnusableImageError, bits_of, deep_peak, read_image
 from hcnet_cli.data.loader import start_worker
 from hcnet_cli.device import pick_device
 from hcnet_cli.engine import Predictor
-from hcnet_cli.files import replacing, write_text, writing
+from hcnet_cli.files import open_regular, replacing, write_text, writing
 from hcnet_cli.header import read_metadata
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report import gallery
@@ -64,6 +66,34 @@ def find_photos(named: Sequence[Path]) -> list[Photo]:
     if not found:
         raise UserError(f"There is no image in {', '.join(map(str, named))}.")
     return list(found.values())
+
+
+def measure_bits(photos: Sequence[Photo]) -> int | None:
+    """The bits that photos of more than 8 bits use, as training measures them over its images; None: there are none."""
+    peak, told = 0, time.monotonic()
+    with status_line() as tell, ThreadPoolExecutor(THREADS) as pool:
+        for number, found in enumerate(pool.map(_peak, photos), 1):
+            peak = max(peak, found)
+            if time.monotonic() - told > TOLD_EVERY:
+                told = time.monotonic()
+                tell(f"Looking for images of more than 8 bits: {number:,} of {len(photos):,} images")
+    bits = bits_of(peak)
+    if bits:
+        notice(
+            f"Images of more than 8 bits are read as {bits}-bit, measured over these photos: the run was trained on "
+            "none. --set data.bits=N in training sets the number."
+        )
+    return bits
+
+
+def _peak(photo: Photo) -> int:
+    """See `deep_peak`. Only files of more than 8 bits are read beyond their first bytes."""
+    try:
+        with open_regular(photo.path) as file:
+            head = file.read(HEAD)
+    except UserError:  # whoever reads the image says so
+        return 0
+    return deep_peak(photo.path, head)
 
 
 @dataclass
@@ -111,7 +141,8 @@ def predict(
     predictor.task.to(where).eval()
     page = output.suffix == ".html"
     origin = {"run": folder.path.resolve().name, "weights": info.weights, "hcnet": __version__}
-    read = functools.partial(read_image, bits=info.data.bits, max_pixels=recipe.data.max_pixels)
+    bits = info.data.bits or recipe.data.bits or measure_bits(photos)
+    read = functools.partial(read_image, bits=bits, max_pixels=recipe.data.max_pixels)
     loader = DataLoader(
         _Photos(photos, predictor.prepare, read),
         batch_size=predictor.batch_size,

@@ -14,6 +14,8 @@ import small_data
 from conftest import SMALL_MODEL, Hcnet, only_run
 from PIL import Image
 
+from hcnet_cli import predict as predicting
+from hcnet_cli.runs import RunFolder, with_weights
 from hcnet_cli.tasks.classification import predict as classification
 from hcnet_cli.tasks.detection import predict as detection
 
@@ -123,6 +125,53 @@ def test_photos_of_every_kind_and_one_that_is_none(root: Path, tmp_path: Path, h
     text = page.read_text()
     assert text.count('<img src="data:image/jpeg;base64,') == 1
     assert "<script" not in text
+
+
+def test_the_bits_of_deep_photos_are_measured(root: Path, tmp_path: Path, hcnet: Hcnet) -> None:
+    """A run of 8-bit images knows no bits: a 12-bit photo is predicted as the same photo in 8 bits, not as black."""
+    run = trained("pretrain", root, hcnet)
+    grey = small_data.noise(1)[..., 0]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(grey).save(photos / "plain.png")
+    Image.fromarray(grey.astype(np.uint16) << 4).save(photos / "deep.png")
+    done = hcnet("predict", run, photos, "--output", tmp_path / "p", "--workers", 0)
+    assert done.code == 0, done.err
+    assert "Images of more than 8 bits are read as 12-bit, measured over these photos" in done.err
+    deep, plain = map(json.loads, (tmp_path / "p" / "predictions.jsonl").read_text().splitlines())
+    assert (deep["classes"], deep["probabilities"]) == (plain["classes"], plain["probabilities"])
+    with Image.open(tmp_path / "p" / "pictures" / "deep.png") as first:
+        assert np.asarray(first)[100:400, 100:400].mean() > 60
+    done = hcnet("predict", run, photos / "plain.png", "--output", tmp_path / "p2", "--workers", 0)
+    assert "of more than 8 bits" not in done.err
+
+
+@pytest.mark.parametrize(("measured", "chosen", "expected"), [(10, None, 10), (None, 16, 16), (None, None, 12)])
+def test_bits_of_the_run_come_first(
+    measured: int | None,
+    chosen: int | None,
+    expected: int,
+    root: Path,
+    tmp_path: Path,
+    hcnet: Hcnet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = RunFolder(trained("pretrain", root, hcnet))
+    info, recipe = with_weights(run)
+    info = info.model_copy(update={"data": info.data.model_copy(update={"bits": measured})})
+    recipe = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"bits": chosen}),
+            "train": recipe.train.model_copy(update={"workers": 0}),
+        }
+    )
+    used = []
+    read = predicting.read_image
+    monkeypatch.setattr(predicting, "read_image", lambda path, **how: used.append(how["bits"]) or read(path, **how))
+    Image.fromarray(np.full((40, 40), 4000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "p").mkdir()
+    predicting.predict(run, info, recipe, predicting.find_photos([tmp_path / "deep.png"]), tmp_path / "p", "cpu")
+    assert used == [expected]
 
 
 @pytest.mark.parametrize(
