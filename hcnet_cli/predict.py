@@ -39,7 +39,7 @@ TOLD_EVERY = 2.0  # seconds
 
 
 class Photo(NamedTuple):
-    """An image file, and what the output calls it: its path in the folder that was named, or its own name."""
+    """An image file, and what the output calls it: see `find_photos`."""
 
     path: Path
     name: str
@@ -48,9 +48,12 @@ class Photo(NamedTuple):
 def find_photos(named: Sequence[Path]) -> list[Photo]:
     """The files as given, and all images in the folders and below, in sorted order, none twice.
 
-    UserError where there is no image at all.
+    Of links and the file they lead to the file is taken. An image is called by its path in the folder that was named,
+    or its own name; where that would name two images, all are called by their paths as given. UserError where there is
+    no image at all.
     """
-    found: dict[str, Photo] = {}
+    found: list[Photo] = []
+    places: list[tuple[str, bool]] = []  # the real path of each, and whether a link leads there
     left_out: LeftOut = {}
     for path in named:
         if path.is_dir():
@@ -59,13 +62,23 @@ def find_photos(named: Sequence[Path]) -> list[Photo]:
             photos = [Photo(path / os.fsdecode(name), os.fsdecode(name)) for name in inside]
         else:
             photos = [Photo(path, path.name)]
+        root = os.path.realpath(path if path.is_dir() else path.parent)
         for photo in photos:
-            found.setdefault(os.path.realpath(photo.path), photo)
+            real = os.path.realpath(photo.path)
+            found.append(photo)
+            places.append((real, real != os.path.join(root, photo.name)))
+    chosen: dict[str, int] = {}
+    for i in sorted(range(len(found)), key=lambda i: places[i][1]):  # links last
+        chosen.setdefault(places[i][0], i)
+    photos = [found[i] for i in sorted(chosen.values())]
+    left_out["repetitions of the same file"] = [str(found[i].path) for i in set(range(len(found))) - {*chosen.values()}]
     for reason, count in counted(left_out).items():
         notice(f"Left out: {count:,} {reason}.")
-    if not found:
+    if not photos:
         raise UserError(f"There is no image in {', '.join(map(str, named))}.")
-    return list(found.values())
+    if len({photo.name for photo in photos}) < len(photos):
+        return [Photo(photo.path, str(photo.path)) for photo in photos]
+    return photos
 
 
 def measure_bits(photos: Sequence[Photo]) -> int | None:
@@ -156,18 +169,19 @@ def predict(
     with engine.Stopper() as stopper:
         with contextlib.suppress(KeyboardInterrupt), status_line() as tell, torch.inference_mode():
             for number, image, size, prediction in _predictions(predictor, loader, photos, where, outcome, tell):
-                photo, picture = photos[number], None
+                photo, file = photos[number], None
                 if image is not None:
                     picture = predictor.draw(image, prediction, photo.name)
-                if page and picture:
-                    drawn.append((photo.name, _jpeg(picture)))
-                elif picture:
-                    with writing(output / "pictures"):
-                        (output / "pictures").mkdir(exist_ok=True)
-                        with replacing(output / "pictures" / names[number]) as temporary:
-                            picture.save(temporary, "PNG")
+                    if page:
+                        drawn.append((photo.name, _jpeg(picture)))
+                    else:
+                        file = f"pictures/{names[number]}"
+                        with writing(output / file):
+                            (output / "pictures").mkdir(exist_ok=True)
+                            with replacing(output / file) as temporary:
+                                picture.save(temporary, "PNG")
                 if not page:
-                    predictor.keep(output, names[number], photo.name, size, prediction)
+                    predictor.keep(output, names[number], photo.name, size, prediction, file)
                 outcome.done += 1
                 if stopper.received:
                     break

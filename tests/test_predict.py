@@ -127,6 +127,49 @@ def test_photos_of_every_kind_and_one_that_is_none(root: Path, tmp_path: Path, h
     assert "<script" not in text
 
 
+def test_a_file_is_taken_before_links_to_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    small_data.save(tmp_path / "photos" / "plain.png", 1)
+    small_data.save(tmp_path / "elsewhere" / "y.png", 1)
+    (tmp_path / "photos" / "link.png").symlink_to("plain.png")
+    (tmp_path / "photos" / "a.png").symlink_to(tmp_path / "elsewhere" / "y.png")  # the only name of its file
+    (tmp_path / "photos" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root").symlink_to(tmp_path / "photos")  # a link that is named is no reason to prefer another name
+    for folder in ("photos", "root"):
+        found = predicting.find_photos([tmp_path / folder, tmp_path / folder / "plain.png"])
+        assert [photo.name for photo in found] == ["a.png", "plain.png"]
+        assert "Left out: 3 repetitions of the same file." in capfd.readouterr().err
+    assert [photo.name for photo in predicting.find_photos([tmp_path / "photos", tmp_path / "elsewhere"])] == [
+        "plain.png",
+        "y.png",
+    ]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_images_of_the_same_name_are_told_apart(
+    task: str, root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(task, root, hcnet)
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("s1/x.png", "s2/x.png", "s2/z.png")):
+        small_data.save(tmp_path / name, number)
+    monkeypatch.setattr(predicting, "MAX_PICTURES", 2)
+    done = hcnet("predict", run, "s1", "s2", "--output", "p", "--workers", 0)
+    assert done.code == 0, done.err
+    names, drawn = ["s1/x.png", "s2/x.png", "s2/z.png"], ["pictures/s1_x.png", "pictures/s2_x.png"]
+    if task == "finetune-seg":
+        labels = json.loads(Path("p/classes.json").read_text())["labels"]
+        assert list(labels.values()) == names
+        assert [name.replace("labels", "pictures") for name in labels][:2] == drawn
+    else:
+        if task == "pretrain":
+            lines = [json.loads(line) for line in Path("p/predictions.jsonl").read_text().splitlines()]
+        else:
+            lines = json.loads(Path("p/predictions.json").read_text())["images"]
+        assert [line.get("file", line.get("file_name")) for line in lines] == names
+        assert [line.get("picture") for line in lines] == [*drawn, None]
+    assert sorted(f"pictures/{path.name}" for path in Path("p/pictures").iterdir()) == drawn
+
+
 def test_the_bits_of_deep_photos_are_measured(root: Path, tmp_path: Path, hcnet: Hcnet) -> None:
     """A run of 8-bit images knows no bits: a 12-bit photo is predicted as the same photo in 8 bits, not as black."""
     run = trained("pretrain", root, hcnet)

@@ -42,9 +42,19 @@ class Predictor:
         batch = {key: [item[key] for item in items] for key in items[0]}
         return [_objects(found) for found in self.task.predict(to_device(batch))]
 
-    def keep(self, folder: Path, name: str, file: str, size: tuple[int, int], objects: list[dict[str, Any]]) -> None:
+    def keep(
+        self,
+        folder: Path,
+        name: str,
+        file: str,
+        size: tuple[int, int],
+        objects: list[dict[str, Any]],
+        picture: str | None,
+    ) -> None:
         number = len(self.kept) + 1
         image = {"id": number, "file_name": file, "height": size[0], "width": size[1]}
+        if picture:
+            image["picture"] = picture
         self.kept.append((image, [{"image_id": number, **one} for one in objects]))  # Ctrl-C: both, or neither
 
     def finish(self, folder: Path, about: dict[str, Any]) -> Path:
