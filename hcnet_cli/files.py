@@ -179,6 +179,20 @@ def check_output(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
 
 
+@contextlib.contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Makes a folder and those above it. Those that are empty at the end, also if the block raises, are removed."""
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    try:
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for one in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                one.rmdir()
+
+
 def write_output(path: Path, text: str) -> None:
     """`write_text` for the file of an --output: makes its folder and prints a notice."""
     with writing(path):

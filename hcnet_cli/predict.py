@@ -6,9 +6,12 @@ import base64
 import contextlib
 import functools
 import io
+import math
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from hcnet_cli import __version__, build, engine, pictures
 from hcnet_cli.console import UserError, notice, status_line, warn
 from hcnet_cli.data.folders import LeftOut, counted, reading_folder, walk
-from hcnet_cli.data.images import UnusableImageError, read_image
+from hcnet_cli.data.identity import HEAD, THREADS
+from hcnet_cli.data.images import UnusableImageError, bits_of, deep_peak, read_image
+from hcnet_cli.data.loader import start_worker
 from hcnet_cli.device import pick_device
 from hcnet_cli.engine import Predictor
-from hcnet_cli.files import is_image, replacing, write_text, writing
+from hcnet_cli.files import is_image, open_regular, replacing, write_text, writing
 from hcnet_cli.header import read_metadata
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report import gallery
@@ -34,7 +39,7 @@ TOLD_EVERY = 2.0  # seconds
 
 
 class Photo(NamedTuple):
-    """An image file, and what the output calls it: its path in the folder that was named, or its own name."""
+    """An image file, and what the output calls it: see `find_photos`."""
 
     path: Path
     name: str
@@ -43,9 +48,12 @@ class Photo(NamedTuple):
 def find_photos(named: Sequence[Path]) -> list[Photo]:
     """The files as given, and all images in the folders and below, in sorted order, none twice.
 
-    UserError where there is no image at all.
+    Of links and the file they lead to the file is taken. An image is called by its path in the folder that was named,
+    or its own name; where that would name two images, all are called by their paths as given. UserError where there is
+    no image at all.
     """
-    found: dict[str, Photo] = {}
+    found: list[Photo] = []
+    places: list[tuple[str, bool]] = []  # the real path of each, and whether a link leads there
     left_out: LeftOut = {}
     for path in named:
         if path.is_dir():
@@ -54,22 +62,62 @@ def find_photos(named: Sequence[Path]) -> list[Photo]:
             photos = [Photo(path / os.fsdecode(name), os.fsdecode(name)) for name in inside]
         else:
             photos = [Photo(path, path.name)]
+        root = os.path.realpath(path if path.is_dir() else path.parent)
         for photo in photos:
-            found.setdefault(os.path.realpath(photo.path), photo)
+            real = os.path.realpath(photo.path)
+            found.append(photo)
+            places.append((real, real != os.path.join(root, photo.name)))
+    chosen: dict[str, int] = {}
+    for i in sorted(range(len(found)), key=lambda i: places[i][1]):  # links last
+        chosen.setdefault(places[i][0], i)
+    photos = [found[i] for i in sorted(chosen.values())]
+    left_out["repetitions of the same file"] = [str(found[i].path) for i in set(range(len(found))) - {*chosen.values()}]
     for reason, count in counted(left_out).items():
         notice(f"Left out: {count:,} {reason}.")
-    if not found:
+    if not photos:
         raise UserError(f"There is no image in {', '.join(map(str, named))}.")
-    return list(found.values())
+    if len({photo.name for photo in photos}) < len(photos):
+        return [Photo(photo.path, str(photo.path)) for photo in photos]
+    return photos
+
+
+def measure_bits(photos: Sequence[Photo]) -> int | None:
+    """The bits that photos of more than 8 bits use, as training measures them over its images; None: there are none."""
+    peak, told = 0, time.monotonic()
+    with status_line() as tell, ThreadPoolExecutor(THREADS) as pool:
+        for number, found in enumerate(pool.map(_peak, photos), 1):
+            peak = max(peak, found)
+            if time.monotonic() - told > TOLD_EVERY:
+                told = time.monotonic()
+                tell(f"Looking for images of more than 8 bits: {number:,} of {len(photos):,} images")
+    bits = bits_of(peak)
+    if bits:
+        notice(
+            f"Images of more than 8 bits are read as {bits}-bit, measured over these photos: the run was trained on "
+            "none. --set data.bits=N in training sets the number."
+        )
+    return bits
+
+
+def _peak(photo: Photo) -> int:
+    """See `deep_peak`. Only files of more than 8 bits are read beyond their first bytes."""
+    try:
+        with open_regular(photo.path) as file:
+            head = file.read(HEAD)
+    except UserError:  # whoever reads the image says so
+        return 0
+    return deep_peak(photo.path, head)
 
 
 @dataclass
 class Outcome:
-    """How many images were predicted; those that could not be read, each with its reason; whether it was stopped."""
+    """How many images were predicted; those that could not be read, each with its reason; the number of the signal
+    that stopped it before the last image, or 0.
+    """
 
     done: int = 0
     unreadable: list[str] = field(default_factory=list)
-    stopped: bool = False
+    stopped: int = 0
 
 
 class _Photos(Dataset[Any]):
@@ -92,11 +140,12 @@ class _Photos(Dataset[Any]):
 
 
 def predict(
-    folder: RunFolder, info: RunInfo, recipe: Recipe, photos: Sequence[Photo], output: Path, device: str, workers: int
+    folder: RunFolder, info: RunInfo, recipe: Recipe, photos: Sequence[Photo], output: Path, device: str
 ) -> Outcome:
-    """Predicts with the run's best weights, and writes to `output`: a folder that is made, or a page (.html).
+    """Predicts with the run's best weights, and writes to `output`: a folder that exists, or a page (.html).
 
-    Ctrl-C ends it early: what is predicted by then is written. UserError for weights that do not fit the recipe.
+    A signal such as Ctrl-C ends it after the image at hand, a second Ctrl-C at once: what is predicted by then is
+    written. UserError for weights that do not fit the recipe.
     """
     where = pick_device(device)
     about = read_metadata(folder.best)
@@ -104,74 +153,94 @@ def predict(
     build.load_own(predictor.task, folder.path)
     predictor.task.to(where).eval()
     page = output.suffix == ".html"
-    with writing(output):
-        (output.parent if page else output).mkdir(parents=True, exist_ok=True)
     origin = {"run": folder.path.resolve().name, "weights": info.weights, "hcnet": __version__}
-    read = functools.partial(read_image, bits=info.data.bits, max_pixels=recipe.data.max_pixels)
+    bits = info.data.bits or recipe.data.bits or measure_bits(photos)
+    read = functools.partial(read_image, bits=bits, max_pixels=recipe.data.max_pixels)
     loader = DataLoader(
         _Photos(photos, predictor.prepare, read),
         batch_size=predictor.batch_size,
-        num_workers=min(workers, len(photos)),
+        num_workers=min(build.workers(recipe), math.ceil(len(photos) / predictor.batch_size)),
         collate_fn=list,
+        worker_init_fn=start_worker,
     )
     names = pictures.file_names([photo.name for photo in photos])
     outcome, drawn = Outcome(), []
-    for number, photo, image, size, prediction in _predictions(predictor, loader, photos, where, outcome):
-        if not page:
-            predictor.keep(output, names[number], photo.name, size, prediction)
-        if image is None:
-            continue
-        picture = predictor.draw(image, prediction, photo.name)
-        if page:
-            drawn.append((photo.name, _jpeg(picture)))
-        else:
-            with writing(output / "pictures"):
-                (output / "pictures").mkdir(exist_ok=True)
-                with replacing(output / "pictures" / names[number]) as temporary:
-                    picture.save(temporary, "PNG")
-    if not outcome.done:
-        raise UserError(f"None of the {len(photos)} images can be read, the first: {outcome.unreadable[0]}.")
-    if page:
-        left = outcome.done - len(drawn)
-        text = gallery.html(origin["run"], drawn, f"{left} more images are not shown." if left else "")
-        write_text(output, text)
-        notice(f"Wrote {output}.")
-    else:
-        file = predictor.finish(output, origin)
-        more = f" and pictures of the first {MAX_PICTURES}" if outcome.done > MAX_PICTURES else " and pictures"
-        notice(f"Wrote {file}{more} ({output / 'pictures'}).")
+    begun = time.monotonic()
+    with engine.Stopper() as stopper:
+        with contextlib.suppress(KeyboardInterrupt), status_line() as tell, torch.inference_mode():
+            for number, image, size, prediction in _predictions(predictor, loader, photos, where, outcome, tell):
+                photo, file = photos[number], None
+                if image is not None:
+                    picture = predictor.draw(image, prediction, photo.name)
+                    if page:
+                        drawn.append((photo.name, _jpeg(picture)))
+                    else:
+                        file = f"pictures/{names[number]}"
+                        with writing(output / file):
+                            (output / "pictures").mkdir(exist_ok=True)
+                            with replacing(output / file) as temporary:
+                                picture.save(temporary, "PNG")
+                if not page:
+                    predictor.keep(output, names[number], photo.name, size, prediction, file)
+                outcome.done += 1
+                if stopper.received:
+                    break
+        seconds = time.monotonic() - begun
+        notice(f"Predicted {_images(outcome.done)} in {seconds:.1f} s, {outcome.done / seconds:.1f} a second.")
+        if left := len(photos) - outcome.done - len(outcome.unreadable):
+            outcome.stopped = stopper.received or signal.SIGINT
+            warn(f"Stopped: {left:,} of {_images(len(photos))} {'was' if left == 1 else 'were'} not looked at.")
+        if outcome.done:
+            _write(predictor, output, origin, drawn, outcome.done)
+    if not outcome.done and not outcome.stopped:
+        which = "The only image cannot" if len(photos) == 1 else f"None of the {len(photos)} images can"
+        raise UserError(f"{which} be read{'' if len(photos) == 1 else ', the first'}: {outcome.unreadable[0]}.")
     return outcome
 
 
+def _write(predictor: Predictor, output: Path, origin: dict[str, Any], drawn: list[tuple[str, str]], done: int) -> None:
+    """Writes the page of what is drawn, or the file of all predictions."""
+    if output.suffix == ".html":
+        left = done - len(drawn)
+        note = f"{left:,} more image{' is' if left == 1 else 's are'} not shown." if left else ""
+        write_text(output, gallery.html(origin["run"], drawn, note))
+        notice(f"Wrote {output}.")
+    else:
+        file = predictor.finish(output, origin)
+        more = f" and pictures of the first {MAX_PICTURES}" if done > MAX_PICTURES else " and pictures"
+        notice(f"Wrote {file}{more} ({output / 'pictures'}).")
+
+
 def _predictions(
-    predictor: Predictor, loader: DataLoader[Any], photos: Sequence[Photo], where: torch.device, outcome: Outcome
-) -> Iterator[tuple[int, Photo, Image.Image | None, tuple[int, int], Any]]:
-    """(number, photo, image if it is drawn, size, prediction) of each photo that can be read, in order."""
+    predictor: Predictor,
+    loader: DataLoader[Any],
+    photos: Sequence[Photo],
+    where: torch.device,
+    outcome: Outcome,
+    tell: Callable[[str], None],
+) -> Iterator[tuple[int, Image.Image | None, tuple[int, int], Any]]:
+    """(number, image if it is drawn, size, prediction) of each photo that can be read, in order."""
     begun = told = time.monotonic()
     seen = 0
     to_device = functools.partial(engine.to_device, device=where)
-    with status_line() as tell, torch.inference_mode(), contextlib.suppress(KeyboardInterrupt):
-        outcome.stopped = True
-        for batch in loader:
-            numbers = range(seen, seen + len(batch))
-            seen += len(batch)
-            good = [(n, *rest) for n, (*rest, reason) in zip(numbers, batch, strict=True) if not reason]
-            outcome.unreadable += [
-                f"{photos[n].path} ({reason})" for n, (*_, reason) in zip(numbers, batch, strict=True) if reason
-            ]
-            found = predictor.predict([item for *_, item in good], to_device) if good else []
-            for (n, image, size, _), prediction in zip(good, found, strict=True):
-                outcome.done += 1
-                yield n, photos[n], image, size, prediction
-            now = time.monotonic()
-            if now - told > TOLD_EVERY and seen < len(photos):
-                told = now
-                tell(f"{seen:,} of {len(photos):,} images, {seen / (now - begun):.1f} a second")
-        outcome.stopped = False
-    seconds = time.monotonic() - begun
-    notice(f"Predicted {outcome.done:,} images in {seconds:.1f} s, {outcome.done / seconds:.1f} a second.")
-    if outcome.stopped:
-        warn(f"Stopped: {len(photos) - seen:,} of {len(photos):,} images were not looked at.")
+    for batch in loader:
+        numbers = range(seen, seen + len(batch))
+        seen += len(batch)
+        good = [(n, *rest) for n, (*rest, reason) in zip(numbers, batch, strict=True) if not reason]
+        outcome.unreadable += [
+            f"{photos[n].path} ({reason})" for n, (*_, reason) in zip(numbers, batch, strict=True) if reason
+        ]
+        found = predictor.predict([item for *_, item in good], to_device) if good else []
+        for (n, image, size, _), prediction in zip(good, found, strict=True):
+            yield n, image, size, prediction
+        now = time.monotonic()
+        if now - told > TOLD_EVERY and seen < len(photos):
+            told = now
+            tell(f"{seen:,} of {len(photos):,} images, {seen / (now - begun):.1f} a second")
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def _jpeg(picture: Image.Image) -> str:

@@ -120,11 +120,14 @@ def test_of_a_finished_run(trained: tuple[Path, list[str]], hcnet: Hcnet, monkey
         ["evaluate", run, "--set", "optim.lr=1"],
         ["evaluate", run, "--on", "nope"],
         ["evaluate", run, "--device", "gpu"],
+        ["predict", run, run, "--output", "new", "--workers", "-1"],
+        ["predict", run, run, "--output", "new.json"],
     ]
     again, *mistakes = answers(commands, root)
     assert again[0] == "0 set()"
     assert "This run is finished" in again[1]
-    for (end, said), expected in zip(mistakes, ("nope.png", "optim.lr", "nope", "gpu"), strict=True):
+    expected_words = ("nope.png", "optim.lr", "nope", "gpu", "--workers", "names a file")
+    for (end, said), expected in zip(mistakes, expected_words, strict=True):
         assert (end, expected in said) == ("2 set()", True)
 
     recipe = resolve(recipe_file("pretrain/digits"), [("data.path", words[4], "")]).recipe

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import small_data
 from conftest import SMALL_MODEL, Hcnet, only_run
 from PIL import Image
+
+from hcnet_cli import predict as predicting
+from hcnet_cli.runs import RunFolder, with_weights
+from hcnet_cli.tasks.classification import predict as classification
+from hcnet_cli.tasks.detection import predict as detection
 
 TASKS = {
     "pretrain": ("classes", "val", ("data.img_size=16", "schedule.length=1"), 2),
@@ -120,6 +127,96 @@ def test_photos_of_every_kind_and_one_that_is_none(root: Path, tmp_path: Path, h
     assert "<script" not in text
 
 
+def test_a_file_is_taken_before_links_to_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    small_data.save(tmp_path / "photos" / "plain.png", 1)
+    small_data.save(tmp_path / "elsewhere" / "y.png", 1)
+    (tmp_path / "photos" / "link.png").symlink_to("plain.png")
+    (tmp_path / "photos" / "a.png").symlink_to(tmp_path / "elsewhere" / "y.png")  # the only name of its file
+    (tmp_path / "photos" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root").symlink_to(tmp_path / "photos")  # a link that is named is no reason to prefer another name
+    for folder in ("photos", "root"):
+        found = predicting.find_photos([tmp_path / folder, tmp_path / folder / "plain.png"])
+        assert [photo.name for photo in found] == ["a.png", "plain.png"]
+        assert "Left out: 3 repetitions of the same file." in capfd.readouterr().err
+    assert [photo.name for photo in predicting.find_photos([tmp_path / "photos", tmp_path / "elsewhere"])] == [
+        "plain.png",
+        "y.png",
+    ]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_images_of_the_same_name_are_told_apart(
+    task: str, root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(task, root, hcnet)
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("s1/x.png", "s2/x.png", "s2/z.png")):
+        small_data.save(tmp_path / name, number)
+    monkeypatch.setattr(predicting, "MAX_PICTURES", 2)
+    done = hcnet("predict", run, "s1", "s2", "--output", "p", "--workers", 0)
+    assert done.code == 0, done.err
+    names, drawn = ["s1/x.png", "s2/x.png", "s2/z.png"], ["pictures/s1_x.png", "pictures/s2_x.png"]
+    if task == "finetune-seg":
+        labels = json.loads(Path("p/classes.json").read_text())["labels"]
+        assert list(labels.values()) == names
+        assert [name.replace("labels", "pictures") for name in labels][:2] == drawn
+    else:
+        if task == "pretrain":
+            lines = [json.loads(line) for line in Path("p/predictions.jsonl").read_text().splitlines()]
+        else:
+            lines = json.loads(Path("p/predictions.json").read_text())["images"]
+        assert [line.get("file", line.get("file_name")) for line in lines] == names
+        assert [line.get("picture") for line in lines] == [*drawn, None]
+    assert sorted(f"pictures/{path.name}" for path in Path("p/pictures").iterdir()) == drawn
+
+
+def test_the_bits_of_deep_photos_are_measured(root: Path, tmp_path: Path, hcnet: Hcnet) -> None:
+    """A run of 8-bit images knows no bits: a 12-bit photo is predicted as the same photo in 8 bits, not as black."""
+    run = trained("pretrain", root, hcnet)
+    grey = small_data.noise(1)[..., 0]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(grey).save(photos / "plain.png")
+    Image.fromarray(grey.astype(np.uint16) << 4).save(photos / "deep.png")
+    done = hcnet("predict", run, photos, "--output", tmp_path / "p", "--workers", 0)
+    assert done.code == 0, done.err
+    assert "Images of more than 8 bits are read as 12-bit, measured over these photos" in done.err
+    deep, plain = map(json.loads, (tmp_path / "p" / "predictions.jsonl").read_text().splitlines())
+    assert (deep["classes"], deep["probabilities"]) == (plain["classes"], plain["probabilities"])
+    with Image.open(tmp_path / "p" / "pictures" / "deep.png") as first:
+        assert np.asarray(first)[100:400, 100:400].mean() > 60
+    done = hcnet("predict", run, photos / "plain.png", "--output", tmp_path / "p2", "--workers", 0)
+    assert "of more than 8 bits" not in done.err
+
+
+@pytest.mark.parametrize(("measured", "chosen", "expected"), [(10, None, 10), (None, 16, 16), (None, None, 12)])
+def test_bits_of_the_run_come_first(
+    measured: int | None,
+    chosen: int | None,
+    expected: int,
+    root: Path,
+    tmp_path: Path,
+    hcnet: Hcnet,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = RunFolder(trained("pretrain", root, hcnet))
+    info, recipe = with_weights(run)
+    info = info.model_copy(update={"data": info.data.model_copy(update={"bits": measured})})
+    recipe = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"bits": chosen}),
+            "train": recipe.train.model_copy(update={"workers": 0}),
+        }
+    )
+    used = []
+    read = predicting.read_image
+    monkeypatch.setattr(predicting, "read_image", lambda path, **how: used.append(how["bits"]) or read(path, **how))
+    Image.fromarray(np.full((40, 40), 4000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    (tmp_path / "p").mkdir()
+    predicting.predict(run, info, recipe, predicting.find_photos([tmp_path / "deep.png"]), tmp_path / "p", "cpu")
+    assert used == [expected]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,8 +225,18 @@ def test_photos_of_every_kind_and_one_that_is_none(root: Path, tmp_path: Path, h
         (("RUN", "photo.png", "--output", "full"), "full exists already."),
         (("RUN", "photo.png", "--output", "photo.png"), "photo.png exists already."),
         (("RUN", "empty", "--output", "p"), "There is no image in empty."),
-        (("RUN", "text.png", "--output", "p"), "None of the 1 images can be read, the first: text.png (it is not"),
+        (("RUN", "text.png", "--output", "p"), "The only image cannot be read: text.png (it is not"),
         (("half", "photo.png", "--output", "p"), "half has no best.safetensors."),
+        (("half", "photo.png", "--output", "p/page.html"), "half has no best.safetensors."),
+        (("RUN", "text.png", "--output", "p/page.html"), "The only image cannot be read: text.png (it is not"),
+        (("RUN", "text.png", "text2.png", "--output", "p"), "None of the 2 images can be read, the first: text.png"),
+        (("RUN", "photo.png", "--output", "old.html"), "old.html exists already."),
+        (
+            ("RUN", "photo.png", "--output", "p/x.json"),
+            "p/x.json names a file: predictions are written as a folder, or",
+        ),
+        (("RUN", "photo.png", "--output", "p/x.pdf"), "--output p/x, or --output p/x.html"),
+        (("RUN", "photo.png", "--output", "p", "--workers", "-1"), '--workers: "train.workers" cannot be -1'),
     ],
 )
 def test_mistakes(
@@ -144,7 +251,8 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     small_data.save(tmp_path / "photo.png", 1)
     small_data.save(tmp_path / "full" / "x.png", 1)
-    (tmp_path / "text.png").write_text("x")
+    for name in ("text.png", "text2.png", "old.html"):
+        (tmp_path / name).write_text("x")
     for name in ("empty", "half"):
         (tmp_path / name).mkdir()
     for name in ("run.json", "recipe.yaml"):
@@ -152,4 +260,99 @@ def test_mistakes(
     done = hcnet("predict", *(str(run) if word == "RUN" else word for word in arguments))
     assert done.code == 2
     assert message in done.err
-    assert not (tmp_path / "p").exists() or not any((tmp_path / "p").iterdir())
+    assert not (tmp_path / "p").exists()
+    assert (tmp_path / "old.html").read_text() == "x"
+
+
+def test_an_error_leaves_no_empty_folder(
+    root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    run = trained("pretrain", root, hcnet)
+    monkeypatch.setattr(classification.Predictor, "predict", fail)
+    for output in ("above/p", "above/p.html"):
+        with pytest.raises(MemoryError):
+            hcnet("predict", run, root / "classes" / "val", "--output", tmp_path / output, "--workers", 0)
+        assert not (tmp_path / "above").exists()
+
+
+def test_a_folder_may_have_a_dot_in_its_name(root: Path, tmp_path: Path, hcnet: Hcnet) -> None:
+    run = trained("pretrain", root, hcnet)
+    photo = root / "classes" / "val" / "a" / "0.bmp"
+    done = hcnet("predict", run, photo, "--output", tmp_path / "run-0.1", "--workers", "auto")
+    assert done.code == 0, done.err
+    assert (tmp_path / "run-0.1" / "predictions.jsonl").exists()
+    assert "Predicted 1 image in" in done.err
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, predictor: type, times: int, at: int = 2) -> None:
+    """Sends Ctrl-C so many times while a predictor draws the second picture."""
+    draw, drawn = predictor.draw, []  # type: ignore[attr-defined]
+
+    def interrupted(*arguments: Any) -> Image.Image:
+        drawn.append(1)
+        for _ in range(times if len(drawn) == at else 0):
+            signal.raise_signal(signal.SIGINT)
+        return draw(*arguments)
+
+    monkeypatch.setattr(predictor, "draw", interrupted)
+
+
+@pytest.mark.parametrize(("times", "kept"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_keeps_what_is_predicted(
+    times: int, kept: int, workers: int, root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a picture is drawn. The image at hand is finished, unless Ctrl-C comes again."""
+    run = trained("pretrain", root, hcnet)
+    photos = root / "classes" / "train"
+    handler = signal.getsignal(signal.SIGINT)
+    interrupt(monkeypatch, classification.Predictor, times)
+    done = hcnet("predict", run, photos, "--output", tmp_path / "p", "--workers", workers)
+    assert done.code == 130
+    assert f"Stopped: {4 - kept} of 4 images were not looked at." in done.err
+    lines = [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == ["a/0.bmp", "a/2.bmp"][:kept]
+    assert sorted(path.name for path in (tmp_path / "p" / "pictures").iterdir()) == ["0.png", "2.png"][:kept]
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_ctrl_c_keeps_the_page(root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained("pretrain", root, hcnet)
+    interrupt(monkeypatch, classification.Predictor, 1)
+    page = tmp_path / "new" / "page.html"
+    done = hcnet("predict", run, root / "classes" / "train", "--output", page, "--workers", 0)
+    assert done.code == 130
+    assert "Stopped: 2 of 4 images were not looked at." in done.err
+    assert page.read_text().count('<img src="data:image/jpeg;base64,') == 2
+    assert list(page.parent.iterdir()) == [page]
+
+
+def test_ctrl_c_before_the_first_image_writes_nothing(
+    root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("pretrain", root, hcnet)
+    interrupt(monkeypatch, classification.Predictor, 2, at=1)
+    for output in ("p", "p.html"):
+        done = hcnet("predict", run, root / "classes" / "val", "--output", tmp_path / output, "--workers", 0)
+        assert done.code == 130
+        assert not list(tmp_path.iterdir())
+        interrupt(monkeypatch, classification.Predictor, 2, at=1)
+
+
+def test_ctrl_c_keeps_images_and_their_boxes(
+    root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("finetune-det", root, hcnet)
+    interrupt(monkeypatch, detection.Predictor, 2)
+    done = hcnet("predict", run, root / "coco" / "val2017", "--output", tmp_path / "p", "--workers", 0)
+    assert done.code == 130
+    assert "Stopped: 1 of 2 images was not looked at." in done.err
+    found = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    assert [one["file_name"] for one in found["images"]] == ["0.bmp"]
+    assert {one["image_id"] for one in found["annotations"]} == {1}

@@ -32,28 +32,37 @@ def predict(
     Writes one file that other programs read (JSON Lines, COCO JSON, or PNG labels) and a picture of each image. Exits
     with 1 if an image could not be read.
     """
-    from hcnet_cli.files import check_output, writing
+    from hcnet_cli import recipe as rcp
+    from hcnet_cli.files import check_output, made_folder, writing
     from hcnet_cli.inputs import check_device
     from hcnet_cli.runs import find_run, with_weights
 
     for path in images:
         if not path.exists():
             raise UserError(f"There is no file or folder {path}.")
-    if output.suffix == ".html":
-        check_output(output)
-    else:
-        with writing(output):
-            if output.exists() and (not output.is_dir() or any(output.iterdir())):
-                raise UserError(f"{output} exists already.", hint="Name a new folder, or remove this one.")
+    page = output.suffix == ".html"
+    with writing(output):
+        if output.exists() and (page or not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"{output} exists already.", hint="Name a new one, or remove it.")
+    if output.suffix[1:].isalpha() and not page:  # a folder may be called run-0.1
+        raise UserError(
+            f"{output} names a file: predictions are written as a folder, or as a page of pictures that ends in .html.",
+            hint=f"--output {output.with_suffix('')}, or --output {output.with_suffix('.html')}",
+        )
     folder = find_run(run, out_dir)
     info, recipe = with_weights(folder, model)
-    check_device(device)  # before PyTorch is loaded, which takes seconds
-    from hcnet_cli import predict as predicting
+    asked = [("train.workers", "auto" if workers is None else workers, "--workers")]
+    recipe = recipe.model_copy(update={"train": rcp.resolve(folder.recipe_file, asked).recipe.train})
+    check_device(device)
+    with made_folder(output.parent if page else output):
+        if page:
+            check_output(output)
+        from hcnet_cli import predict as predicting  # loads PyTorch, which takes seconds
 
-    photos = predicting.find_photos(images)
-    outcome = predicting.predict(folder, info, recipe, photos, output, device, 2 if workers is None else workers)
+        photos = predicting.find_photos(images)
+        outcome = predicting.predict(folder, info, recipe, photos, output, device)
     for reason in outcome.unreadable:
         notice(f"Not read: {reason}")
     if outcome.stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + outcome.stopped)
     raise typer.Exit(1 if outcome.unreadable else 0)

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 from hcnet_cli import dist
 from hcnet_cli.cache import DIGEST_VERSION, UNSETTLED_SECONDS, cache_dir
 from hcnet_cli.console import UserError, notice, status_line
-from hcnet_cli.data.images import deep_peak, may_be_deep
+from hcnet_cli.data.images import bits_of, deep_peak, may_be_deep
 from hcnet_cli.data.member import Member
 from hcnet_cli.files import replacing
 
@@ -104,10 +104,9 @@ def _identify(
         distinct.add(record.content)
         peak = max(peak, record.peak)
     reader.save()
-    measured = max(8, peak.bit_length()) if peak else None
     return Identity(
         digest=PREFIXES[trust] + total.hexdigest(),
-        bits=(bits or measured) if peak else None,
+        bits=(bits or bits_of(peak)) if peak else None,
         num_distinct=len(distinct) if trust == "content" else len(names),
         changed=tuple(reader.changed),
     )

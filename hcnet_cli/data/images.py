@@ -197,6 +197,11 @@ def deep_peak(path: Source, head: bytes) -> int:
     return max(1, int(np.partition(flat, place)[place]))
 
 
+def bits_of(peak: int) -> int | None:
+    """How many bits images use whose largest `deep_peak` this is; None where there is none of more than 8 bits."""
+    return max(8, peak.bit_length()) if peak else None
+
+
 def check_size(path: Source, size: Size, max_pixels: int = MAX_PIXELS) -> None:
     """Raises UnusableImageError where `read_image` would because of the header, which is all that is read."""
     with opened(path, max_pixels) as file:

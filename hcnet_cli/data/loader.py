@@ -185,7 +185,7 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach workers too. Workers ignore them: the main process finishes its step."""
     for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
@@ -216,7 +216,7 @@ def _data_loader(
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         persistent_workers=persistent and workers > 0,
         generator=torch.Generator(),  # its seeds are unused; without it the loader draws from the global generator
     )

@@ -79,8 +79,12 @@ class Predictor(Protocol):
         """A prediction for each item of `prepare`."""
         ...
 
-    def keep(self, folder: Path, name: str, file: str, size: tuple[int, int], prediction: Any) -> None:
-        """Keeps what `finish` writes of one image, or writes it as `name` (NAME.png). Size: height, width."""
+    def keep(
+        self, folder: Path, name: str, file: str, size: tuple[int, int], prediction: Any, picture: str | None
+    ) -> None:
+        """Keeps what `finish` writes of one image, or writes it as `name` (NAME.png). Size: height, width. `picture`:
+        the file of its picture in the folder; None where none is drawn.
+        """
         ...
 
     def finish(self, folder: Path, about: dict[str, Any]) -> Path:

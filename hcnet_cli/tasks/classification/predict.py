@@ -28,7 +28,7 @@ class Answer(NamedTuple):
 
 
 class Predictor:
-    """See engine.Predictor. `predictions.jsonl` has a line for each image: file, classes, probabilities."""
+    """See engine.Predictor. `predictions.jsonl` has a line for each image: file, picture, classes, probabilities."""
 
     batch_size = 64
 
@@ -42,9 +42,12 @@ class Predictor:
         names = self.task.class_names
         return [Answer([names[i] for i in row], values) for row, values in zip(order, best, strict=True)]
 
-    def keep(self, folder: Path, name: str, file: str, size: tuple[int, int], answer: Answer) -> None:
-        rounded = [round(value, 6) for value in answer.probabilities]
-        self.lines.append(json.dumps({"file": file, "classes": answer.classes, "probabilities": rounded}))
+    def keep(
+        self, folder: Path, name: str, file: str, size: tuple[int, int], answer: Answer, picture: str | None
+    ) -> None:
+        line: dict[str, Any] = {"file": file, **({"picture": picture} if picture else {}), "classes": answer.classes}
+        line["probabilities"] = [round(value, 6) for value in answer.probabilities]
+        self.lines.append(json.dumps(line))
 
     def finish(self, folder: Path, about: dict[str, Any]) -> Path:
         write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in self.lines))

@@ -35,23 +35,34 @@ class Predictor:
         self, task: DetectionTask, class_names: Sequence[str], prepare: Callable[[Image.Image], dict[str, Any]]
     ) -> None:
         self.task, self.class_names, self.prepare = task, class_names, prepare
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
+        self.kept: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []  # images, each with its objects
 
     def predict(self, items: Sequence[dict[str, Any]], to_device: Callable[[Any], Any]) -> list[list[dict[str, Any]]]:
         """For each image its objects as COCO has them, best first."""
         batch = {key: [item[key] for item in items] for key in items[0]}
         return [_objects(found) for found in self.task.predict(to_device(batch))]
 
-    def keep(self, folder: Path, name: str, file: str, size: tuple[int, int], objects: list[dict[str, Any]]) -> None:
-        number = len(self.images) + 1
-        self.images.append({"id": number, "file_name": file, "height": size[0], "width": size[1]})
-        for one in objects:
-            self.annotations.append({"id": len(self.annotations) + 1, "image_id": number, **one})
+    def keep(
+        self,
+        folder: Path,
+        name: str,
+        file: str,
+        size: tuple[int, int],
+        objects: list[dict[str, Any]],
+        picture: str | None,
+    ) -> None:
+        number = len(self.kept) + 1
+        image = {"id": number, "file_name": file, "height": size[0], "width": size[1]}
+        if picture:
+            image["picture"] = picture
+        self.kept.append((image, [{"image_id": number, **one} for one in objects]))  # Ctrl-C: both, or neither
 
     def finish(self, folder: Path, about: dict[str, Any]) -> Path:
         categories = [{"id": i, "name": name} for i, name in enumerate(self.class_names, 1)]
-        content = {"info": about, "images": self.images, "categories": categories, "annotations": self.annotations}
+        images = [image for image, _ in self.kept]
+        objects = [one for _, found in self.kept for one in found]
+        annotations = [{"id": i, **one} for i, one in enumerate(objects, 1)]
+        content = {"info": about, "images": images, "categories": categories, "annotations": annotations}
         write_text(folder / "predictions.json", json.dumps(content) + "\n")
         return folder / "predictions.json"
 

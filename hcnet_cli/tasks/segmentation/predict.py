@@ -30,7 +30,7 @@ Pixels = NDArray[np.uint8]
 
 class Predictor:
     """See engine.Predictor. `labels/NAME.png` holds a value for each pixel, as the labels of the training data;
-    `classes.json` names the values, and the image of each label.
+    `classes.json` names the values, and the image of each label. The picture has the name of the label.
     """
 
     batch_size = 1
@@ -45,7 +45,9 @@ class Predictor:
         batch = {key: [item[key] for item in items] for key in items[0]}
         return [found.cpu().numpy() for found in self.task.predict(to_device(batch))]
 
-    def keep(self, folder: Path, name: str, file: str, size: tuple[int, int], classes: Pixels) -> None:
+    def keep(
+        self, folder: Path, name: str, file: str, size: tuple[int, int], classes: Pixels, picture: str | None
+    ) -> None:
         path = folder / "labels" / name
         label = Image.fromarray(classes + np.uint8(self.first), mode="P")
         label.putpalette([0] * 3 * self.first + self.colours.flatten().tolist())
