@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from hcnet_cli import __version__, build, engine, pictures
 from hcnet_cli.console import UserError, notice, status_line, warn
 from hcnet_cli.data.folders import LeftOut, counted, reading_folder, walk
-from hcnet_cli.data.identity import HEAD, THREADS
-from hcnet_cli.data.images import UnusableImageError, bits_of, deep_peak, read_image
+from hcnet_cli.data.identity import THREADS, file_peak
+from hcnet_cli.data.images import UnusableImageError, bits_of, read_image
 from hcnet_cli.data.loader import start_worker
 from hcnet_cli.device import pick_device
 from hcnet_cli.engine import Predictor
-from hcnet_cli.files import is_image, open_regular, replacing, write_text, writing
+from hcnet_cli.files import is_image, replacing, write_text, writing
 from hcnet_cli.header import read_metadata
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report import gallery
@@ -85,7 +85,7 @@ def measure_bits(photos: Sequence[Photo]) -> int | None:
     """The bits that photos of more than 8 bits use, as training measures them over its images; None: there are none."""
     peak, told = 0, time.monotonic()
     with status_line() as tell, ThreadPoolExecutor(THREADS) as pool:
-        for number, found in enumerate(pool.map(_peak, photos), 1):
+        for number, found in enumerate(pool.map(file_peak, [photo.path for photo in photos]), 1):
             peak = max(peak, found)
             if time.monotonic() - told > TOLD_EVERY:
                 told = time.monotonic()
@@ -97,16 +97,6 @@ def measure_bits(photos: Sequence[Photo]) -> int | None:
             "none. --set data.bits=N in training sets the number."
         )
     return bits
-
-
-def _peak(photo: Photo) -> int:
-    """See `deep_peak`. Only files of more than 8 bits are read beyond their first bytes."""
-    try:
-        with open_regular(photo.path) as file:
-            head = file.read(HEAD)
-    except UserError:  # whoever reads the image says so
-        return 0
-    return deep_peak(photo.path, head)
 
 
 @dataclass

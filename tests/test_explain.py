@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Normalize
 
 from hcnet_cli import build
+from hcnet_cli import explain as explaining
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
 from hcnet_cli.data.splits import DataSplits
@@ -476,6 +478,17 @@ def test_an_image_that_cannot_be_read(drawn: Path, tmp_path: Path, content: byte
         file.write_bytes(content)
     with pytest.raises(UserError, match=rf"picture\.png cannot be used: {reason}"):
         explain(drawn, image=file)
+
+
+def test_a_photo_of_12_bits_is_not_black(tmp_path: Path) -> None:
+    """In a 16-bit file, of a run whose images have 8: as the same photo in 8 bits."""
+    values = np.random.default_rng(0).integers(2048, 4096, (40, 40))
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((values >> 4).astype(np.uint8)).save(tmp_path / "plain.png")
+    recipe = rcp.resolve(rcp.recipe_file("digits", "pretrain")).recipe
+    info = Mock(**{"data.bits": None})
+    deep, plain = (explaining._one_image(recipe, info, tmp_path / name) for name in ("deep.png", "plain.png"))
+    assert torch.equal(deep[0][0], plain[0][0])
 
 
 def test_a_place_that_cannot_be_written(drawn: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hcnet_cli.cli import complete, options
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import UserError, loading, notice
 
 
 def predict(
@@ -57,7 +57,8 @@ def predict(
     with made_folder(output.parent if page else output):
         if page:
             check_output(output)
-        from hcnet_cli import predict as predicting  # loads PyTorch, which takes seconds
+        with loading():
+            from hcnet_cli import predict as predicting
 
         photos = predicting.find_photos(images)
         outcome = predicting.predict(folder, info, recipe, photos, output, device)

@@ -24,7 +24,7 @@ from hcnet_cli.cache import DIGEST_VERSION, UNSETTLED_SECONDS, cache_dir
 from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data.images import bits_of, deep_peak, may_be_deep
 from hcnet_cli.data.member import Member
-from hcnet_cli.files import replacing
+from hcnet_cli.files import open_regular, replacing
 
 Trust = Literal["content", "names"]
 PREFIXES: dict[Trust, str] = {"content": f"v{DIGEST_VERSION}-", "names": f"v{DIGEST_VERSION}n-"}
@@ -220,3 +220,13 @@ def _load(cache: Path) -> dict[bytes, Record]:
         notice(f"The cache {cache} is damaged: the data's files are read again.")
         return {}
     return {key: Record(content, peak) for key, content, peak in RECORD.iter_unpack(body)}
+
+
+def file_peak(path: Path) -> int:
+    """See `deep_peak`; 0 for a file that cannot be read: whoever reads the image says so."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(HEAD)
+    except UserError:
+        return 0
+    return deep_peak(path, head)

@@ -17,8 +17,10 @@ from torch import Tensor
 from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice
+from hcnet_cli.data.identity import file_peak
 from hcnet_cli.data.images import (
     UnusableImageError,
+    bits_of,
     normalise,
     read_image,
     rescale,
@@ -53,7 +55,7 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     model without conduction only the receptive fields are drawn. UserError: no run, no weights, no data, no image.
     """
     info, recipe, backbone = load(run)
-    images, source = _one_image(recipe, image, info.data.bits) if image else _validation_images(recipe, info)
+    images, source = _one_image(recipe, info, image) if image else _validation_images(recipe, info)
     folder = out or run / "explain"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def compare(runs: Sequence[Path], image: Path | None, out: Path, model: str | No
         own = model if (folder.require()).model_file else None
         info, recipe = with_weights(folder, own)
         if not images:
-            images, source = _one_image(recipe, image, info.data.bits) if image else _validation_images(recipe, info)
+            images, source = _one_image(recipe, info, image) if image else _validation_images(recipe, info)
         backbone: Any = build.build_backbone(recipe, 0)
         state = build.read_init(str(run))[1]
         inner = backbone.model if isinstance(backbone, FeatureMaps) else backbone
@@ -195,10 +197,13 @@ def _normalised(config: ImageFolder, items: list[dict[str, Any]]) -> list[Tensor
     return list(augment.Normalise(config.mean, config.std)(augment.collate(items)))
 
 
-def _one_image(recipe: Recipe, file: Path, bits: int | None) -> tuple[list[Tensor], str]:
-    """The image in `file` as the run's evaluation would see it: [3, H, W]."""
+def _one_image(recipe: Recipe, info: RunInfo, file: Path) -> tuple[list[Tensor], str]:
+    """The image in `file` as the run's evaluation would see it: [3, H, W]. Of more than 8 bits where the run's are not:
+    with as many as it uses.
+    """
     config: Any = recipe.data
     try:
+        bits = info.data.bits or config.bits or bits_of(file_peak(file))
         image = read_image(file, bits=bits, max_pixels=config.max_pixels)
     except UnusableImageError as error:
         raise UserError(str(error)) from None
