@@ -92,7 +92,8 @@ def confusion(axes: Any, names: Sequence[str], counts: NDArray[Any], size: float
     Names and numbers stand in it where there are few classes. size: of the names, in points.
     """
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation="antialiased")
+    drawn_as = "none" if len(names) <= MOST_CLASSES else "antialiased"  # whole cells, in a PDF too; of many their mean
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation=drawn_as)
     if len(names) <= MOST_NAMES:
         labels = [shortened(name, 7, 60) for name in names]
         upright = max(map(len, labels)) <= 2
