@@ -97,7 +97,7 @@ def open_data(recipe: Recipe) -> DataSplits:
     assert recipe.data.path is not None, "the command line fills in data.path"
     root = embedded.data_folder(recipe.data.path)
     module = cast(FormatModule, importlib.import_module(recipe.spec.formats[recipe.data.format].module))
-    return module.open_data(recipe.data, recipe.head, root)
+    return module.open_data(recipe.data.of_seed(recipe.train.seed), recipe.head, root)
 
 
 def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:

@@ -87,7 +87,7 @@ def _visible(info: RunInfo) -> tuple[Any, ...]:
     """What tables can show of it."""
     data = info.data
     return (
-        *(info.task, data.name, data.digest, data.split, data.num_val, info.protocol),
+        *(info.task, data.name, data.digest, data.split, info.protocol),
         *(repr(sorted(info.changes.items())), info.model, info.size, info.variant, info.img_size, init_label(info)),
         *(info.steps_total, info.batch_size, info.precision, info.evaluated_only, *score_protocols(info).items()),
     )

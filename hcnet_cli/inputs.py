@@ -85,7 +85,7 @@ def _like(root: Path) -> str:
     ):
         return (
             f"It looks like one folder of images for each of {len(folders)} classes: move them into {root / 'train'}, "
-            f"then some images of each class into {root / 'val'}/<class>/."
+            f"then some images of each class into {root / 'val'}/<class>/, or train with --set data.folds=5."
         )
     return ""
 

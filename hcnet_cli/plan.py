@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, notice, out, warn
 from hcnet_cli.cores import busy
+from hcnet_cli.data import embedded
 from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
@@ -27,8 +29,7 @@ from hcnet_cli.trial import Trial, device_memory, trial
 
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
-MANY_IMAGES = 100_000  # training images, from which a recipe for small data is no help
-LARGEST_SMALL = 96  # pixels, the largest images that the recipe for small images is for
+FEW_STEPS = 500  # of training that a recipe for a large data set takes on a small one
 MUCH_OF_THE_START = 0.1  # share of a moving average that is still what training started from
 LONG_SECONDS = 86400.0  # of training, from which the plan proposes less
 USED_BY = {  # fields of `schedule` that some kinds alone use
@@ -298,39 +299,63 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     """Says which recipe and flags fit where images are far smaller than the recipe's, where they are few for its
     schedule, or where `seconds` of training are days.
     """
-    steps, side = build.steps(recipe, data), typical_side(data)
-    small, img_size = recipe.spec.small_recipe, getattr(recipe.data, "img_size", None)
+    spec, sides = recipe.spec, typical_sides(data)
+    small, img_size = f"{spec.name}/{spec.small_recipe}", min(image_sides(recipe), default=0)
+    if recipe.protocol == small:
+        return
     reasons = []
-    if img_size and side and 2 * side <= img_size:
-        reasons.append(f"the images have about {side} pixels a side and would be enlarged to {img_size}")
-    passes = steps.total * recipe.train.batch_size / data.info.num_train
-    if small and data.info.num_train < FEW_IMAGES and passes > MANY_FOR_FEW:
-        reasons.append(f"{data.info.num_train:,} training images are few for {passes:,.0f} passes over them")
+    if sides and 2 * min(sides) <= img_size:
+        reasons.append(f"the images have about {min(sides)} pixels a side and would be enlarged to {img_size}")
+    steps, images = build.steps(recipe, data).total, data.info.num_train
+    passes = steps * recipe.train.batch_size / images
+    if spec.small_recipe and images < FEW_IMAGES and passes > MANY_FOR_FEW:
+        reasons.append(f"{images:,} training images are few for {passes:,.0f} passes over them")
+    if spec.small_recipe and steps < FEW_STEPS and recipe.protocol == f"{spec.name}/{spec.default_recipe}":
+        reasons.append(f"{steps:,} steps are few to learn from")
     if seconds > LONG_SECONDS:
         reasons.append(f"training would take about {about(seconds)} here")
-    if not reasons or recipe.protocol == f"{recipe.task}/{small}":
+    if not reasons:
         return
     notice(f"Does the recipe fit the data? {'; '.join(reasons)[0].upper()}{'; '.join(reasons)[1:]}.")
-    few = data.info.num_train < MANY_IMAGES
-    if small and img_size and (few or (side and side <= LARGEST_SMALL)):
-        fitting = min(LARGEST_SMALL, max(32, 32 * round((side or img_size) / 32)))
-        flags = "" if fitting == 32 else f" --set data.img_size={fitting}"
-        usual = rcp.resolve(rcp.recipes_dir() / recipe.task / f"{small}.yaml").recipe.train.batch_size
-        if data.info.num_train < usual:
-            flags += f" --batch-size {min(recipe.train.batch_size, max(1, data.info.num_train // 4))}"
-        notice(f"Fits better: hcnet {recipe.task} --recipe {recipe.task}/{small} --data {recipe.data.path}{flags}")
+    few = images < FEW_IMAGES or (sides and max(sides) <= spec.small_sides[1])
+    if spec.small_recipe and few and recipe.data.path not in embedded.EMBEDDED:
+        flags = flags_of_small(recipe, images, sides)
+        notice(f"Fits better: hcnet {spec.name} --recipe {small} --data {shlex.quote(str(recipe.data.path))}{flags}")
         return
     length = max(1, int(recipe.schedule.length * LONG_SECONDS / seconds))
     flag = f"--epochs {length}" if recipe.schedule.unit == "epochs" else f"--set schedule.length={length}"
     notice(f"{flag} takes about {about(LONG_SECONDS)}; a GPU, or torchrun on several, takes far less.")
 
 
-def typical_side(data: DataSplits) -> int | None:
-    """The median, over some training images, of the shorter side in pixels; None where none can be opened."""
+def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:
+    """What the recipe for small data is to be told about these images: their size, a batch of fewer images."""
+    spec = recipe.spec
+    small = rcp.resolve(rcp.recipes_dir() / spec.name / f"{spec.small_recipe}.yaml").recipe
+    usual, flags = image_sides(small), ""
+    smallest, largest = spec.small_sides
+    side = (sides or usual)[len(usual) > 1]  # an image is to cover one side, or to fit into two
+    if (fitting := min(largest, max(smallest, 32 * round(side / 32)))) != usual[0]:
+        for key in spec.size_keys:
+            pair = isinstance(rcp.flatten(small.model_dump())[key], tuple)
+            flags += f" --set {key}={f'[{fitting},{fitting}]' if pair else fitting}"
+    if images < small.train.batch_size:
+        flags += f" --batch-size {min(recipe.train.batch_size, max(1, images // 4))}"
+    return flags
+
+
+def image_sides(recipe: Recipe) -> tuple[int, ...]:
+    """The side of the recipe's images, or their long and short side; nothing for a task whose images have no size."""
+    sides = rcp.flatten(recipe.model_dump()).get(next(iter(recipe.spec.size_keys), ""), ())
+    return sides if isinstance(sides, tuple) else (sides,)
+
+
+def typical_sides(data: DataSplits) -> tuple[int, int] | None:
+    """The medians, over some training images, of the shorter and the longer side in pixels; None without an image."""
     count = min(16, len(data.train))
     sides = []
     for n in range(count):
         file = data.train.sample_path(n * len(data.train) // count)
         with contextlib.suppress(UnusableImageError):
-            sides.append(min(shown_size(file)))
-    return sorted(sides)[len(sides) // 2] if sides else None
+            sides.append(sorted(shown_size(file)))
+    shorter, longer = (sorted(side)[len(sides) // 2] for side in zip(*sides, strict=True)) if sides else (0, 0)
+    return (shorter, longer) if sides else None

@@ -189,6 +189,9 @@ ablate --disable gate --seeds one | is not a list of whole numbers
 ablate --disable gate --seeds 99999999999 | is not a list of whole numbers
 ablate --disable gate --margin -1 | --margin cannot be -1.0: it takes a number above 0
 ablate --disable gate --test wilcoxon | --test cannot be "wilcoxon": it takes paired-t or sign-flip.
+report --out nowhere | --results: Results folder
+report nowhere | --results: Results folder
+pretrain --output nowhere | --out: Results folder
 ablate --disable gate --batch-size 8 | Use --set train.batch_size=...
 ablate --disable gate --jobs 0 | it takes numbers of at least 1.
 ablate --disable gate --set optim.lr=-1 | "optim.lr" cannot be -1

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import fresh
 import numpy as np
 import pytest
+import small_data
 import torch
 from conftest import SMALL_MODEL, Hcnet, only_run
 from PIL import Image
@@ -20,6 +22,7 @@ from PIL import Image
 from hcnet_cli import build, engine, plan, rehearsal, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
+from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification.metric import Accuracy
 from hcnet_cli.tasks.detection.metric import CocoAP
 from hcnet_cli.tasks.segmentation.metric import MeanIoU
@@ -292,6 +295,60 @@ def test_the_time_is_said_at_every_start_and_a_fitting_recipe_is_proposed(
     assert "the images have about 20 pixels a side and would be enlarged to 224" in done.err.replace("The i", "the i")
     assert "24 training images are few for 300 passes over them" in done.err
     assert f"hcnet pretrain --recipe pretrain/small --data {folder_of_images}" in done.err
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "flags"),
+    [
+        ("finetune-det", (90, 130), "--set data.img_scale=[128,128] --batch-size 1"),
+        ("finetune-det", (480, 640), "--batch-size 1"),
+        ("finetune-seg", (60, 64), "--set data.img_scale=[64,64] --set data.crop_size=64 --batch-size 1"),
+        ("finetune-seg", (300, 400), "--batch-size 1"),
+    ],
+)
+def test_few_images_of_ones_own_are_answered_with_the_small_recipe(
+    task: str, shape: tuple[int, int], flags: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def resized(split: str, content: dict[str, Any]) -> None:
+        for image in content["images"]:
+            image["height"], image["width"] = shape
+
+    def black(seed: int) -> np.ndarray:
+        return np.zeros((*shape, 3), np.uint8)
+
+    root = tmp_path / "my data"
+    if task == "finetune-det":
+        small_data.coco(root, black, change=resized)
+    else:
+        small_data.scenes(root, black, labels=lambda seed: np.ones(shape, np.uint8))
+    own = [("data.path", str(root), "--data"), ("train.batch_size", 1, "--batch-size")]
+    if task == "finetune-det":
+        own.append(("head.with_masks", False, "--no-masks"))
+    recipe = rcp.resolve(rcp.recipe_file(f"{task}/{TASKS[task].default_recipe}"), own).recipe
+    data = build.open_data(recipe)
+    plan.notice_what_fits(recipe, data, 60.0)
+    proposed = capfd.readouterr().err.strip().splitlines()[-1]
+    assert proposed == f"Fits better: hcnet {task} --recipe {task}/small --data '{root}' {flags}"
+    given = [rcp.parse_override(word) for word in shlex.split(proposed) if "=" in word]
+    small = rcp.resolve(rcp.recipe_file(f"{task}/small"), [*own, *((key, value, "--set") for key, value in given)])
+    plan.notice_what_fits(small.recipe, data, 60.0)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("make", "command"),
+    [
+        (small_data.coco, ("finetune-det", "--no-masks", "--set", "data.img_scale=[64,64]")),
+        (small_data.scenes, ("finetune-seg", "--set", "data.img_scale=[64,64]", "--set", "data.crop_size=64")),
+    ],
+)
+def test_the_small_recipes_of_fine_tuning_train(
+    make: Callable[[Path], Path], command: tuple[str, ...], hcnet: Hcnet, tmp_path: Path
+) -> None:
+    settings = (*QUICK, *SMALL_MODEL, "--set", "schedule.length=2", "--init", "none", "--out", tmp_path)
+    done = hcnet(*command, "--recipe", "small", "--data", make(tmp_path / "mine"), *settings)
+    assert done.code == 0, done.err
+    assert "Fits better" not in done.err
 
 
 def test_days_are_answered_with_a_shorter_schedule(capfd: pytest.CaptureFixture[str]) -> None:

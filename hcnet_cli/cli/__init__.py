@@ -119,7 +119,8 @@ def main() -> None:
     except USAGE_ERROR as error:  # a flag, or the value of one
         if message := error.format_message():  # empty: the help was printed instead
             command = error.ctx.command_path if error.ctx else "hcnet"
-            print_error(usage_sentence(message), hint=option_hint(message, command) or f"See {command} --help.")
+            hint = option_hint(message, command) or places_hint(message, error.ctx) or f"See {command} --help."
+            print_error(usage_sentence(message), hint=hint)
         code = UserError.exit_code
     except UserError as error:
         if os.environ.get("HCNET_TRACEBACK"):
@@ -191,6 +192,14 @@ def option_hint(message: str, command: str) -> str:
         return ""
     unit = " (in the unit that the recipe counts)" if fields[found[1]] == "schedule.length" else ""
     return f"Use --set {fields[found[1]]}=...{unit}"
+
+
+def places_hint(message: str, ctx: Any) -> str:
+    """The options of a command that name places, for who typed another one, or none; "" for other mistakes."""
+    if not ctx or not re.search(r"unexpected extra argument|No such option: --(out|output|results)\b", message):
+        return ""
+    named = {name: param.help for param in ctx.command.params for name in param.opts}
+    return " ".join(f"{name}: {named[name]}" for name in ("--results", "--out", "--output") if name in named)
 
 
 def _unwrap_help(one: typer.Typer) -> None:

@@ -174,6 +174,9 @@ class Members:
     def member(self, i: int, name: str) -> Member:
         return Member(self.tars[self.tar[i]], name, int(self.offset[i]), int(self.size[i]))
 
+    def take(self, rows: NDArray[np.intp]) -> Members:
+        return Members(self.tars, self.tar[rows], self.offset[rows], self.size[rows])
+
     def by_tar(self) -> list[NDArray[np.int64]]:
         """Of each tar with images their numbers, in the order in which they lie."""
         order = np.lexsort((self.offset, self.tar))
@@ -195,12 +198,11 @@ class Contents:
             return self
         wanted = np.array([name in classes for name in self.classes])
         kept = np.flatnonzero(np.repeat(wanted, self.counts))
-        found = self.members
         return Contents(
             tuple(name for name in self.classes if name in classes),
             self.counts[wanted],
             Packed([self.names[i] for i in kept.tolist()]),
-            Members(found.tars, found.tar[kept], found.offset[kept], found.size[kept]),
+            self.members.take(kept),
         )
 
 

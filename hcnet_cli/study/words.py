@@ -153,7 +153,7 @@ def _when_fixed(record: StudyRecord) -> str:
 
 
 def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str, Mapping[str, Value]]) -> list[str]:
-    """Budget, arms, conventions, machine and command."""
+    """Data, budget, arms, conventions, machine and command."""
     if not infos:
         return []
     budgets = dict.fromkeys(
@@ -161,7 +161,8 @@ def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str
         + (f" ({passes:g} epochs)" if (passes := epochs(i)) else "")
         for i in infos
     )
-    notes = [f"Every run: {'; '.join(budgets)}; the best of its evaluations on the validation data."]
+    notes = list(dict.fromkeys(note for i in infos for note in i.data.notes))
+    notes.append(f"Every run: {'; '.join(budgets)}; the best of its evaluations on the validation data.")
     if early := [i.steps_done for i in infos if i.stopped_early]:
         notes.append(
             f"Budgets differ: {len(early)} of {len(infos)} runs were stopped early (train.patience), after "

@@ -103,7 +103,9 @@ class Spec:
     embedded: str = ""
     embedded_note: str = ""
     default_recipe: str = ""  # for data of the user's own
+    size_keys: Sequence[str] = ()  # where a recipe has the size of images: a side, or a long and a short one
     small_recipe: str = ""  # for small images and small data, proposed where the recipe does not fit
+    small_sides: tuple[int, int] = (0, 0)  # the smallest and the largest images that `small_recipe` is for
     data_variable: str = ""  # the environment variable that stands in for --data
     ablation_length: int | None = None  # schedule.length of a study's runs on the embedded data
     # results

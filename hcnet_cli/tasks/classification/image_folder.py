@@ -12,7 +12,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,18 @@ class Files:
     names: Packed  # [N], each relative to its class folder
     labels: NDArray[np.int32]  # [N], index into the classes
     members: archive.Members | None = None  # [N], where they lie in tars
+    split: str = ""  # whose folder they lie in, where it is another
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.names[index])
+
+    def take(self, rows: NDArray[np.intp], split: str) -> Files:
+        """Some of them, which lie in the folder of `split`."""
+        members = None if self.members is None else self.members.take(rows)
+        return Files(Packed([self.names[i] for i in rows.tolist()]), self.labels[rows], members, split)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,28 +110,30 @@ def scan(
     bits: int | None = None,
     verify: bool = False,
     report: Report = refuse,
+    splits: Sequence[str] = SPLITS,
 ) -> Index:
     """Lists the files and reads each once, for the digest (see data/identity.py).
 
+    splits: The ones that are needed. Another has no images.
     UserError for a folder that does not have this layout; classes that contradict each other are reported.
     """
     root = Path(root)
     left_out: LeftOut = {}
     with reading_folder(root):
         archives = archive.find(root) if root.is_dir() else archive.Archives(root, {})
-        _check_layout(root, archives.tars)
+        _check_layout(root, archives.tars, splits)
         tars = {split: archive.read(archives, split) for split in SPLITS if split in archives.tars}
+        folders = [split for split in SPLITS if split not in tars and (root / split).is_dir()]
         classes = tars["train"].classes if "train" in tars else tuple(_subfolders(root / "train"))
-        for split in SPLITS:
+        files = {split: Files(Packed(()), np.empty(0, dtype=np.int32)) for split in SPLITS}
+        for split in (*tars, *folders):
             with reported(report):
                 _check_classes(root / split, classes, tars.get(split))
-        files = {
-            split: _files_in_tars(tars[split], classes)
-            if split in tars
-            else _files(root / split, classes, left_out, report)
-            for split in SPLITS
-        }
-        _leave_out_the_rest(root, [split for split in SPLITS if split not in tars], left_out)
+            if split in tars:
+                files[split] = _files_in_tars(tars[split], classes)
+            else:
+                files[split] = _files(root / split, classes, left_out, report)
+        _leave_out_the_rest(root, folders, left_out)
         names = [name for split in SPLITS for name in _names(split, classes, files[split])]
 
     def member(number: int) -> Member | None:
@@ -172,9 +180,9 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
-def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]]) -> None:
+def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]], splits: Sequence[str]) -> None:
     check_folder(str(root), hint=LAYOUT)
-    missing = [split for split in SPLITS if split not in tars and not (root / split).is_dir()]
+    missing = [split for split in splits if split not in tars and not (root / split).is_dir()]
     if not missing:
         return
     others = [
@@ -185,6 +193,8 @@ def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]]) -> None:
     hint = LAYOUT
     if others:
         hint = f"It looks like data for another command: hcnet {others[0]} --data {root}"
+    elif missing == ["val"]:
+        hint += " Without val/, --set data.folds=5 scores a run on a fifth of the training images."
     elif found := _subfolders(root):
         hint += f" It has: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}."
     folders = " and no ".join(f"{split}/" for split in missing)
@@ -291,7 +301,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
     ) -> None:
         self.files: Files = {"train": index.train, "val": index.val}[split]
         self.train = split == "train"
-        self.split, self.folder = split, str(index.root / split)
+        self.split = self.files.split or split
+        self.folder = str(index.root / self.split)
         self.classes = index.classes
         self.bits, self.max_pixels = index.identity.bits, max_pixels
         self.transform = transform
@@ -336,7 +347,9 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
 def open_data(config: spec.ImageFolder, head: Part, root: Path) -> DataSplits:
     """Scans the folder and makes both data sets; UserError for what is wrong with it."""
-    index = scan(root, trust=config.trust, bits=config.bits)
+    index = scan(root, trust=config.trust, bits=config.bits, splits=SPLITS if config.folds is None else SPLITS[:1])
+    if config.folds:
+        index = fold(index, config.fold, config.folds)
     if problem := degenerate(index):
         warn(f"{root}: {problem}")
     return splits(config, index)
@@ -350,6 +363,31 @@ def degenerate(index: Index) -> str:
         name = index.classes[int(index.val.labels[0])]
         return f'validation has images of one class alone ("{name}"): a model that always says so scores 100.'
     return ""
+
+
+def fold(index: Index, number: int, folds: int) -> Index:
+    """Part `number` of the training images as the validation images, the other parts as the training images.
+
+    The images of a class are shuffled by their names, then dealt to the parts in turn, going on where the class before
+    ended: parts differ by one image at most, and by one of each class. UserError for fewer images than parts.
+    """
+    files = index.train
+    if len(files) < folds:
+        raise UserError(f"{index.root} has {len(files)} training images, which make no {folds} folds.")
+    shuffled = sorted(range(len(files)), key=lambda i: (files.labels[i], rng.derive("fold", files.name(i))))
+    part = np.empty(len(files), dtype=np.intp)
+    part[shuffled] = np.arange(len(files)) % folds
+    note = (
+        f"Cross-validation: a run of seed s is scored on fold s modulo {folds} of the training images and trained on "
+        "the others; val/ is not used. Folds share training images, so intervals over them are too narrow for new data."
+    )
+    return replace(
+        index,
+        name=f"{index.name}-{folds}-folds",
+        train=files.take(np.flatnonzero(part != number), "train"),
+        val=files.take(np.flatnonzero(part == number), "train"),
+        notes=(*index.notes, note),
+    )
 
 
 def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | None = None) -> DataSplits:

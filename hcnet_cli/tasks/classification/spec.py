@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from hcnet_cli.console import UserError
 from hcnet_cli.schema import ClassWeights, DataPart, EvaluationPart, Fraction, FromTo, Line, Part, Side, field, in_order
@@ -98,6 +98,27 @@ class ImageFolder(DataPart):
     window: Annotated[int, Field(ge=2, le=10**7)] = field(
         10_000, "order shards: images that are shuffled among each other.", unit="images", fingerprint="changed"
     )
+    folds: Annotated[int, Field(ge=2, le=100)] | None = field(
+        None,
+        "Cross-validation: the training images are divided into so many parts; a run is scored on part `train.seed` "
+        "modulo `folds` and trained on the others. `val/` is not used.",
+        example=5,
+        fingerprint="changed",
+    )
+    _fold: int = PrivateAttr(0)
+
+    def of_seed(self, seed: int) -> ImageFolder:
+        """With the number of the part that a run of this seed is scored on."""
+        if self.folds is None:
+            return self
+        section = self.model_copy()
+        section._fold = seed % self.folds
+        return section
+
+    @property
+    def fold(self) -> int:
+        """The part of `folds` that a run is scored on."""
+        return self._fold
 
 
 CORRUPTIONS_OF_C = (
@@ -240,7 +261,9 @@ SPEC = Spec(
     embedded="digits",
     embedded_note="1,797 real handwritten digits, drawn 32 x 32 on textures",
     default_recipe="imagenet",
+    size_keys=("data.img_size",),
     small_recipe="small",
+    small_sides=(32, 96),
     data_variable="HCNET_IMAGENET",
     ablation_length=3,
     table="imagenet",

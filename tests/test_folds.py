@@ -1,0 +1,124 @@
+"""Cross-validation: seeds are folds of the training images, which part them, and tables average them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL_MODEL, Hcnet, only_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from synthetic_runs import make_run
+from synthetic_studies import study_of
+
+from hcnet_cli.console import UserError
+from hcnet_cli.data.folders import Packed
+from hcnet_cli.grouping import group_by_config
+from hcnet_cli.results import collect
+from hcnet_cli.study.words import run_notes
+from hcnet_cli.tasks.classification.image_folder import Files, Index, fold, scan
+
+QUICK = ("--device", "cpu", "--precision", "fp32", "--workers", "0", "--set", "data.img_size=16", "--init", "none")
+
+
+def folder(root: Path, splits: dict[str, int], classes: int = 3) -> Path:
+    for split, count in splits.items():
+        for label in range(classes):
+            for n in range(count + label):
+                path = root / split / f"c{label}" / f"{n}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.random.RandomState(100 * label + n).randint(0, 100, (16, 16, 3)) + 70 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+def index_of(counts: list[int], order: list[int]) -> Index:
+    """An index of files in some order."""
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    names = [b"%d.png" % i for i in range(len(labels))]
+    files = Files(Packed([names[i] for i in order]), labels[order])
+    classes = tuple(f"c{i}" for i in range(len(counts)))
+    return Index(Path("d"), "d", None, "content", classes, files, files, {}, ())  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_folds_part_the_images_evenly_and_by_their_names_alone(data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(lambda found: sum(found) > 1))
+    folds = data.draw(st.integers(2, min(7, sum(counts))))
+    plain = index_of(counts, list(range(sum(counts))))
+    other = index_of(counts, data.draw(st.permutations(range(sum(counts)))))
+    seen: Counter[str] = Counter()
+    per_class = []
+    for number in range(folds):
+        made, again = fold(plain, number, folds), fold(other, number, folds)
+        scored, trained = ([files.name(i) for i in range(len(files))] for files in (made.val, made.train))
+        assert sorted(scored) == sorted(again.val.name(i) for i in range(len(again.val)))
+        assert Counter(scored) + Counter(trained) == Counter(plain.train.name(i) for i in range(len(plain.train)))
+        seen += Counter(scored)
+        per_class.append(np.bincount(made.val.labels, minlength=len(counts)))
+    assert seen == Counter(plain.train.name(i) for i in range(len(plain.train)))  # each image is scored once
+    assert np.ptp(np.array(per_class), axis=0).max() <= 1
+    assert np.ptp(np.array(per_class).sum(axis=1)) <= 1
+
+
+def test_more_folds_than_images_are_refused() -> None:
+    with pytest.raises(UserError, match="has 3 training images, which make no 5 folds"):
+        fold(index_of([2, 1], [0, 1, 2]), 0, 5)
+
+
+def test_a_folder_without_validation_images_names_the_way_out(tmp_path: Path, hcnet: Hcnet) -> None:
+    root = folder(tmp_path / "mine", {"train": 4})
+    done = hcnet("pretrain", "--recipe", "digits", "--data", root, "--out", tmp_path)
+    assert done.code == 2
+    assert "has no val/ folder" in done.err
+    assert "--set data.folds=5" in done.err
+    assert len(scan(root, splits=("train",)).val) == 0
+
+
+@pytest.mark.parametrize("splits", [{"train": 8}, {"train": 8, "val": 2}])
+def test_a_seed_is_a_fold(splits: dict[str, int], tmp_path: Path, hcnet: Hcnet) -> None:
+    root = folder(tmp_path / "mine", splits)
+    typed = ("pretrain", "--recipe", "digits", "--data", root, *SMALL_MODEL, *QUICK, "--batch-size", "4")
+    done = hcnet(*typed, "--epochs", "1", "--set", "data.folds=3", "--seed", "4", "--out", tmp_path)
+    assert done.code == 0, done.err
+    run = only_run(tmp_path)
+    info = json.loads((run / "run.json").read_text())
+    assert info["data"]["name"] == "mine-3-folds"
+    assert (info["data"]["num_train"], info["data"]["num_val"]) == (18, 9)  # 8 + 9 + 10 images
+    with open(run / "final" / "predictions.csv") as file:
+        scored = {row["image"] for row in csv.DictReader(file)}
+    expected = fold(scan(root, splits=("train",)), 1, 3).val
+    assert scored == {f"train/c{label}/{expected.name(i)}" for i, label in enumerate(expected.labels)}
+    done = hcnet("evaluate", run, "--workers", "0")
+    assert "Equal to the run's record." in done.err, done.err
+
+
+def test_shards_give_the_folds_of_their_folder(tmp_path: Path, hcnet: Hcnet) -> None:
+    root = folder(tmp_path / "mine", {"train": 8, "val": 2})
+    assert hcnet("shards", root, tmp_path / "tars").code == 0
+    digests = set()
+    for data in (root, tmp_path / "tars"):
+        typed = ("pretrain", "--recipe", "digits", "--data", data, *SMALL_MODEL, *QUICK, "--batch-size", "4")
+        done = hcnet(*typed, "--epochs", "1", "--set", "data.folds=3", "--out", tmp_path / data.name / "out")
+        assert done.code == 0, done.err
+        digests.add((only_run(tmp_path / data.name / "out") / "best.safetensors").read_bytes())
+    assert len(digests) == 1
+
+
+def test_a_row_is_the_mean_over_folds_of_unlike_size(tmp_path: Path) -> None:
+    index = fold(index_of([9, 9], list(range(18))), 0, 5)
+    for seed, images in enumerate((4, 4, 4, 3, 3)):
+        file = make_run(tmp_path, seed=seed, score=90.0 + seed) / "run.json"
+        content = json.loads(file.read_text())
+        content["data"] |= {"name": index.name, "num_val": images, "num_train": 18 - images, "notes": index.notes}
+        file.write_text(json.dumps(content))
+    groups = group_by_config(collect([tmp_path]).runs)
+    assert [len(group) for group in groups] == [5]
+    notes = run_notes(study_of(tmp_path / "study"), [run.info for run in groups[0]], {})
+    assert sum("Folds share training images" in note for note in notes) == 1
