@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,6 +255,18 @@ def other_classes(init: LoadReport, task: Task, names: Sequence[str]) -> str:
         return ""
     first, here = differing[0]
     return f"{init.source} is of other classes than the data: one of them is {first} there and {here} here"
+
+
+def seen_before(init: LoadReport, recipe: Recipe, data: DataSplits) -> str:
+    """What is wrong where cross-validation starts from weights that were trained on images of the fold it scores."""
+    folds = getattr(recipe.data, "folds", None)
+    about = _metadata(Path(init.source))
+    of = str(about.get("data"))
+    if not folds or data.info.name != f"{re.sub(r'-[0-9]+-folds$', '', of)}-{folds}-folds":
+        return ""
+    if of == data.info.name and about.get("seed") in range(recipe.train.seed % folds, 2**32, folds):
+        return ""  # of the same fold
+    return f"{init.source} was trained on {of}, with images that this fold is scored on: the score will be too good"
 
 
 def load_own(task: Task, folder: Path) -> LoadReport:

@@ -119,6 +119,8 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
             if options.eval_only:
                 raise UserError(f"{others}; scored against each other they mean nothing.")
             warn(f"{others}. The head starts from what it learned there.")
+        if seen := build.seen_before(init, recipe, data):
+            warn(f"{seen}.")
     fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     default = runs.run_name(recipe, data.info.name, fingerprint)
     folder = dist.from_main(lambda: runs.own_folder(options.results, options.name, default, fingerprint))

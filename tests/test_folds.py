@@ -97,6 +97,10 @@ def test_a_seed_is_a_fold(splits: dict[str, int], tmp_path: Path, hcnet: Hcnet) 
     assert scored == {f"train/c{label}/{expected.name(i)}" for i, label in enumerate(expected.labels)}
     done = hcnet("evaluate", run, "--workers", "0")
     assert "Equal to the run's record." in done.err, done.err
+    for seed, seen in (("7", False), ("5", True)):  # of the same fold, and of another
+        goes_on = (*typed, "--init", run, "--epochs", "1", "--set", "data.folds=3", "--seed", seed)
+        done = hcnet(*goes_on, "--out", tmp_path / seed, "--dry-run")
+        assert ("was trained on mine-3-folds, with images that this fold is scored on" in done.err) is seen, done.err
 
 
 def test_shards_give_the_folds_of_their_folder(tmp_path: Path, hcnet: Hcnet) -> None:
