@@ -339,7 +339,7 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
             pair = isinstance(rcp.flatten(small.model_dump())[key], tuple)
             flags += f" --set {key}={f'[{fitting},{fitting}]' if pair else fitting}"
     if images < small.train.batch_size:
-        flags += f" --batch-size {min(recipe.train.batch_size, max(1, images // 4))}"
+        flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 4))}"
     return flags
 
 

@@ -300,10 +300,10 @@ def test_the_time_is_said_at_every_start_and_a_fitting_recipe_is_proposed(
 @pytest.mark.parametrize(
     ("task", "shape", "flags"),
     [
-        ("finetune-det", (90, 130), "--set data.img_scale=[128,128] --batch-size 1"),
-        ("finetune-det", (480, 640), "--batch-size 1"),
-        ("finetune-seg", (60, 64), "--set data.img_scale=[64,64] --set data.crop_size=64 --batch-size 1"),
-        ("finetune-seg", (300, 400), "--batch-size 1"),
+        ("finetune-det", (90, 130), "--set data.img_scale=[128,128] --batch-size 2"),
+        ("finetune-det", (480, 640), "--batch-size 2"),
+        ("finetune-seg", (60, 64), "--set data.img_scale=[64,64] --set data.crop_size=64 --batch-size 2"),
+        ("finetune-seg", (300, 400), "--batch-size 2"),
     ],
 )
 def test_few_images_of_ones_own_are_answered_with_the_small_recipe(
@@ -321,7 +321,7 @@ def test_few_images_of_ones_own_are_answered_with_the_small_recipe(
         small_data.coco(root, black, change=resized)
     else:
         small_data.scenes(root, black, labels=lambda seed: np.ones(shape, np.uint8))
-    own = [("data.path", str(root), "--data"), ("train.batch_size", 1, "--batch-size")]
+    own = [("data.path", str(root), "--data"), ("train.batch_size", 4, "--batch-size")]
     if task == "finetune-det":
         own.append(("head.with_masks", False, "--no-masks"))
     recipe = rcp.resolve(rcp.recipe_file(f"{task}/{TASKS[task].default_recipe}"), own).recipe
