@@ -90,6 +90,7 @@ def test_a_seed_is_a_fold(splits: dict[str, int], tmp_path: Path, hcnet: Hcnet) 
     run = only_run(tmp_path)
     info = json.loads((run / "run.json").read_text())
     assert info["data"]["name"] == "mine-3-folds"
+    assert info["data"]["digest"].endswith("-3-folds")  # scores on folds are not compared with those on val/
     assert (info["data"]["num_train"], info["data"]["num_val"]) == (18, 9)  # 8 + 9 + 10 images
     with open(run / "final" / "predictions.csv") as file:
         scored = {row["image"] for row in csv.DictReader(file)}

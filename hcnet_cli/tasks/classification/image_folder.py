@@ -399,7 +399,7 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
         *("re_prob", "re_mode", "re_count", "mean"),
     }
     train = train_transform(**shared, **config.model_dump(include=names))
-    shards, digest = None, index.digest
+    shards, digest = None, index.digest if config.folds is None else f"{index.digest}-{config.folds}-folds"
     if config.order == "shards":
         if index.train.members is None:
             raise UserError(
@@ -407,7 +407,7 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
                 hint="Write tars with: hcnet shards FOLDER OUT",
             )
         shards = Shards(index.train.members.by_tar(), config.window)
-        digest = f"{index.digest}-{shards.digest}"
+        digest = f"{digest}-{shards.digest}"
     return DataSplits(
         info=DataInfo(
             name=index.name,
