@@ -79,6 +79,10 @@ def test_a_folder_without_validation_images_names_the_way_out(tmp_path: Path, hc
     assert "has no val/ folder" in done.err
     assert "--set data.folds=5" in done.err
     assert len(scan(root, splits=("train",)).val) == 0
+    assert hcnet("check", root).code == 2
+    done = hcnet("check", root, "--set", "data.folds=5")
+    assert done.code == 0, done.out
+    assert "Nothing is wrong." in done.out
 
 
 @pytest.mark.parametrize("splits", [{"train": 8}, {"train": 8, "val": 2}])

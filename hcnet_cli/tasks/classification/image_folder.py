@@ -347,12 +347,17 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
 def open_data(config: spec.ImageFolder, head: Part, root: Path) -> DataSplits:
     """Scans the folder and makes both data sets; UserError for what is wrong with it."""
-    index = scan(root, trust=config.trust, bits=config.bits, splits=SPLITS if config.folds is None else SPLITS[:1])
+    index = scan(root, trust=config.trust, bits=config.bits, splits=needed(config))
     if config.folds:
         index = fold(index, config.fold, config.folds)
     if problem := degenerate(index):
         warn(f"{root}: {problem}")
     return splits(config, index)
+
+
+def needed(config: spec.ImageFolder) -> Sequence[str]:
+    """The splits without which a run has no images to train on or to score."""
+    return SPLITS if config.folds is None else SPLITS[:1]
 
 
 def degenerate(index: Index) -> str:
@@ -440,7 +445,9 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
     problems: list[UserError] = []
     index = None
     with reported(problems.append):
-        index = scan(root, trust=config.trust, bits=config.bits, verify=True, report=problems.append)
+        index = scan(
+            root, trust=config.trust, bits=config.bits, verify=True, report=problems.append, splits=needed(config)
+        )
     if index is None:
         return Audit(dataset_name(root, BENCHMARK, False), root, "image folder", "images", [], {}, problems=problems)
     items: list[Item] = []
@@ -458,5 +465,6 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
     )
     made.note_identity(index.identity, index.left_out, index.notes)
     made.note("scores that mean nothing", [problem] if (problem := degenerate(index)) else [], wrong=True)
-    made.note("classes without validation images", [name for name, counts in classes.items() if not counts["val"]])
+    if config.folds is None:
+        made.note("classes without validation images", [name for name, counts in classes.items() if not counts["val"]])
     return made
