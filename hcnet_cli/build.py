@@ -261,11 +261,12 @@ def seen_before(init: LoadReport, recipe: Recipe, data: DataSplits) -> str:
     """What is wrong where cross-validation starts from weights that were trained on images of the fold it scores."""
     folds = getattr(recipe.data, "folds", None)
     about = _metadata(Path(init.source))
-    of = str(about.get("data"))
-    if not folds or data.info.name != f"{re.sub(r'-[0-9]+-folds$', '', of)}-{folds}-folds":
+    of, seed = str(about.get("data")), about.get("seed")
+    equal = about.get("data_digest") == data.info.digest
+    if not folds or not (equal or data.info.name == f"{re.sub(r'-[0-9]+-folds$', '', of)}-{folds}-folds"):
         return ""
-    if of == data.info.name and about.get("seed") in range(recipe.train.seed % folds, 2**32, folds):
-        return ""  # of the same fold
+    if equal and isinstance(seed, int) and seed % folds == recipe.train.seed % folds:
+        return ""  # the same fold
     return f"{init.source} was trained on {of}, with images that this fold is scored on: the score will be too good"
 
 

@@ -26,10 +26,12 @@ from hcnet_cli.models import hub
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.trial import Trial, device_memory, trial
+from hcnet_cli.values import as_written
 
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
 FEW_STEPS = 500  # of training that a recipe for a large data set takes on a small one
+ABOUT_DATA = ("head.with_masks", "data.folds", "data.num_classes", "data.reduce_zero_label", "data.ignore_index")
 MUCH_OF_THE_START = 0.1  # share of a moving average that is still what training started from
 LONG_SECONDS = 86400.0  # of training, from which the plan proposes less
 USED_BY = {  # fields of `schedule` that some kinds alone use
@@ -322,13 +324,15 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
         flags = flags_of_small(recipe, images, sides)
         notice(f"Fits better: hcnet {spec.name} --recipe {small} --data {shlex.quote(str(recipe.data.path))}{flags}")
         return
+    if seconds <= LONG_SECONDS:
+        return
     length = max(1, int(recipe.schedule.length * LONG_SECONDS / seconds))
     flag = f"--epochs {length}" if recipe.schedule.unit == "epochs" else f"--set schedule.length={length}"
     notice(f"{flag} takes about {about(LONG_SECONDS)}; a GPU, or torchrun on several, takes far less.")
 
 
 def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:
-    """What the recipe for small data is to be told about these images: their size, a batch of fewer images."""
+    """What the recipe for small data is to be told: the images' size, a batch of fewer, what was said of the data."""
     spec = recipe.spec
     small = rcp.resolve(rcp.recipes_dir() / spec.name / f"{spec.small_recipe}.yaml").recipe
     usual, flags = image_sides(small), ""
@@ -338,6 +342,12 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
         for key in spec.size_keys:
             pair = isinstance(rcp.flatten(small.model_dump())[key], tuple)
             flags += f" --set {key}={f'[{fitting},{fitting}]' if pair else fitting}"
+    if recipe.init == "none" and spec.starts_from:
+        flags += " --init none"
+    asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
+    for key in ABOUT_DATA:
+        if key in other and asked.get(key) != other[key]:
+            flags += f" --set {key}={as_written(key, asked[key]).partition(': ')[2]}"
     if images < small.train.batch_size:
         flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 4))}"
     return flags

@@ -40,7 +40,7 @@ def folder(root: Path, splits: dict[str, int], classes: int = 3) -> Path:
 def index_of(counts: list[int], order: list[int]) -> Index:
     """An index of files in some order."""
     labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    names = [b"%d.png" % i for i in range(len(labels))]
+    names = [b"\xff%d.png" % i for i in range(len(labels))]
     files = Files(Packed([names[i] for i in order]), labels[order])
     classes = tuple(f"c{i}" for i in range(len(counts)))
     return Index(Path("d"), "d", None, "content", classes, files, files, {}, ())  # type: ignore[arg-type]
@@ -49,7 +49,8 @@ def index_of(counts: list[int], order: list[int]) -> Index:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_folds_part_the_images_evenly_and_by_their_names_alone(data: st.DataObject) -> None:
-    counts = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(lambda found: sum(found) > 1))
+    some = st.lists(st.integers(0, 9).filter(lambda count: count != 1), min_size=1, max_size=5)
+    counts = data.draw(some.filter(lambda found: sum(found) > 1))
     folds = data.draw(st.integers(2, min(7, sum(counts))))
     plain = index_of(counts, list(range(sum(counts))))
     other = index_of(counts, data.draw(st.permutations(range(sum(counts)))))
@@ -59,7 +60,9 @@ def test_folds_part_the_images_evenly_and_by_their_names_alone(data: st.DataObje
         made, again = fold(plain, number, folds), fold(other, number, folds)
         scored, trained = ([files.name(i) for i in range(len(files))] for files in (made.val, made.train))
         assert sorted(scored) == sorted(again.val.name(i) for i in range(len(again.val)))
-        assert Counter(scored) + Counter(trained) == Counter(plain.train.name(i) for i in range(len(plain.train)))
+        assert len(trained) == len(plain.train) - -(-len(plain.train) // folds)  # all folds train on as many
+        assert set(trained).isdisjoint(scored)
+        assert set(made.train.labels) == set(plain.train.labels)
         seen += Counter(scored)
         per_class.append(np.bincount(made.val.labels, minlength=len(counts)))
     assert seen == Counter(plain.train.name(i) for i in range(len(plain.train)))  # each image is scored once
@@ -67,9 +70,22 @@ def test_folds_part_the_images_evenly_and_by_their_names_alone(data: st.DataObje
     assert np.ptp(np.array(per_class).sum(axis=1)) <= 1
 
 
-def test_more_folds_than_images_are_refused() -> None:
+def test_images_that_make_no_folds_are_refused(tmp_path: Path, hcnet: Hcnet) -> None:
     with pytest.raises(UserError, match="has 3 training images, which make no 5 folds"):
-        fold(index_of([2, 1], [0, 1, 2]), 0, 5)
+        fold(index_of([3], [0, 1, 2]), 0, 5)
+    with pytest.raises(UserError, match='"c1" has a single image'):
+        fold(index_of([7, 1], list(range(8))), 0, 5)
+    done = hcnet("check", folder(tmp_path / "few", {"train": 1}, classes=1), "--set", "data.folds=5")
+    assert done.code == 2
+    assert "has 1 training images, which make no 5 folds" in done.err
+
+
+@pytest.mark.parametrize("more", [("--seeds", "0,1,5"), ("--seeds", "0,1", "--until", "1")])
+def test_a_study_takes_each_fold_once(more: tuple[str, ...], tmp_path: Path, hcnet: Hcnet) -> None:
+    typed = ("ablate", "--disable", "refinement", "--set", "data.folds=5", *more, "--dry-run", "--out", tmp_path)
+    done = hcnet(*typed)
+    assert done.code == 2
+    assert "a study has 5 seeds at most" in done.err
 
 
 def test_a_folder_without_validation_images_names_the_way_out(tmp_path: Path, hcnet: Hcnet) -> None:
@@ -85,7 +101,7 @@ def test_a_folder_without_validation_images_names_the_way_out(tmp_path: Path, hc
     assert "Nothing is wrong." in done.out
 
 
-@pytest.mark.parametrize("splits", [{"train": 8}, {"train": 8, "val": 2}])
+@pytest.mark.parametrize("splits", [{"train": 8}, {"train": 8, "val": 0}])  # one class of val/ is empty
 def test_a_seed_is_a_fold(splits: dict[str, int], tmp_path: Path, hcnet: Hcnet) -> None:
     root = folder(tmp_path / "mine", splits)
     typed = ("pretrain", "--recipe", "digits", "--data", root, *SMALL_MODEL, *QUICK, "--batch-size", "4")

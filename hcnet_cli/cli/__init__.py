@@ -199,7 +199,8 @@ def places_hint(message: str, ctx: Any) -> str:
     if not ctx or not re.search(r"unexpected extra argument|No such option: --(out|output|results)\b", message):
         return ""
     named = {name: param.help for param in ctx.command.params for name in param.opts}
-    return " ".join(f"{name}: {named[name]}" for name in ("--results", "--out", "--output") if name in named)
+    found = [f"{name}: {named[name]}" for name in ("--data", "--results", "--out", "--output") if name in named]
+    return " ".join([*found, f"See {ctx.command_path} --help."]) if found else ""
 
 
 def _unwrap_help(one: typer.Typer) -> None:

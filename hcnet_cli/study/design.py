@@ -27,7 +27,7 @@ from hcnet_cli.values import as_written, first_mistake
 
 SHARED = frozenset(  # fields that no arm may change: budget, data and seeds
     {
-        *("task", "protocol", "data.format", "data.path", "train.seed", "train.batch_size"),
+        *("task", "protocol", "data.format", "data.path", "data.folds", "train.seed", "train.batch_size"),
         *("schedule.length", "schedule.unit", "train.patience"),
     }
 )
@@ -340,6 +340,7 @@ def expand(
                     "With train.patience the arms would train for different numbers of steps: their budgets differ.",
                     hint="Leave it out, or say that it is wanted: --early-stopping (early_stopping: true in a study).",
                 )
+            _check_folds(recipe, seeds, study.primary)
             task = recipe.task
             same = next((a for (a, t), other in recipes.items() if t == task and other == recipe), None)
             if same is not None:
@@ -356,7 +357,6 @@ def expand(
                 f"{task} starts from the {source} run of this study, but there is none in it.",
                 hint=f"Put a {source} recipe before it, or name weights or none as its init.",
             )
-    seeds = tuple(seeds) or study.seeds
     first = recipes[next(iter(study.arms)), tasks[0]]
     keys = {f"{arm} {task}": run_key(recipe) for (arm, task), recipe in recipes.items()}
     digest = hashlib.sha256(json.dumps([keys, sorted(sources)], sort_keys=True).encode()).hexdigest()[:8]
@@ -371,6 +371,16 @@ def expand(
         sources=sources,
         analysis=study.primary.check(tasks, seeds),
     )
+
+
+def _check_folds(recipe: Recipe, seeds: Sequence[int], analysis: Analysis) -> None:
+    """UserError where seeds of a cross-validation are no new evidence, since two are scored on the same fold."""
+    folds = getattr(recipe.data, "folds", None)
+    if folds and (analysis.until or len({seed % folds for seed in seeds}) < len(seeds)):
+        raise UserError(
+            f"With data.folds={folds} a study has {folds} seeds at most: another one is scored on a fold once more.",
+            hint=f"For all folds: --seeds {','.join(map(str, range(folds)))}, without --until.",
+        )
 
 
 def _arm_recipe(arm: str, changes: Mapping[str, Any], base: Base, results: Path) -> Recipe:

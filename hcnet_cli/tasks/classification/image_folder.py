@@ -73,6 +73,9 @@ class Files:
         return Files(Packed([self.names[i] for i in rows.tolist()]), self.labels[rows], members, split)
 
 
+NO_FILES = Files(Packed(()), np.empty(0, dtype=np.int32))
+
+
 @dataclass(frozen=True, eq=False)
 class Index:
     """What a folder holds. `name` is what results call the data, `notes` what they say below their tables.
@@ -114,7 +117,7 @@ def scan(
 ) -> Index:
     """Lists the files and reads each once, for the digest (see data/identity.py).
 
-    splits: The ones that are needed. Another has no images.
+    splits: The ones that are needed. Another may be missing, and what is wrong with it does not matter.
     UserError for a folder that does not have this layout; classes that contradict each other are reported.
     """
     root = Path(root)
@@ -125,14 +128,15 @@ def scan(
         tars = {split: archive.read(archives, split) for split in SPLITS if split in archives.tars}
         folders = [split for split in SPLITS if split not in tars and (root / split).is_dir()]
         classes = tars["train"].classes if "train" in tars else tuple(_subfolders(root / "train"))
-        files = {split: Files(Packed(()), np.empty(0, dtype=np.int32)) for split in SPLITS}
+        files = dict.fromkeys(SPLITS, NO_FILES)
         for split in (*tars, *folders):
-            with reported(report):
+            tell = report if split in splits else lambda problem: None
+            with reported(tell):
                 _check_classes(root / split, classes, tars.get(split))
             if split in tars:
                 files[split] = _files_in_tars(tars[split], classes)
             else:
-                files[split] = _files(root / split, classes, left_out, report)
+                files[split] = _files(root / split, classes, left_out, tell)
         _leave_out_the_rest(root, folders, left_out)
         names = [name for split in SPLITS for name in _names(split, classes, files[split])]
 
@@ -194,7 +198,7 @@ def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]], splits: Sequen
     if others:
         hint = f"It looks like data for another command: hcnet {others[0]} --data {root}"
     elif missing == ["val"]:
-        hint += " Without val/, --set data.folds=5 scores a run on a fifth of the training images."
+        hint += " Without val/, cross-validate: train with --set data.folds=5."
     elif found := _subfolders(root):
         hint += f" It has: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}."
     folders = " and no ".join(f"{split}/" for split in missing)
@@ -374,14 +378,24 @@ def fold(index: Index, number: int, folds: int) -> Index:
     """Part `number` of the training images as the validation images, the other parts as the training images.
 
     The images of a class are shuffled by their names, then dealt to the parts in turn, going on where the class before
-    ended: parts differ by one image at most, and by one of each class. UserError for fewer images than parts.
+    ended: parts differ by one image at most, and by one of each class. Where parts differ, a fold with the smaller one
+    leaves a training image of its largest class out: all folds train on as many. UserError for fewer images than parts,
+    and for a class that a fold could not learn.
     """
     files = index.train
+    counts = np.bincount(files.labels, minlength=len(index.classes))
     if len(files) < folds:
         raise UserError(f"{index.root} has {len(files)} training images, which make no {folds} folds.")
-    shuffled = sorted(range(len(files)), key=lambda i: (files.labels[i], rng.derive("fold", files.name(i))))
+    if 1 in counts:
+        name = index.classes[int(np.argmax(counts == 1))]
+        raise UserError(f'"{name}" has a single image: the fold that is scored on it has none to learn it from.')
+    shuffled = sorted(range(len(files)), key=lambda i: (files.labels[i], rng.derive("fold", files.names[i].hex())))
     part = np.empty(len(files), dtype=np.intp)
     part[shuffled] = np.arange(len(files)) % folds
+    trained, scored = np.flatnonzero(part != number), np.flatnonzero(part == number)
+    if len(scored) * folds < len(files):
+        largest = np.bincount(files.labels[trained]).argmax()
+        trained = np.delete(trained, np.flatnonzero(files.labels[trained] == largest)[-1])
     note = (
         f"Cross-validation: a run of seed s is scored on fold s modulo {folds} of the training images and trained on "
         "the others; val/ is not used. Folds share training images, so intervals over them are too narrow for new data."
@@ -389,8 +403,8 @@ def fold(index: Index, number: int, folds: int) -> Index:
     return replace(
         index,
         name=f"{index.name}-{folds}-folds",
-        train=files.take(np.flatnonzero(part != number), "train"),
-        val=files.take(np.flatnonzero(part == number), "train"),
+        train=files.take(trained, "train"),
+        val=files.take(scored, "train"),
         notes=(*index.notes, note),
     )
 
@@ -406,13 +420,15 @@ def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | N
     train = train_transform(**shared, **config.model_dump(include=names))
     shards, digest = None, index.digest if config.folds is None else f"{index.digest}-{config.folds}-folds"
     if config.order == "shards":
+        if config.folds is not None:
+            raise UserError("The order of shards does not go with data.folds: each fold would be another order.")
         if index.train.members is None:
             raise UserError(
                 f"--data-order shards is for images in tars; those of {index.root} are files of their own.",
                 hint="Write tars with: hcnet shards FOLDER OUT",
             )
         shards = Shards(index.train.members.by_tar(), config.window)
-        digest = f"{digest}-{shards.digest}"
+        digest = f"{index.digest}-{shards.digest}"
     return DataSplits(
         info=DataInfo(
             name=index.name,
@@ -450,6 +466,10 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
         )
     if index is None:
         return Audit(dataset_name(root, BENCHMARK, False), root, "image folder", "images", [], {}, problems=problems)
+    if config.folds is not None:
+        with reported(problems.append):
+            fold(index, 0, config.folds)
+        index = replace(index, val=NO_FILES)
     items: list[Item] = []
     classes: dict[str, dict[str, float]] = {name: {} for name in index.classes}
     for split, files in (("train", index.train), ("val", index.val)):
