@@ -12,7 +12,8 @@ from timm.data import ImageNetInfo
 
 from hcnet_cli import results
 from hcnet_cli.tasks import TASKS
-from hcnet_cli.tasks.classification.image_folder import is_imagenet, part_of_imagenet, scan
+from hcnet_cli.tasks.classification.image_folder import scan
+from hcnet_cli.tasks.classification.imagenet import is_imagenet, part_of_imagenet
 from hcnet_cli.tasks.detection.categories import COCO_CATEGORIES
 from hcnet_cli.tasks.detection.folder import is_coco
 from hcnet_cli.tasks.segmentation.ade20k import ADE20K_CLASSES, is_ade20k

@@ -22,7 +22,8 @@ from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.tasks.classification.augment import Normalise
-from hcnet_cli.tasks.classification.benchmarks import part_of, read, synsets
+from hcnet_cli.tasks.classification.benchmarks import part_of, read
+from hcnet_cli.tasks.classification.imagenet import synsets
 from hcnet_cli.tasks.classification.spec import ClassificationEvaluation, ImageFolder
 from hcnet_cli.tasks.classification.task import ClassificationTask, build_evaluation
 

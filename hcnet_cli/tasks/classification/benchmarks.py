@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import ImageNetInfo, RealLabelsImagenet
+from timm.data import RealLabelsImagenet
 from torch.utils.data import Dataset
 
 from hcnet_cli.console import UserError
@@ -31,6 +31,7 @@ from hcnet_cli.data.images import read_image
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.files import is_image
 from hcnet_cli.schema import MAX_PIXELS
+from hcnet_cli.tasks.classification.imagenet import synsets
 from hcnet_cli.tasks.classification.spec import CORRUPTIONS_OF_C, IN_FOLDERS, ImageFolder
 
 TITLES = {"imagenet-v2": "ImageNet-V2", "imagenet-real": "ReaL labels", "imagenet-a": "ImageNet-A"}
@@ -83,11 +84,6 @@ class Benchmark:
                 f"mean over {len(corruptions)} corruptions and severities {', '.join(severities)}, not normalised"
             )
         return ", ".join(parts)
-
-
-def synsets() -> list[str]:
-    """The ids of ImageNet-1K's classes in their order."""
-    return list(ImageNetInfo().label_names())
 
 
 def part_of(name: str) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import ImageNetInfo
 from torch.utils.data import Dataset
 
 from hcnet_cli import rng
@@ -40,12 +38,11 @@ from hcnet_cli.schema import MAX_PIXELS, Part
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification import spec
 from hcnet_cli.tasks.classification.augment import collate, eval_transform, train_transform
+from hcnet_cli.tasks.classification.folds import NOTE, deal
+from hcnet_cli.tasks.classification.imagenet import is_imagenet, part_of_imagenet
 
 SPLITS = ("train", "val")
 BENCHMARK = spec.SPEC.benchmark
-NUM_TRAIN, NUM_VAL = 1_281_167, 50_000  # images of ImageNet-1K
-MIN_DISTINCT = 0.99  # of its files have different contents; some hundred pictures are there twice
-SYNSET = re.compile(r"n\d{8}")
 LAYOUT = "An image folder holds train/<class>/ and val/<class>/ with the images inside."
 
 
@@ -129,14 +126,15 @@ def scan(
         folders = [split for split in SPLITS if split not in tars and (root / split).is_dir()]
         classes = tars["train"].classes if "train" in tars else tuple(_subfolders(root / "train"))
         files = dict.fromkeys(SPLITS, NO_FILES)
-        for split in (*tars, *folders):
-            tell = report if split in splits else lambda problem: None
-            with reported(tell):
+        tell = {split: report if split in splits else lambda problem: None for split in (*tars, *folders)}
+        for split in tell:
+            with reported(tell[split]):
                 _check_classes(root / split, classes, tars.get(split))
+        for split in tell:
             if split in tars:
                 files[split] = _files_in_tars(tars[split], classes)
             else:
-                files[split] = _files(root / split, classes, left_out, tell)
+                files[split] = _files(root / split, classes, left_out, tell[split])
         _leave_out_the_rest(root, folders, left_out)
         names = [name for split in SPLITS for name in _names(split, classes, files[split])]
 
@@ -261,31 +259,6 @@ def _files_in_tars(contents: archive.Contents, classes: tuple[str, ...]) -> File
     return Files(contents.names, labels, contents.members)
 
 
-def is_imagenet(classes: Sequence[str], num_train: int, num_val: int, num_distinct: int) -> bool:
-    """Whether these are the classes and the images of ILSVRC2012: as many of them, and hardly one twice."""
-    return (
-        (num_train, num_val) == (NUM_TRAIN, NUM_VAL)
-        and num_distinct >= MIN_DISTINCT * (NUM_TRAIN + NUM_VAL)
-        and len(classes) == 1000
-        and list(classes) == _synsets()
-    )
-
-
-def part_of_imagenet(classes: Sequence[str], num_train: int, num_val: int) -> str:
-    """Which part of ImageNet-1K this is, for the tables; "" for data with other classes."""
-    if not all(SYNSET.fullmatch(name) for name in classes) or not set(classes) <= set(_synsets()):
-        return ""
-    return (
-        f"Part of ImageNet-1K: {len(classes):,} of 1,000 classes, {num_train:,} of {NUM_TRAIN:,} training and "
-        f"{num_val:,} of {NUM_VAL:,} validation images."
-    )
-
-
-def _synsets() -> list[str]:
-    """The class ids of ImageNet-1K, sorted, as timm lists them."""
-    return list(ImageNetInfo().label_names())
-
-
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -377,35 +350,19 @@ def degenerate(index: Index) -> str:
 def fold(index: Index, number: int, folds: int) -> Index:
     """Part `number` of the training images as the validation images, the other parts as the training images.
 
-    The images of a class are shuffled by their names, then dealt to the parts in turn, going on where the class before
-    ended: parts differ by one image at most, and by one of each class. Where parts differ, a fold with the smaller one
-    leaves a training image of its largest class out: all folds train on as many. UserError for fewer images than parts,
-    and for a class that a fold could not learn.
+    UserError for images that make no such parts; see folds.deal.
     """
     files = index.train
-    counts = np.bincount(files.labels, minlength=len(index.classes))
-    if len(files) < folds:
-        raise UserError(f"{index.root} has {len(files)} training images, which make no {folds} folds.")
-    if 1 in counts:
-        name = index.classes[int(np.argmax(counts == 1))]
-        raise UserError(f'"{name}" has a single image: the fold that is scored on it has none to learn it from.')
-    shuffled = sorted(range(len(files)), key=lambda i: (files.labels[i], rng.derive("fold", files.names[i].hex())))
-    part = np.empty(len(files), dtype=np.intp)
-    part[shuffled] = np.arange(len(files)) % folds
-    trained, scored = np.flatnonzero(part != number), np.flatnonzero(part == number)
-    if len(scored) * folds < len(files):
-        largest = np.bincount(files.labels[trained]).argmax()
-        trained = np.delete(trained, np.flatnonzero(files.labels[trained] == largest)[-1])
-    note = (
-        f"Cross-validation: a run of seed s is scored on fold s modulo {folds} of the training images and trained on "
-        "the others; val/ is not used. Folds share training images, so intervals over them are too narrow for new data."
-    )
+    try:
+        trained, scored = deal([files.names[i] for i in range(len(files))], files.labels, number, folds)
+    except ValueError as error:
+        raise UserError(f"{index.root} cannot be cross-validated: {error}.") from None
     return replace(
         index,
         name=f"{index.name}-{folds}-folds",
         train=files.take(trained, "train"),
         val=files.take(scored, "train"),
-        notes=(*index.notes, note),
+        notes=(*index.notes, NOTE.format(folds=folds)),
     )
 
 
