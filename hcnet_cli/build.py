@@ -260,10 +260,12 @@ def other_classes(init: LoadReport, task: Task, names: Sequence[str]) -> str:
 def seen_before(init: LoadReport, recipe: Recipe, data: DataSplits) -> str:
     """What is wrong where cross-validation starts from weights that were trained on images of the fold it scores."""
     folds = getattr(recipe.data, "folds", None)
+    if not folds:
+        return ""
     about = _metadata(Path(init.source))
     of, seed = str(about.get("data")), about.get("seed")
     equal = about.get("data_digest") == data.info.digest
-    if not folds or not (equal or data.info.name == f"{re.sub(r'-[0-9]+-folds$', '', of)}-{folds}-folds"):
+    if not equal and data.info.name != f"{re.sub(r'-[0-9]+-folds$', '', of)}-{folds}-folds":
         return ""
     if equal and isinstance(seed, int) and seed % folds == recipe.train.seed % folds:
         return ""  # the same fold

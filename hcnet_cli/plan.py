@@ -301,10 +301,11 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     """Says which recipe and flags fit where images are far smaller than the recipe's, where they are few for its
     schedule, or where `seconds` of training are days.
     """
-    spec, sides = recipe.spec, typical_sides(data)
-    small, img_size = f"{spec.name}/{spec.small_recipe}", min(image_sides(recipe), default=0)
+    spec = recipe.spec
+    small = f"{spec.name}/{spec.small_recipe}"
     if recipe.protocol == small:
         return
+    sides, img_size = typical_sides(data), min(image_sides(recipe), default=0)
     reasons = []
     if sides and 2 * min(sides) <= img_size:
         reasons.append(f"the images have about {min(sides)} pixels a side and would be enlarged to {img_size}")
@@ -335,16 +336,15 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
     """What the recipe for small data is to be told: the images' size, a batch of fewer, what was said of the data."""
     spec = recipe.spec
     small = rcp.resolve(rcp.recipes_dir() / spec.name / f"{spec.small_recipe}.yaml").recipe
+    asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
     usual, flags = image_sides(small), ""
     smallest, largest = spec.small_sides
     side = (sides or usual)[len(usual) > 1]  # an image is to cover one side, or to fit into two
     if (fitting := min(largest, max(smallest, 32 * round(side / 32)))) != usual[0]:
         for key in spec.size_keys:
-            pair = isinstance(rcp.flatten(small.model_dump())[key], tuple)
-            flags += f" --set {key}={f'[{fitting},{fitting}]' if pair else fitting}"
+            flags += f" --set {key}={f'[{fitting},{fitting}]' if isinstance(other[key], tuple) else fitting}"
     if recipe.init == "none" and spec.starts_from:
         flags += " --init none"
-    asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
     for key in ABOUT_DATA:
         if key in other and asked.get(key) != other[key]:
             flags += f" --set {key}={as_written(key, asked[key]).partition(': ')[2]}"

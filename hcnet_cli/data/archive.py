@@ -201,7 +201,7 @@ class Contents:
         return Contents(
             tuple(name for name in self.classes if name in classes),
             self.counts[wanted],
-            Packed([self.names[i] for i in kept.tolist()]),
+            self.names.take(kept),
             self.members.take(kept),
         )
 

@@ -41,6 +41,9 @@ class Packed:
     def __getitem__(self, i: int) -> bytes:
         return bytes(self.data[self.ends[i - 1] if i else 0 : self.ends[i]])
 
+    def take(self, rows: NDArray[np.intp]) -> Packed:
+        return Packed([self[i] for i in rows.tolist()])
+
 
 def dataset_name(root: Path, benchmark: str, is_benchmark: bool) -> str:
     """How results call a data set: the benchmark's name for the benchmark itself, else the folder's own.

@@ -67,7 +67,7 @@ class Files:
     def take(self, rows: NDArray[np.intp], split: str) -> Files:
         """Some of them, which lie in the folder of `split`."""
         members = None if self.members is None else self.members.take(rows)
-        return Files(Packed([self.names[i] for i in rows.tolist()]), self.labels[rows], members, split)
+        return Files(self.names.take(rows), self.labels[rows], members, split)
 
 
 NO_FILES = Files(Packed(()), np.empty(0, dtype=np.int32))
