@@ -78,7 +78,7 @@ class TaskModule(Protocol):
 class FormatModule(Protocol):
     """What the module of a data format provides."""
 
-    def open_data(self, config: DataPart, head: Part, root: Path) -> DataSplits: ...
+    def open_data(self, config: DataPart, head: Part, root: Path, seed: int) -> DataSplits: ...
 
 
 def task_module(recipe: Recipe) -> TaskModule:
@@ -98,7 +98,7 @@ def open_data(recipe: Recipe) -> DataSplits:
     assert recipe.data.path is not None, "the command line fills in data.path"
     root = embedded.data_folder(recipe.data.path)
     module = cast(FormatModule, importlib.import_module(recipe.spec.formats[recipe.data.format].module))
-    return module.open_data(recipe.data.of_seed(recipe.train.seed), recipe.head, root)
+    return module.open_data(recipe.data, recipe.head, root, recipe.train.seed)
 
 
 def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:

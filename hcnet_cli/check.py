@@ -133,7 +133,8 @@ def _note_repeated(audit: Audit, groups: Sequence[Sequence[Item]]) -> None:
             repeats.append(files)
     audit.note("pictures both in training and in validation", leaks, wrong=True)
     audit.note("pictures in several classes", contradictions, wrong=True)
-    audit.note("pictures more than once in a split", repeats)
+    scored = ", and folds part them" if audit.folds else ""
+    audit.note(f"pictures more than once in a split{scored}", repeats, wrong=audit.folds)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

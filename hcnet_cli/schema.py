@@ -130,10 +130,6 @@ class DataPart(Part):
         fingerprint="never",
     )
 
-    def of_seed(self, seed: int) -> DataPart:
-        """As a run of a seed reads it: itself, but for a format whose splits depend on the seed."""
-        return self
-
 
 NORMALISATION = "RGB in 0..1, minus mean, divided by std"  # what every format does with its mean and std
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -99,6 +100,10 @@ def test_a_folder_without_validation_images_names_the_way_out(tmp_path: Path, hc
     done = hcnet("check", root, "--set", "data.folds=5")
     assert done.code == 0, done.out
     assert "Nothing is wrong." in done.out
+    shutil.copy(root / "train/c0/0.png", root / "train/c0/again.png")  # a fold may train on one and score the other
+    done = hcnet("check", root, "--set", "data.folds=5")
+    assert done.code == 1
+    assert "WRONG: pictures more than once in a split, and folds part them (1)" in done.out
 
 
 @pytest.mark.parametrize("splits", [{"train": 8}, {"train": 8, "val": 0}])  # one class of val/ is empty

@@ -73,6 +73,7 @@ class Audit:
     count_pixels: Callable[[Item], NDArray[np.int64]] | None = None
     bits: int | None = None  # of images of more than 8 bits
     max_pixels: int = MAX_PIXELS
+    folds: bool = False  # training images are scored too: data.folds
     problems: list[UserError] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)  # on the classes

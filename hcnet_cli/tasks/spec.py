@@ -65,7 +65,7 @@ class Option:
 class Format:
     """A data format: its section of the recipe, and the module that reads it.
 
-    The module provides `open_data(config, head, root) -> DataSplits` and `audit(config, head, root) -> Audit`.
+    The module provides `open_data(config, head, root, seed) -> DataSplits` and `audit(config, head, root) -> Audit`.
     `recognise`: whether a folder looks like this format. `require`: UserError for a recognised folder that lacks what
     even an evaluation needs, by the names of its files alone.
     """

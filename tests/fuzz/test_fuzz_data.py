@@ -147,7 +147,7 @@ def use_detection(root: Path) -> None:
     recipe = resolved("finetune-det", root)
     data, refusal = None, ""
     try:
-        data = detection.open_data(recipe.data, recipe.head, root)
+        data = detection.open_data(recipe.data, recipe.head, root, 0)
         for dataset in (data.train, data.val):
             for index in range(len(dataset)):
                 dataset[SampleRequest(index, index, 0)]
@@ -347,7 +347,7 @@ def test_a_label_is_read_or_refused(scene_folder: Path, content: bytes) -> None:
     with watched():
         refusal = ""
         try:
-            data = segmentation.open_data(recipe.data, recipe.head, scene_folder)
+            data = segmentation.open_data(recipe.data, recipe.head, scene_folder, 0)
             item = data.train[SampleRequest(0, 1, 0)]
             assert set(item["label"].unique().tolist()) <= {*range(len(data.class_names)), recipe.data.ignore_index}
         except UserError as error:

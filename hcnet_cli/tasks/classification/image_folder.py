@@ -322,14 +322,9 @@ class ImageFolder(Dataset[dict[str, Any]]):
 # --- from a recipe's section ------------------------------------------------------------------------------------------
 
 
-def open_data(config: spec.ImageFolder, head: Part, root: Path) -> DataSplits:
+def open_data(config: spec.ImageFolder, head: Part, root: Path, seed: int) -> DataSplits:
     """Scans the folder and makes both data sets; UserError for what is wrong with it."""
-    index = scan(root, trust=config.trust, bits=config.bits, splits=needed(config))
-    if config.folds:
-        index = fold(index, config.fold, config.folds)
-    if problem := degenerate(index):
-        warn(f"{root}: {problem}")
-    return splits(config, index)
+    return splits(config, scan(root, trust=config.trust, bits=config.bits, splits=needed(config)), seed)
 
 
 def needed(config: spec.ImageFolder) -> Sequence[str]:
@@ -366,16 +361,22 @@ def fold(index: Index, number: int, folds: int) -> Index:
     )
 
 
-def splits(config: spec.ImageFolder, index: Index, images: type[ImageFolder] | None = None) -> DataSplits:
-    """Both data sets of an index, with the augmentation of the recipe. `images`: the class that finds the files."""
-    images = images or ImageFolder
+def splits(config: spec.ImageFolder, index: Index, seed: int, images: type[ImageFolder] = ImageFolder) -> DataSplits:
+    """Both data sets of an index, with the augmentation of the recipe; under `data.folds` those of the seed's fold.
+
+    `images`: the class that finds the files. UserError for images that make no folds.
+    """
+    shards, digest = None, index.digest
+    if config.folds is not None:
+        index, digest = fold(index, seed % config.folds, config.folds), f"{digest}-{config.folds}-folds"
+    if problem := degenerate(index):
+        warn(f"{index.root}: {problem}")
     shared: dict[str, Any] = {"img_size": config.img_size, "interpolation": config.interpolation}
     names = {
         *("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment"),
         *("re_prob", "re_mode", "re_count", "mean"),
     }
     train = train_transform(**shared, **config.model_dump(include=names))
-    shards, digest = None, index.digest if config.folds is None else f"{index.digest}-{config.folds}-folds"
     if config.order == "shards":
         if config.folds is not None:
             raise UserError("The order of shards does not go with data.folds: each fold would be another order.")
@@ -438,6 +439,7 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
         *(index.name, root, "image folder", "images", items, classes),
         bits=index.identity.bits,
         max_pixels=config.max_pixels,
+        folds=config.folds is not None,
         problems=problems,
     )
     made.note_identity(index.identity, index.left_out, index.notes)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from hcnet_cli.console import UserError
 from hcnet_cli.schema import ClassWeights, DataPart, EvaluationPart, Fraction, FromTo, Line, Part, Side, field, in_order
@@ -105,20 +105,6 @@ class ImageFolder(DataPart):
         example=5,
         fingerprint="changed",
     )
-    _fold: int = PrivateAttr(0)
-
-    def of_seed(self, seed: int) -> ImageFolder:
-        """With the number of the part that a run of this seed is scored on."""
-        if self.folds is None:
-            return self
-        section = self.model_copy()
-        section._fold = seed % self.folds
-        return section
-
-    @property
-    def fold(self) -> int:
-        """The part of `folds` that a run is scored on."""
-        return self._fold
 
 
 CORRUPTIONS_OF_C = (

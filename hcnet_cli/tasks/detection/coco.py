@@ -195,7 +195,7 @@ class CocoSplits(DataSplits):
     annotations: Annotations
 
 
-def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> CocoSplits:
+def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path, seed: int) -> CocoSplits:
     """Reads both annotation files and makes the data sets; UserError for what is wrong with them."""
     folder = open_folder(root, config, masks=head.with_masks)
     assert folder is not None, "problems are raised"

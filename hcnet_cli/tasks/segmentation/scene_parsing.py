@@ -172,7 +172,7 @@ def _open(config: spec.SceneParsing, root: Path, verify: bool = False, report: R
     )
 
 
-def open_data(config: spec.SceneParsing, head: Part, root: Path) -> SceneSplits:
+def open_data(config: spec.SceneParsing, head: Part, root: Path, seed: int) -> SceneSplits:
     """Pairs images with labels, reads every label once, and makes both data sets; UserError for what is wrong."""
     folder = _open(config, root)
     for problem in folder.problems:
