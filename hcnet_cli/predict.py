@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import io
 import math
@@ -12,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from hcnet_cli import __version__, build, engine, pictures
-from hcnet_cli.console import UserError, notice, status_line, warn
+from hcnet_cli.console import RunFailed, UserError, notice, status_line, warn
 from hcnet_cli.data.folders import LeftOut, counted, reading_folder, walk
 from hcnet_cli.data.identity import THREADS, file_peak
 from hcnet_cli.data.images import UnusableImageError, bits_of, read_image
-from hcnet_cli.data.loader import start_worker
+from hcnet_cli.data.loader import start_worker, watching_workers
 from hcnet_cli.device import pick_device
 from hcnet_cli.engine import Predictor
 from hcnet_cli.files import is_image, replacing, write_text, writing
@@ -73,7 +73,7 @@ def find_photos(named: Sequence[Path]) -> list[Photo]:
     photos = [found[i] for i in sorted(chosen.values())]
     left_out["repetitions of the same file"] = [str(found[i].path) for i in set(range(len(found))) - {*chosen.values()}]
     for reason, count in counted(left_out).items():
-        notice(f"Left out: {count:,} {reason}.")
+        notice(f"Left out: {reason}: {count:,}.")
     if not photos:
         raise UserError(f"There is no image in {', '.join(map(str, named))}.")
     if len({photo.name for photo in photos}) < len(photos):
@@ -135,7 +135,7 @@ def predict(
     """Predicts with the run's best weights, and writes to `output`: a folder that exists, or a page (.html).
 
     A signal such as Ctrl-C ends it after the image at hand, a second Ctrl-C at once: what is predicted by then is
-    written. UserError for weights that do not fit the recipe.
+    written. UserError for weights that do not fit the recipe, RunFailed where a data worker died.
     """
     where = pick_device(device)
     about = read_metadata(folder.best)
@@ -154,27 +154,26 @@ def predict(
         worker_init_fn=start_worker,
     )
     names = pictures.file_names([photo.name for photo in photos])
-    outcome, drawn = Outcome(), []
+    outcome, drawn, died = Outcome(), [], None
     begun = time.monotonic()
     with engine.Stopper() as stopper:
-        with contextlib.suppress(KeyboardInterrupt), status_line() as tell, torch.inference_mode():
-            for number, image, size, prediction in _predictions(predictor, loader, photos, where, outcome, tell):
-                photo, file = photos[number], None
-                if image is not None:
-                    picture = predictor.draw(image, prediction, photo.name)
-                    if page:
-                        drawn.append((photo.name, _jpeg(picture)))
-                    else:
-                        file = f"pictures/{names[number]}"
-                        with writing(output / file):
-                            (output / "pictures").mkdir(exist_ok=True)
-                            with replacing(output / file) as temporary:
-                                picture.save(temporary, "PNG")
-                if not page:
-                    predictor.keep(output, names[number], photo.name, size, prediction, file)
-                outcome.done += 1
-                if stopper.received:
-                    break
+        try:
+            with watching_workers(), suppress(KeyboardInterrupt), status_line() as tell, torch.inference_mode():
+                for number, image, size, prediction in _predictions(predictor, loader, photos, where, outcome, tell):
+                    photo, file = photos[number], None
+                    if image is not None:
+                        picture = predictor.draw(image, prediction, photo.name)
+                        if page:
+                            drawn.append((photo.name, _jpeg(picture)))
+                        else:
+                            file = _save(picture, output, names[number])
+                    if not page:
+                        predictor.keep(output, names[number], photo.name, size, prediction, file)
+                    outcome.done += 1
+                    if stopper.received:
+                        break
+        except RunFailed as error:  # a data worker died
+            died = error
         seconds = time.monotonic() - begun
         notice(f"Predicted {_images(outcome.done)} in {seconds:.1f} s, {outcome.done / seconds:.1f} a second.")
         if left := len(photos) - outcome.done - len(outcome.unreadable):
@@ -182,10 +181,22 @@ def predict(
             warn(f"Stopped: {left:,} of {_images(len(photos))} {'was' if left == 1 else 'were'} not looked at.")
         if outcome.done:
             _write(predictor, output, origin, drawn, outcome.done)
+    if died is not None:
+        raise died
     if not outcome.done and not outcome.stopped:
         which = "The only image cannot" if len(photos) == 1 else f"None of the {len(photos)} images can"
         raise UserError(f"{which} be read{'' if len(photos) == 1 else ', the first'}: {outcome.unreadable[0]}.")
     return outcome
+
+
+def _save(picture: Image.Image, output: Path, name: str) -> str:
+    """Writes a picture; returns its file relative to `output`."""
+    file = f"pictures/{name}"
+    with writing(output / file):
+        (output / "pictures").mkdir(exist_ok=True)
+        with replacing(output / file) as temporary:
+            picture.save(temporary, "PNG")
+    return file
 
 
 def _write(predictor: Predictor, output: Path, origin: dict[str, Any], drawn: list[tuple[str, str]], done: int) -> None:

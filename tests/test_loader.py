@@ -413,4 +413,4 @@ def test_a_killed_worker_ends_the_run_with_one_sentence() -> None:
     with pytest.raises(RunFailed, match="A data worker process died") as error:
         list(EvalLoader(DeadlyNumbers(8), batch_size=2, workers=1))
     assert error.value.exit_code == 1
-    assert "goes on from the last checkpoint" in error.value.hint
+    assert "A run goes on from the last checkpoint" in error.value.hint

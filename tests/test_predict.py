@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def test_photos_of_every_kind_and_one_that_is_none(root: Path, tmp_path: Path, h
     done = hcnet("predict", run, photos, photos / "grey.png", "--output", tmp_path / "p", "--workers", 0)
     assert done.code == 1
     assert f"Not read: {photos / 'text.png'} (it is not an image in one of the formats" in done.err
-    assert "Left out: 1 files that are not images." in done.err
+    assert "Left out: files that are not images: 1." in done.err
     lines = [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").read_text().splitlines()]
     assert [line["file"] for line in lines] == ["cmyk.jpg", "deep.png", "grey.png", "more/clear.png", "turned.jpg"]
     page = tmp_path / "page.html"
@@ -137,7 +139,7 @@ def test_a_file_is_taken_before_links_to_it(tmp_path: Path, capfd: pytest.Captur
     for folder in ("photos", "root"):
         found = predicting.find_photos([tmp_path / folder, tmp_path / folder / "plain.png"])
         assert [photo.name for photo in found] == ["a.png", "plain.png"]
-        assert "Left out: 3 repetitions of the same file." in capfd.readouterr().err
+        assert "Left out: repetitions of the same file: 3." in capfd.readouterr().err
     assert [photo.name for photo in predicting.find_photos([tmp_path / "photos", tmp_path / "elsewhere"])] == [
         "plain.png",
         "y.png",
@@ -320,6 +322,30 @@ def test_ctrl_c_keeps_what_is_predicted(
     assert [line["file"] for line in lines] == ["a/0.bmp", "a/2.bmp"][:kept]
     assert sorted(path.name for path in (tmp_path / "p" / "pictures").iterdir()) == ["0.png", "2.png"][:kept]
     assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_what_is_predicted_before_a_data_worker_dies_is_kept(
+    root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("pretrain", root, hcnet)
+    read, second = predicting.read_image, tmp_path / "p" / "pictures" / "2.png"
+
+    def deadly(path: Path, **how: Any) -> Image.Image:
+        if path.parent.name == "b":
+            while not second.exists():
+                time.sleep(0.05)
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, **how)
+
+    monkeypatch.setattr(predicting, "read_image", deadly)
+    monkeypatch.setattr(classification.Predictor, "batch_size", 1)
+    done = hcnet("predict", run, root / "classes" / "train", "--output", tmp_path / "p", "--workers", 1)
+    assert done.code == 1
+    assert "A data worker process died" in done.err
+    assert "Stopped: 2 of 4 images were not looked at." in done.err
+    lines = (tmp_path / "p" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == ["a/0.bmp", "a/2.bmp"]
 
 
 def test_ctrl_c_keeps_the_page(root: Path, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch) -> None:
