@@ -26,7 +26,7 @@ from hcnet_cli.models import hub
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.trial import Trial, device_memory, trial
-from hcnet_cli.values import as_written
+from hcnet_cli.values import as_typed
 
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
@@ -190,8 +190,8 @@ def remark_on_normalisation(recipe: Recipe) -> None:
     """Warns of images that are normalised otherwise than those that timm's weights were trained on."""
     for key, trained in zip(("mean", "std"), hub.expected_normalisation(recipe.model.name) or (), strict=False):
         if any(abs(a - b) > 1e-3 for a, b in zip(getattr(recipe.data, key), trained, strict=True)):
-            typed = ",".join(f"{value:g}" for value in trained)
-            warn(f"The weights of {recipe.model.name} were trained with another {key}: --set data.{key}=[{typed}]")
+            typed = as_typed(f"data.{key}", trained)
+            warn(f"The weights of {recipe.model.name} were trained with another {key}: {typed}")
 
 
 def schedule_remarks(
@@ -269,7 +269,7 @@ def _scaled_milestones(recipe: Recipe) -> str:
     scaled = [round(m * recipe.schedule.length / base.length) for m in base.milestones]
     if len({0, *scaled, recipe.schedule.length}) < len(scaled) + 2:
         return ""
-    return f" In proportion: --set schedule.milestones=[{','.join(map(str, scaled))}]"
+    return f" In proportion: {as_typed('schedule.milestones', scaled)}"
 
 
 def disk_need(recipe: Recipe, task: Task) -> int:
@@ -342,12 +342,12 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
     side = (sides or usual)[len(usual) > 1]  # an image is to cover one side, or to fit into two
     if (fitting := min(largest, max(smallest, 32 * round(side / 32)))) != usual[0]:
         for key in spec.size_keys:
-            flags += f" --set {key}={f'[{fitting},{fitting}]' if isinstance(other[key], tuple) else fitting}"
+            flags += f" {as_typed(key, [fitting, fitting] if isinstance(other[key], tuple) else fitting)}"
     if recipe.init == "none" and spec.starts_from:
         flags += " --init none"
     for key in ABOUT_DATA:
         if key in other and asked.get(key) != other[key]:
-            flags += f" --set {key}={as_written(key, asked[key]).partition(': ')[2]}"
+            flags += f" {as_typed(key, asked[key])}"
     if images < small.train.batch_size:
         flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 4))}"
     return flags

@@ -425,7 +425,7 @@ def test_pretrained_weights_are_loaded_and_accounted_for(
     done = hcnet("pretrain", *given, "--pretrained", "--name", "a")
     assert done.code == 0, done.err
     assert "re-initialised (shape differs): fc.bias, fc.weight" in done.err
-    assert "--set data.mean=[0.485,0.456,0.406]" in done.err
+    assert "--set 'data.mean=[0.485,0.456,0.406]'" in done.err
     assert hcnet("pretrain", *given, "--init", "model.safetensors", "--name", "b").code == 0
     assert hcnet("pretrain", *given, "--name", "c").code == 0
     prints = [runs.read_record(here / f"results/runs/{name}/run.json").fingerprint for name in "abc"]

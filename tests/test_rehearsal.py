@@ -300,9 +300,9 @@ def test_the_time_is_said_at_every_start_and_a_fitting_recipe_is_proposed(
 @pytest.mark.parametrize(
     ("task", "shape", "flags"),
     [
-        ("finetune-det", (90, 130), "--set data.img_scale=[128,128] --set head.with_masks=false --batch-size 2"),
+        ("finetune-det", (90, 130), "--set 'data.img_scale=[128,128]' --set head.with_masks=false --batch-size 2"),
         ("finetune-det", (480, 640), "--set head.with_masks=false --batch-size 2"),
-        ("finetune-seg", (60, 64), "--set data.img_scale=[64,64] --set data.crop_size=64 --batch-size 2"),
+        ("finetune-seg", (60, 64), "--set 'data.img_scale=[64,64]' --set data.crop_size=64 --batch-size 2"),
         ("finetune-seg", (300, 400), "--batch-size 2"),
     ],
 )

@@ -199,7 +199,7 @@ def test_the_weights_say_what_they_must_be_given(trained: Path, folder_of_images
     ("recipe", "changes", "words"),
     [
         ("finetune-det/coco-1x", {"schedule.length": 6}, "milestones 8, 11: the learning rate does not fall there. In "
-         "proportion: --set schedule.milestones=[4,6]"),
+         "proportion: --set 'schedule.milestones=[4,6]'"),
         ("finetune-det/coco-1x", {"schedule.length": 11}, "milestones 11"),
         ("pretrain/digits", {"schedule.gamma": 0.1}, "schedule.gamma has no effect"),
         ("pretrain/digits", {"optim.no_decay": "norm", "optim.weight_decay": 0.0}, "optim.no_decay has no effect"),
