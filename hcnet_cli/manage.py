@@ -115,15 +115,16 @@ def remove(folder: RunFolder) -> None:
     """Removes the files that a run writes, and the folder if nothing else is in it. UserError while it is at work."""
     folder.require()
     with folder.lock():
-        folder.clear()
+        folder.remove()
     lock = folder.path / ".lock"
     with writing(folder.path):
         if [entry.name for entry in folder.path.iterdir()] == [lock.name]:
             lock.unlink()
         if any(folder.path.iterdir()):
-            notice(f"{folder.path} holds other files too, and was left.")
+            notice(f"Removed the run; {folder.path} holds other files too, and was left.")
         else:
             folder.path.rmdir()
+            notice(f"Removed {folder.path}.")
 
 
 def rename(folder: RunFolder, name: str, results: Path) -> Path:

@@ -181,6 +181,12 @@ class RunFolder:
             sync(self.path)
             self.record.unlink(missing_ok=True)
 
+    def remove(self) -> None:
+        """Forgets the run in this folder, its weights too."""
+        self.clear()
+        with writing(self.path):
+            self.replaced.unlink(missing_ok=True)
+
     def is_cleared(self) -> bool:
         """Whether a --fresh was stopped while it removed the files of an earlier run."""
         with contextlib.suppress(UserError):

@@ -44,6 +44,9 @@ def test_show_names_the_command_that_goes_on(results: Path, hcnet: Hcnet) -> Non
 def test_rm_removes_what_runs_write_and_nothing_else(results: Path, hcnet: Hcnet) -> None:
     whole, half = (results / "runs" / name for name in ("whole", "half"))
     (half / "notes.txt").write_text("mine")
+    for name in ("best.safetensors", "replaced.safetensors"):  # the second: of a run that --fresh replaced
+        (whole / name).write_bytes(b"weights")
+        (half / name).write_bytes(b"weights")
     refused = hcnet("runs", "rm", "whole", "half")
     assert refused.code == 2
     assert "Give --yes" in refused.err
@@ -52,7 +55,7 @@ def test_rm_removes_what_runs_write_and_nothing_else(results: Path, hcnet: Hcnet
     assert done.code == 0
     assert not whole.exists()
     assert [path.name for path in half.iterdir() if path.name != ".lock"] == ["notes.txt"]
-    assert "holds other files too" in done.err
+    assert f"Removed {whole}.\nRemoved the run; {half} holds other files too, and was left." in done.err
 
 
 def test_what_is_needed_elsewhere_is_said(results: Path, hcnet: Hcnet) -> None:

@@ -67,7 +67,6 @@ def rm(
             raise typer.Exit(1)
     for folder in folders:
         remove(folder)
-        notice(f"Removed {folder.path}.")
 
 
 @app.command("mv")
