@@ -274,7 +274,7 @@ def interrupted(tmp_path: Path, *numbers: signal.Signals) -> tuple[int, str]:
     return process.returncode, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_all_and_the_same_command_goes_on(
     number: signal.Signals, tmp_path: Path, hcnet: Hcnet, fake: Callable[..., None]
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 from conftest import Done
 from synthetic_runs import make_run
 
+from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
 from hcnet_cli.study import attempt, slurm, submit
 from hcnet_cli.study import runner as study
@@ -134,6 +135,41 @@ def test_one_run_is_the_command_without_the_options_of_slurm(hcnet: Hcnet, fake:
     assert words[1:3] == ["-m", "torch.distributed.run"]
     assert "SIGUSR1" in words[words.index("--signals-to-handle") + 1]
     assert "pretrain-s0" in hcnet("studies").out
+
+
+def test_one_run_is_that_of_the_files_as_they_were_when_it_was_submitted(hcnet: Hcnet, fake: Path) -> None:
+    recipe, model = Path("mine.yaml"), Path("net.py")
+    model.write_text("def build(): ...\n")
+    folders = []
+    for length in (1, 2):
+        recipe.write_text(hcnet("recipes", "show", "digits").out.replace("length: 6", f"length: {length}"))
+        done = hcnet("pretrain", "--recipe=mine.yaml", "--model", "net.py:build", "--on", "slurm")
+        assert done.code == 0, done.err
+        folders += [folder for folder in Path("results/slurm").iterdir() if folder not in folders]
+        (command,) = [line for line in (folders[-1] / "run.sh").read_text().splitlines() if "command=" in line]
+        words = shlex.split(command.removeprefix("command=(").removesuffix(")"))[3:]
+        assert words[:3] == ["pretrain", "--recipe", str(folders[-1] / "recipe.yaml")]
+        assert words[-2].startswith("--set")
+        assert words[-1].startswith("model.digest=")
+        assert rcp.resolve(Path(words[2])).recipe.schedule.length == length
+    assert len(folders) == 2
+    make_run(Path("results"), name="whole")
+    submit.link(folders[-1] / "pretrain-s0", Path("results/runs/whole"))
+    done = hcnet("pretrain", "--recipe=mine.yaml", "--model", "net.py:build", "--on", "slurm")
+    assert "This run is finished" in done.err
+    assert len(fake_slurm.submitted(fake)) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "threads"),
+    [(0, {}, 1), (1, {"SLURM_CPUS_ON_NODE": "6"}, 6), (8, {"SLURM_CPUS_PER_TASK": "64"}, 8), (8, {}, 1)],
+)
+def test_each_process_has_its_share_of_the_cores(
+    gpus: int, cores: dict[str, str], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = slurm._environment(slurm.Cluster(gpus=gpus)) + "echo $OMP_NUM_THREADS"
+    assert subprocess.run(["bash", "-c", script], env=cores, capture_output=True, text=True).stdout == f"{threads}\n"
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
 
         recipe, words = resolved.recipe, studies.ordinary_command()
         label = name or run_label(recipe, words)
-        submit_run(label, words, recipe.train.seed, given["out_dir"], cluster, given["dry_run"])
+        submit_run(recipe, words, label, given["out_dir"], cluster, given["dry_run"])
         return
     started = not (given["dry_run"] or given["eval_only"] or given["fresh"])
     if started and (whole := finished_run(resolved.recipe, given["out_dir"], name or "", given["device"])):

@@ -348,7 +348,7 @@ class StudyProcess:
                 notice("Stopping: the runs finish their step and save. A second signal ends them at once.")
             self.stop = number
 
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup: the study goes on without its terminal
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, receive) for number in numbers}

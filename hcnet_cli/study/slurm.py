@@ -171,8 +171,9 @@ def _environment(cluster: Cluster) -> str:
     """Threads of a process: with task/none the affinity mask names all cores of a node, so Slurm's number is used."""
     if "OMP_NUM_THREADS" in os.environ:
         return f"export OMP_NUM_THREADS={shlex.quote(os.environ['OMP_NUM_THREADS'])}\n"
-    share = f" / {cluster.gpus}" if cluster.gpus > 1 else ""
-    return f"export OMP_NUM_THREADS=$((${{SLURM_CPUS_PER_TASK:-${{SLURM_CPUS_ON_NODE:-1}}}}{share}))\n"
+    cores, processes = "${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}", max(1, cluster.gpus)
+    share = cores if processes == 1 else f"$(({cores} > {processes} ? {cores} / {processes} : 1))"
+    return f"export OMP_NUM_THREADS={share}\n"
 
 
 def quote(text: str | Path) -> str:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from rich.text import Text
 
+from hcnet_cli import recipe as rcp
 from hcnet_cli.console import notice, out
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.runs import RunFolder
 from hcnet_cli.study.design import Design, model_arguments
 from hcnet_cli.study.planning import later_seeds
 from hcnet_cli.study.record import StudyRecord
@@ -101,18 +103,46 @@ def _cells(process: StudyProcess, task: str) -> tuple[dict[int, str], dict[int, 
 
 
 def run_label(recipe: Recipe, words: Sequence[str]) -> str:
-    """The name of a single run's folder under slurm/, equal for equal commands."""
-    digest = hashlib.sha256(json.dumps([os.getcwd(), *words]).encode()).hexdigest()[:8]
+    """The name of a single run's folder under slurm/, equal for equal commands and contents of the files they name."""
+    said = [os.getcwd(), *words, recipe.model_dump(mode="json")]
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]
     parts = (recipe.task, Path(recipe.data.path or "").name, recipe.model.label, f"s{recipe.train.seed}", digest)
     return re.sub(r"[^A-Za-z0-9._=+-]", "_", "-".join(parts))
 
 
-def submit_run(name: str, words: Sequence[str], seed: int, results: Path, cluster: Cluster, dry_run: bool) -> None:
-    """Submits one training command: its words, without the program and the options of Slurm."""
-    folder, task = results / "slurm" / name, words[0]
+def submit_run(recipe: Recipe, words: Sequence[str], name: str, results: Path, cluster: Cluster, dry_run: bool) -> None:
+    """Submits one training command: its words, without the program and the options of Slurm.
+
+    Files that the words name may change before the job starts or goes on: a recipe is kept beside the script, and
+    a model's file is named with its digest, so that another content is refused.
+    """
+    folder, task, seed = results / "slurm" / name, recipe.task, recipe.train.seed
+    stem = f"{task}-s{seed}"
+    done = RunFolder(folder / f"{stem}.run")
+    if (info := done.read()) and info.status == "finished":
+        notice(f"This run is finished: {done.path.resolve()}. Without {done.path} the same command submits it again.")
+        return
+    words = _with_kept_recipe(words, folder / "recipe.yaml", dry_run)
+    if recipe.model.digest:
+        words += ["--set", model_arguments(recipe)["--set"]]
     arguments = " ".join(map(quote, words))
     one = Array(name, f"one run: {task}", [task], [str(seed)], f'{quote(folder)}/"$arm"', arguments)
-    submit_arrays(folder, [(one, {0: f"{task}-s{seed}"}, {})], cluster, dry_run)
+    submit_arrays(folder, [(one, {0: stem}, {})], cluster, dry_run)
+
+
+def _with_kept_recipe(words: Sequence[str], kept: Path, dry_run: bool) -> list[str]:
+    """The words of a command with `kept` for the user's file that --recipe names, whose content it gets."""
+    words = list(words)
+    for place, word in enumerate(words):
+        flag, equals, file = word.partition("=")
+        if flag == "--recipe" and (file := file if equals else words[place + 1]).endswith((".yaml", ".yml")):
+            words[place : place + (1 if equals else 2)] = ["--recipe", str(kept)]
+            if not dry_run:
+                with writing(kept):
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                write_text(kept, rcp.dump_yaml(rcp.resolve(Path(file)).recipe))
+            break
+    return words
 
 
 def submit_arrays(
