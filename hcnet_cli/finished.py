@@ -6,6 +6,7 @@ What is not certain without PyTorch is left to `previous.py`. Torch-free.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hcnet_cli.inputs import EMBEDDED, has_no_cuda
 from hcnet_cli.pretrained import TIMM, best_pretraining, weights_file
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder
+from hcnet_cli.values import place_typed
 
 
 def data_section(recipe: Recipe) -> dict[str, Any]:
@@ -82,5 +84,7 @@ def notice_finished(folder: RunFolder, profile: int = 0, track: Sequence[str] = 
     """`profile`: steps that were to be timed; `track`: trackers that were to follow it."""
     notice(f"This run is finished: {folder.path}{'. Nothing was profiled.' if profile else ''}")
     if track:
-        notice(f"Nothing was tracked: `hcnet track {folder.path} --to {','.join(track)}` sends its log.")
-    notice("Start it over with --fresh; `hcnet report` prints the table.")
+        command = f"hcnet track {shlex.quote(str(folder.path))} --to {','.join(track)}"
+        notice(f"Nothing was tracked: `{command}` sends its log.")
+    results = place_typed(folder.path.parent.parent, "--results")
+    notice(f"Start it over with --fresh; `hcnet report{results}` prints the table.")

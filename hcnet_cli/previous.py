@@ -30,19 +30,24 @@ def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo
 
 
 def notice_unfinished(folder: RunFolder, info: RunInfo, recipe: Recipe) -> None:
-    """Says so where a run of this very recipe was stopped, which this one does not go on with: its data, or the
-    weights it started from, were others.
+    """Says so where a run of this very recipe was stopped, which this one does not go on with: its data, the weights
+    it started from, or the numbers that `train.precision: auto` means on this machine, were others.
     """
     for path, other in runs.find_runs(folder.path.parent.parent)[0]:
         if path == folder.path or other.status == "finished" or not other.steps_done or other.task != info.task:
             continue
         theirs = rcp.resolve(path / "recipe.yaml").recipe
-        if rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)):
+        if rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)).keys() - {"train.precision"}:
+            continue
+        stopped = f"{path} was stopped at step {other.steps_done} of {other.steps_total}"
+        if other.precision != info.precision:
+            back = f"--precision {other.precision} goes on with the old one"
+            notice(f"{stopped}, in {other.precision}. This is a new run, in {info.precision}; {back}.")
             continue
         changed = "the data are" if other.data.digest != info.data.digest else "the weights to start from are"
         notice(
-            f"{path} was stopped at step {other.steps_done} of {other.steps_total}. This is a new run, since {changed} "
-            "other ones now. To go on with the old run, restore what it began with and give the same command."
+            f"{stopped}. This is a new run, since {changed} other ones now. To go on with the old run, restore what it "
+            "began with and give the same command."
         )
 
 

@@ -47,6 +47,7 @@ from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo, Session
 from hcnet_cli.scores import differing_scores, protocols, suffixed
 from hcnet_cli.track import tracking
+from hcnet_cli.values import place_typed
 from hcnet_cli.weights import LoadReport
 
 WAITING_TOO_LONG = 0.2  # share of the training time spent waiting for data
@@ -368,10 +369,11 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
         warn(f"{info.data_wait_share:.0%} of the training time went into waiting for data; more --workers may help.")
     if info.unreadable_images:
         warn(
-            f"{info.unreadable_images} training images could not be read; others took their places. `hcnet check "
-            f"{info.data.path}` names them."
+            f"{info.unreadable_images} training images could not be read; others took their places. `hcnet check` "
+            "names them."
         )
-    notice(f"The run is in {folder.path}; `hcnet report` prints the table.")
+    results = place_typed(folder.path.parent.parent, "--results")
+    notice(f"The run is in {folder.path}; `hcnet report{results}` prints the table.")
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

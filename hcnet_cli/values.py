@@ -7,6 +7,7 @@ import shlex
 import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import annotated_types
@@ -58,6 +59,11 @@ def as_typed(key: str, value: Any, flag: str = "--set") -> str:
     """A value as an option to type: `--set optim.lr=0.001`, or, for a flag of its own, `--lr 0.001`."""
     text = _yaml(value).replace(", ", ",")
     return f"--set {shlex.quote(f'{key}={text}')}" if flag.startswith("--set") else f"{flag} {shlex.quote(text)}"
+
+
+def place_typed(folder: Path, flag: str) -> str:
+    """A results folder as an option to add to a command; "" for results/, where commands look by themselves."""
+    return "" if folder == Path("results") else f" {flag} {shlex.quote(str(folder))}"
 
 
 def as_written(key: str, value: Any) -> str:

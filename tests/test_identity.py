@@ -168,16 +168,17 @@ def test_names_alone_are_trusted_where_asked_and_it_is_said(tmp_path: Path, hcne
 def test_mended_data_are_another_run(tmp_path: Path, hcnet: Hcnet) -> None:
     root = classes(tmp_path / "classes")
 
-    def train() -> str:
+    def train(*more: str) -> str:
         done = hcnet(
             *("pretrain", "--recipe", "pretrain/digits", "--data", root, "--out", tmp_path / "o", *SMALL_MODEL),
-            *("--epochs", 1, "--batch-size", 2, "--workers", 0),
+            *("--epochs", 1, "--batch-size", 2, "--workers", 0, *more),
         )
         assert done.code == 0, done.err
         return done.err
 
     train()
-    assert "This run is finished" in train()
+    assert "This run is finished" in (said := train())
+    assert f"`hcnet report --results {tmp_path / 'o'}` prints the table" in said
     folder = runs.RunFolder(only_run(tmp_path / "o"))
     folder.write(folder.require().model_copy(update={"status": "interrupted"}))
     in_place(root / "val/a/0.bmp", flip_last)
@@ -186,6 +187,10 @@ def test_mended_data_are_another_run(tmp_path: Path, hcnet: Hcnet) -> None:
     assert f"{folder.path} was stopped at step" in said
     assert "the data are other ones now" in said
     assert len(list((tmp_path / "o/runs").iterdir())) == 2
+    in_place(root / "val/a/0.bmp", flip_last)
+    said = train("--precision", "bf16")  # as where `auto` is another number format than on the machine before
+    assert f"{folder.path} was stopped at step" in said
+    assert "in fp32. This is a new run, in bf16; --precision fp32 goes on with the old one." in said
 
 
 def test_check_reads_everything_again(tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch) -> None:

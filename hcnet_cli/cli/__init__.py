@@ -46,6 +46,10 @@ from hcnet_cli.console import (
 )
 from hcnet_cli.tasks import TASKS
 
+OF_STUDIES = {  # flags of training that `hcnet ablate` lacks -> what to give instead
+    "--seed": "Seeds: --seeds 0,1,2.",
+    "--init": "Weights: init, under runs in a study.",
+}
 USAGE_ERROR: Any = typer.BadParameter.__base__  # of every mistake in flags; Typer has no public name for it
 
 
@@ -187,6 +191,8 @@ def option_hint(message: str, command: str) -> str:
     if "--compare" in message and "requires 2 arguments" in message:
         return "For example: hcnet report --compare results/runs/RUN results/runs/OTHER"
     found = re.search(r"No such option: (--[\w-]+)", message)
+    if found and command.endswith(" ablate") and found[1] in OF_STUDIES:
+        return OF_STUDIES[found[1]]
     fields = dict(options.RECIPE_KEYS.values())
     if not found or found[1] not in fields or command.split()[-1] not in (*TASKS, "ablate"):
         return ""

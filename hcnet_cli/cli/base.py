@@ -56,7 +56,7 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
     if found.task != task:
         raise UserError(
             f"The recipe {file} is for {found.task}, not for {task}.",
-            hint=f"hcnet {found.task} --recipe {name or file}",
+            hint=f"hcnet {found.task} --recipe {shlex.quote(name or str(file))}",
         )
     for parameter in ("epochs", "steps"):
         if given.get(parameter) is not None and parameter != found.schedule.unit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -82,7 +83,8 @@ def export(
 
 def check_parts(recipe: Recipe, kind: str, output: Path) -> None:
     """UserError for a format or an output that a model in parts does not have."""
-    hint = f"hcnet export RUN --format {kind if kind in IN_PARTS else IN_PARTS[0]} --output {output.with_suffix('')}"
+    place = shlex.quote(str(output.with_suffix("")))
+    hint = f"hcnet export RUN --format {kind if kind in IN_PARTS else IN_PARTS[0]} --output {place}"
     if kind not in IN_PARTS:
         raise UserError(f"{recipe.spec.in_parts}: it is written as {' or '.join(IN_PARTS)}, not as {kind}.", hint=hint)
     if output.suffix:

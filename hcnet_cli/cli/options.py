@@ -54,7 +54,7 @@ Accumulate = Annotated[
     int | None,
     typer.Option(
         "--accumulate",
-        help="Micro-batches per optimizer step. Results change only with batch norm, and timm's drop path.",
+        help="Micro-batches per optimizer step. Results change only with batch norm, and dropout of other models.",
     ),
 ]
 LearningRate = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def predict(
     if output.suffix[1:].isalpha() and not page:  # a folder may be called run-0.1
         raise UserError(
             f"{output} names a file: predictions are written as a folder, or as a page of pictures that ends in .html.",
-            hint=f"--output {output.with_suffix('')}, or --output {output.with_suffix('.html')}",
+            hint=" or ".join(f"--output {shlex.quote(str(output.with_suffix(end)))}" for end in ("", ".html")),
         )
     folder = find_run(run, out_dir)
     info, recipe = with_weights(folder, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,8 @@ def cp(name: Name, destination: Annotated[Path, typer.Argument(help="A new YAML 
         destination.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{destination} cannot be written: {error.strerror}.") from None
-    use = f"hcnet ablate --study {destination}" if "arms:" in text else f"--recipe {destination}"
+    typed = shlex.quote(str(destination))
+    use = f"hcnet ablate --study {typed}" if "arms:" in text else f"--recipe {typed}"
     notice(f"Wrote {destination}; use it with {use}.")
 
 

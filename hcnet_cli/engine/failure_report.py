@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
@@ -41,8 +42,8 @@ def report_non_finite(
     shown = ", ".join(f"{name} {value:g}" for name, value in parts.items())
     raise RunFailed(
         f"The {what} of step {step} is not finite ({shown}); the weights were left as they were before it.",
-        hint=f"`hcnet replay {folder.path}` names the module and the images. A lower --lr or --precision fp32 often "
-        "helps; the same command resumes from the last checkpoint.",
+        hint=f"`hcnet replay {shlex.quote(str(folder.path))}` names the module and the images. A lower --lr or "
+        "--precision fp32 often helps; the same command resumes from the last checkpoint.",
     )
 
 

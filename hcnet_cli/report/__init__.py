@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -127,7 +128,8 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
     files = [(p, m) for p in sorted(folder.glob("*.*")) if (m := pattern.fullmatch(p.name))]
     if not files:
         raise UserError(
-            f"There are no report files in {folder}.", hint=f"hcnet report --format markdown --output {folder}/all.md"
+            f"There are no report files in {folder}.",
+            hint=f"hcnet report --format markdown --output {shlex.quote(str(folder / 'all.md'))}",
         )
     if not collect(results, published).runs:
         raise UserError(f"There are no runs under {', '.join(map(str, results))} to check {folder} against.")

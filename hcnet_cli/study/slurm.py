@@ -26,7 +26,7 @@ SCRIPT = """\
 #SBATCH --requeue --open-mode=append --signal=B:USR1@{save_seconds}
 {directives}
 # {title}
-# One array task is one cell, an ordinary run. `hcnet studies {name}` shows the states of all.
+# One array task is one cell, an ordinary run. `hcnet studies` shows the states of all.
 cd {here} || exit
 
 arms=({arms})
@@ -153,7 +153,6 @@ class Array:
             save_seconds=cluster.save_seconds,
             directives=cluster.directives(self.name),
             title=self.title,
-            name=shlex.quote(self.name),
             here=quote(os.getcwd()),
             arms=" ".join(map(shlex.quote, self.arms)),
             seeds=" ".join(map(shlex.quote, self.seeds)),

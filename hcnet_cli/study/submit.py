@@ -36,6 +36,7 @@ from hcnet_cli.study.slurm import (
     write_jobs,
 )
 from hcnet_cli.study.table import runs_by_name
+from hcnet_cli.values import place_typed
 
 
 def submit_study(design: Design, settings: Settings, cluster: Cluster, dry_run: bool = False) -> StudyRecord | None:
@@ -183,7 +184,8 @@ def submit_arrays(
         if len(wanted) < len(cells):
             notice(f"{len(cells) - len(wanted)} cells of {array.file} are in the queue already.")
     if total and not dry_run:
-        notice(f"`hcnet studies {folder.name}` shows how they go; the same command again submits what is unfinished.")
+        shows = f"`hcnet studies {folder.name}{place_typed(folder.parent.parent, '--results')}` shows how they go"
+        notice(f"{shows}; the same command again submits what is unfinished.")
 
 
 def dependency(number: int, source: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -70,5 +71,5 @@ def tracking(folder: RunFolder, names: Sequence[str]) -> Iterator[None]:
                 how = "did not finish" if code is None else "failed"
                 warn(
                     f"{name} {how}: {folder.path / 'track' / name}.log. The run is not concerned; "
-                    f"`hcnet track {folder.path} --to {name}` sends the rest."
+                    f"`hcnet track {shlex.quote(str(folder.path))} --to {name}` sends the rest."
                 )

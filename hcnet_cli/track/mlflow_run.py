@@ -67,4 +67,4 @@ class MlflowRun:
         self.client.set_terminated(self.id)
 
     def where(self) -> str:
-        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
+        return f"pip install mlflow && mlflow ui --backend-store-uri {shlex.quote(self.uri)}"  # -skinny has no pages
