@@ -5,7 +5,9 @@ The file runs (`models/own.py`) only where the command line names it: a recipe o
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -39,12 +41,34 @@ def read_source(name: str, digest: str = "") -> str:
             hint="A run keeps a copy: --model RUN/model.py:FUNCTION goes on with it.",
         )
     source = read_text(path, LIMIT)
+    if beside := imported_beside(path, source):
+        raise UserError(
+            f"{path} imports {beside}, which lies beside it: a run keeps {path.name} alone, and is known by it.",
+            hint="Put what the model needs into the one file, or install it as a package: pip install -e FOLDER",
+        )
     if digest and digest != source_digest(source):
         raise UserError(
             f"{path} is not the file that the recipe or the run was made with: it has changed.",
             hint="A run keeps a copy of its own: --model RUN/model.py:FUNCTION.",
         )
     return source
+
+
+def imported_beside(path: Path, source: str) -> str:
+    """The first module or package that the file imports from its own folder and that is not installed; "" for none,
+    and for a file that is no Python, whose error comes where it is run.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError, RecursionError):
+        return ""
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    for name in dict.fromkeys(name.partition(".")[0] for name in names):
+        for found in (path.parent / f"{name}.py", path.parent / name / "__init__.py"):
+            if name and found.is_file() and name not in importlib.metadata.packages_distributions():
+                return str(found.relative_to(path.parent))
+    return ""
 
 
 def source_digest(source: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from hcnet_cli import recipe as rcp
@@ -10,6 +11,7 @@ from hcnet_cli import runs
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import TASKS
+from hcnet_cli.values import place_typed
 
 TIMM = "timm"  # as `init`: the weights that timm has for the model, which `--pretrained` asks for
 
@@ -23,7 +25,7 @@ def best_pretraining(recipe: Recipe, results: Path) -> str | None:
         (info, folder)
         for folder, info in runs.find_runs(results)[0]
         if (info.task, info.status, info.model or info.size) == (source.name, "finished", recipe.model.label)
-        and info.variant == rcp.variant(recipe)
+        and (info.variant, info.model_file) == (rcp.variant(recipe), recipe.model.digest)
         and (folder / "best.safetensors").exists()
     ]
     if not found:
@@ -42,8 +44,9 @@ def explain_missing_pretraining(recipe: Recipe, results: Path) -> tuple[str, str
     shape = rcp.variant(recipe)
     label = recipe.model.label + (f" ({shape})" if shape else "")
     source = recipe.spec.starts_from
-    flag = f"--model {recipe.model.name}" if recipe.model.name else f"--size {recipe.model.size}"
-    command = f"hcnet {source} {flag}" + (" with the same --set options" if shape else "")
+    flag = f"--model {shlex.quote(recipe.model.name)}" if recipe.model.name else f"--size {recipe.model.size}"
+    place, more = place_typed(results, "--out"), " with the same --set options" if shape else ""
+    command = f"hcnet {source} {flag}{place}{more}"
     kind = "model" if recipe.model.name else "size"
     return f"There is no finished {source} run of {kind} {label} under {results}", command
 

@@ -192,6 +192,8 @@ ablate --disable gate --test wilcoxon | --test cannot be "wilcoxon": it takes pa
 report --out nowhere | --results: Results folder
 report nowhere | --results: Results folder
 pretrain --output nowhere | --out: Results folder
+ablate --disable gate --seed 3 | Seeds: --seeds 0,1,2.
+ablate --disable gate --init none | Weights: init, under runs in a study.
 ablate --disable gate --batch-size 8 | Use --set train.batch_size=...
 ablate --disable gate --jobs 0 | it takes numbers of at least 1.
 ablate --disable gate --set optim.lr=-1 | "optim.lr" cannot be -1

@@ -484,9 +484,12 @@ MISTAKES = {
     "other.py:logits": "returned [1, 7] for one image",
     "convnext_tny": 'Did you mean "convnext_tiny"?',
     "hcnet_tiny": "--size t",
+    "beside.py:build": "beside.py imports blocks.py, which lies beside it: a run keeps beside.py alone",
     "maxvit_rmlp_pico_rw_256": "does not take images of 100 x 100",
 }
 FILES = {
+    "beside.py": "import torch\nfrom blocks import Block\ndef build(num_classes): return Block()\n",
+    "blocks.py": "from torch import nn\nclass Block(nn.Module): pass\n",
     "import.py": "import os\nimport nowhere\n",
     "exit.py": "raise SystemExit('no')\n",
     "syntax.py": "def build(:\n",
