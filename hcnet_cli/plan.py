@@ -32,6 +32,12 @@ MANY_PASSES = 1000  # over the training images: a schedule made for a larger dat
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
 FEW_STEPS = 500  # of training that a recipe for a large data set takes on a small one
 ABOUT_DATA = ("head.with_masks", "data.folds", "data.num_classes", "data.reduce_zero_label", "data.ignore_index")
+OF_RECIPES = (
+    "model.name",
+    "model.size",
+    "model.digest",
+    "model.drop_path_rate",
+)  # not --set, or the recipe's
 MUCH_OF_THE_START = 0.1  # share of a moving average that is still what training started from
 LONG_SECONDS = 86400.0  # of training, from which the plan proposes less
 USED_BY = {  # fields of `schedule` that some kinds alone use
@@ -334,7 +340,7 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
 
 def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:
     """What the recipe for small data is to be told: the images' size, a batch of fewer, what was said of the data."""
-    spec = recipe.spec
+    spec, model, weights = recipe.spec, recipe.model, recipe.init not in ("none", "auto")
     small = rcp.resolve(rcp.recipes_dir() / spec.name / f"{spec.small_recipe}.yaml").recipe
     asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
     usual, flags = image_sides(small), ""
@@ -343,8 +349,16 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
     if (fitting := min(largest, max(smallest, 32 * round(side / 32)))) != usual[0]:
         for key in spec.size_keys:
             flags += f" {as_typed(key, [fitting, fitting] if isinstance(other[key], tuple) else fitting)}"
-    if recipe.init == "none" and spec.starts_from:
-        flags += " --init none"
+    if model.name:
+        flags += f" {as_typed('', model.name, '--model')}"
+    elif weights:  # which are of this size
+        flags += f" --size {model.size}"
+    if recipe.init != small.init:
+        flags += f" {as_typed('', recipe.init, '--init')}"
+    if model.name or weights:
+        for key in asked:
+            if key.startswith("model.") and key not in OF_RECIPES and asked[key] != other.get(key):
+                flags += f" {as_typed(key, asked[key])}"
     for key in ABOUT_DATA:
         if key in other and asked.get(key) != other[key]:
             flags += f" {as_typed(key, asked[key])}"

@@ -336,6 +336,23 @@ def test_few_images_of_ones_own_are_answered_with_the_small_recipe(
 
 
 @pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({"init": "none"}, "--init none"),
+        ({"init": "my runs/t", "model.kernel_size": 3}, "--size t --init 'my runs/t' --set model.kernel_size=3"),
+        (
+            {"model.name": "resnet18", "model.args.layers": [1, 1, 1, 1], "init": "none"},
+            "--model resnet18 --init none --set 'model.args.layers=[1,1,1,1]'",
+        ),
+    ],
+)
+def test_the_small_recipe_is_proposed_with_the_model_and_its_weights(given: dict[str, Any], flags: str) -> None:
+    file = rcp.recipe_file("finetune-seg/ade20k-160k")
+    recipe = rcp.resolve(file, [(key, value, "--set") for key, value in given.items()]).recipe
+    assert plan.flags_of_small(recipe, 100, None) == f" {flags}"
+
+
+@pytest.mark.parametrize(
     ("make", "command"),
     [
         (small_data.coco, ("finetune-det", "--no-masks", "--set", "data.img_scale=[64,64]")),
