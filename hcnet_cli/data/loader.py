@@ -238,8 +238,8 @@ def _worker_died(reason: str) -> RunFailed:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise again, wherever the program is
     return RunFailed(
         f"A data worker process died ({reason}).",
-        hint="The usual cause is too little memory or shared memory (/dev/shm): try fewer --workers. A run goes on from "
-        "the last checkpoint.",
+        hint="The usual cause is too little memory or shared memory (/dev/shm): try fewer --workers. A run goes on "
+        "from the last checkpoint.",
     )
 
 
