@@ -99,6 +99,7 @@ def test_a_folder_without_validation_images_names_the_way_out(tmp_path: Path, hc
     assert hcnet("check", root).code == 2
     done = hcnet("check", root, "--set", "data.folds=5")
     assert done.code == 0, done.out
+    assert "3 classes, images\n" in done.out
     assert "Nothing is wrong." in done.out
     shutil.copy(root / "train/c0/0.png", root / "train/c0/again.png")  # a fold may train on one and score the other
     done = hcnet("check", root, "--set", "data.folds=5")

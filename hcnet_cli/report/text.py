@@ -69,9 +69,7 @@ def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: 
     console = Terminal(file=file, width=width, force_terminal=color, color_system="auto" if color else None)
     for table in tables:
         columns = fitting(table, width)
-        grid = RichTable(
-            title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
-        )
+        grid = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in columns:
             side: Literal["left", "right"] = "left" if column.style == "text" else "right"
             title = Text(visible(column.title).replace(" ", "\n"))
@@ -81,6 +79,7 @@ def rich_text(tables: Sequence[Table], notes: Sequence[str], width: int, color: 
                 cells = (_rich_cell(table, row, column) for column in columns)
                 grid.add_row(*cells, style="dim" if row.kind == "unfinished" else "")
             grid.add_section()
+        console.print(table.title, style="italic")  # not as the grid's title, which is broken to the grid's width
         console.print(grid)
         lines = list(table.notes)
         if left_out := [c.title for c in table.columns if c not in columns]:
