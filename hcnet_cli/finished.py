@@ -59,7 +59,9 @@ def finished_run(recipe: Recipe, results: Path, name: str, device: str) -> RunFo
         fingerprint = runs.run_fingerprint(fixed, data.digest, init)
         folder = runs.own_folder(results, name, runs.run_name(fixed, data.name, fingerprint), fingerprint)
         info = folder.read()
-        if info is None or (info.status, info.fingerprint) != ("finished", fingerprint) or not info.weights:
+        if info is None or info.evaluated_only or not info.weights:
+            return None
+        if (info.status, info.fingerprint) != ("finished", fingerprint):
             return None
         whole = not runs.contradiction(folder, info) and tensors_digest(folder.best) == info.weights
         return folder if whole else None

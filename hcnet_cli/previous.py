@@ -7,6 +7,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice, warn
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, RunInfo
+from hcnet_cli.values import place_typed
 
 
 def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo | None:
@@ -36,7 +37,10 @@ def notice_unfinished(folder: RunFolder, info: RunInfo, recipe: Recipe) -> None:
     for path, other in runs.find_runs(folder.path.parent.parent)[0]:
         if path == folder.path or other.status == "finished" or not other.steps_done or other.task != info.task:
             continue
-        theirs = rcp.resolve(path / "recipe.yaml").recipe
+        try:
+            theirs = rcp.resolve(path / "recipe.yaml").recipe
+        except UserError:  # of another version
+            continue
         if rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)).keys() - {"train.precision"}:
             continue
         stopped = f"{path} was stopped at step {other.steps_done} of {other.steps_total}"
@@ -78,6 +82,13 @@ def _check_ownerless(folder: RunFolder, info: RunInfo) -> None:
 
 def check_finished(folder: RunFolder, info: RunInfo) -> None:
     """UserError for a finished run whose files contradict its record, or whose weights are gone or cut short."""
+    if info.evaluated_only:
+        name = folder.path.name
+        raise UserError(
+            f"{folder.path} holds a score of weights that were not trained here, under the name of this run.",
+            hint=f"Give it another name, then train: hcnet runs mv {name} {name}-evaluated"
+            f"{place_typed(folder.path.parent.parent, '--out')}",
+        )
     if reason := runs.contradiction(folder, info):
         of_weights = not info.altered and not runs.recipe_contradiction(folder, info)
         lost = f"This run is finished, but its weights are lost: {reason}" if of_weights else reason

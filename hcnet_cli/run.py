@@ -125,6 +125,8 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
     fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     default = runs.run_name(recipe, data.info.name, fingerprint)
     folder = dist.from_main(lambda: runs.own_folder(options.results, options.name, default, fingerprint))
+    if options.eval_only and init and not options.name and not folder.best.is_file():  # never in the way of training
+        folder = RunFolder(folder.path.with_name(f"{folder.path.name}-evaluated"))
     recipe = _with_short_paths(recipe)
     return RunSetup(folder, recipe, data, task, device, init, fingerprint, source)
 

@@ -242,7 +242,8 @@ def own_folder(results: Path, name: str, default: str, fingerprint: str) -> RunF
     usual = results / "runs" / (name or default)
     if name or os.path.lexists(usual):
         return RunFolder(usual)
-    same = [path for path, info in find_runs(results)[0] if info.fingerprint == fingerprint]
+    good, _ = find_runs(results)
+    same = [path for path, info in good if info.fingerprint == fingerprint and not info.evaluated_only]
     return RunFolder(same[0] if len(same) == 1 else usual)
 
 

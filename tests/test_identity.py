@@ -181,12 +181,18 @@ def test_mended_data_are_another_run(tmp_path: Path, hcnet: Hcnet) -> None:
     assert f"`hcnet report --results {tmp_path / 'o'}` prints the table" in said
     folder = runs.RunFolder(only_run(tmp_path / "o"))
     folder.write(folder.require().model_copy(update={"status": "interrupted"}))
+    other = tmp_path / "o/runs/other"  # unfinished too, of another version of the program
+    other.mkdir()
+    text = f"{folder.recipe_file.read_text()}new: 1\n"
+    (other / "recipe.yaml").write_text(text)
+    theirs = folder.require().model_copy(update={"recipe_digest": runs.text_digest(text)})
+    (other / "run.json").write_text(runs.record_text(theirs))
     in_place(root / "val/a/0.bmp", flip_last)
     said = train()
     assert "This run is finished" not in said
     assert f"{folder.path} was stopped at step" in said
     assert "the data are other ones now" in said
-    assert len(list((tmp_path / "o/runs").iterdir())) == 2
+    assert len(list((tmp_path / "o/runs").iterdir())) == 3
     in_place(root / "val/a/0.bmp", flip_last)
     said = train("--precision", "bf16")  # as where `auto` is another number format than on the machine before
     assert f"{folder.path} was stopped at step" in said

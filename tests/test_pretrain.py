@@ -237,6 +237,17 @@ def test_eval_only_of_foreign_weights_becomes_a_row_of_its_own(
     assert info.evaluated_only
     assert info.metrics == runs.read_record(finished / "run.json").metrics
     assert hcnet(*arguments).code == 2  # nothing trained here
+    assert hcnet(*arguments, "--init", finished / "best.safetensors").code == 0  # the same score again
+    scored = only_run(tmp_path)
+    trained = hcnet(*arguments[:-1], "--init", finished / "best.safetensors")
+    assert trained.code == 0, trained.err
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    assert runs.read_record(scored / "run.json").metrics == info.metrics
+    shutil.rmtree(next(one for one in (tmp_path / "runs").iterdir() if one != scored))
+    scored.rename(scored.with_name(scored.name.removesuffix("-evaluated")))  # as earlier versions called it
+    refused = hcnet(*arguments[:-1], "--init", finished / "best.safetensors")
+    assert refused.code == 2
+    assert "holds a score of weights that were not trained here" in refused.err
 
 
 def test_the_plan_says_where_values_come_from_and_what_linear_scaling_would_give(
