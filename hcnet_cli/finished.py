@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hcnet_cli import cache, runs
+from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, launch, notice
 from hcnet_cli.header import tensors_digest
 from hcnet_cli.inputs import EMBEDDED, has_no_cuda
@@ -82,11 +83,18 @@ def _init_digest(recipe: Recipe, results: Path) -> str:
     return tensors_digest(file)
 
 
-def notice_finished(folder: RunFolder, profile: int = 0, track: Sequence[str] = ()) -> None:
-    """`profile`: steps that were to be timed; `track`: trackers that were to follow it."""
+def notice_finished(folder: RunFolder, recipe: Recipe, profile: int = 0, track: Sequence[str] = ()) -> None:
+    """`recipe`: what is asked for now; `profile`: steps to be timed; `track`: trackers that were to follow."""
     notice(f"This run is finished: {folder.path}{'. Nothing was profiled.' if profile else ''}")
     if track:
         command = f"hcnet track {shlex.quote(str(folder.path))} --to {','.join(track)}"
         notice(f"Nothing was tracked: `{command}` sends its log.")
+    metrics = folder.require().metrics
+    for name, part in list(recipe.evaluation.items())[1:]:
+        if part.when != "asked" and not any(key.endswith(f"_{name}") for key in metrics):
+            theirs = rcp.resolve(folder.recipe_file).recipe.evaluation.get(name)
+            same = theirs is not None and theirs.model_dump(exclude={"when"}) == part.model_dump(exclude={"when"})
+            command = f"hcnet evaluate {shlex.quote(str(folder.path))} --on {name}"
+            notice(f"{name} has no score yet: `{command}` makes it{'' if same else ', with the same --set options'}.")
     results = place_typed(folder.path.parent.parent, "--results")
     notice(f"Start it over with --fresh; `hcnet report{results}` prints the table.")

@@ -160,7 +160,7 @@ def _train_in(
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
         dist.from_main(lambda: check_finished(folder, earlier))
-        finished.notice_finished(folder, options.profile, options.track)
+        finished.notice_finished(folder, recipe, options.profile, options.track)
         return folder.path, earlier, 0
     dist.from_main(lambda: plan.check_disk(folder.path, recipe, run.task))
     if earlier is None and dist.is_main():

@@ -217,6 +217,15 @@ def test_several_scales_are_evaluated_beside_and_shown_apart(
     assert "ms 0.5-1.75, whole, 64x64" in info.metric_notes["mIoU_ms"]  # no flip: digits are not mirrored
     assert hcnet(*arguments, "--init", "none", "--single-scale", "--fresh").code == 0
     assert set(runs.read_record(only_run(tmp_path) / "run.json").metric_notes) == {"mIoU"}
+    run = only_run(tmp_path)
+    done = hcnet(*arguments, "--init", "none", "--multi-scale")
+    assert "This run is finished" in done.err
+    assert f"ms has no score yet: `hcnet evaluate {run} --on ms` makes it." in done.err
+    large = ("--set", "evaluation.large.scales=[2.0]", "--set", "evaluation.large.when=end")
+    done = hcnet(*arguments, "--init", "none", *large)
+    assert f"`hcnet evaluate {run} --on large` makes it, with the same --set options." in done.err
+    assert hcnet("evaluate", run, "--on", "ms", "--workers", 0).code == 0
+    assert "no score yet" not in hcnet(*arguments, "--init", "none", "--multi-scale").err
 
 
 def test_a_detector_without_masks(hcnet: Hcnet, data: dict[str, Path], tmp_path: Path) -> None:

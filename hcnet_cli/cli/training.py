@@ -102,7 +102,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
         return
     started = not (given["dry_run"] or given["eval_only"] or given["fresh"])
     if started and (whole := finished_run(resolved.recipe, given["out_dir"], name or "", given["device"])):
-        notice_finished(whole, given["profile"] or 0, track)
+        notice_finished(whole, resolved.recipe, given["profile"] or 0, track)
         return
     with loading():
         from hcnet_cli.run import Options, train
