@@ -43,6 +43,7 @@ from hcnet_cli.tasks.classification.imagenet import is_imagenet, part_of_imagene
 
 SPLITS = ("train", "val")
 BENCHMARK = spec.SPEC.benchmark
+WITHOUT_VAL = "Without val/, cross-validate: train with --set data.folds=5."
 LAYOUT = "An image folder holds train/<class>/ and val/<class>/ with the images inside."
 
 
@@ -196,7 +197,7 @@ def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]], splits: Sequen
     if others:
         hint = f"It looks like data for another command: hcnet {others[0]} --data {root}"
     elif missing == ["val"]:
-        hint += " Without val/, cross-validate: train with --set data.folds=5."
+        hint += f" {WITHOUT_VAL}"
     elif found := _subfolders(root):
         hint += f" It has: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}."
     folders = " and no ".join(f"{split}/" for split in missing)
