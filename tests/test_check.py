@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_data
 from conftest import Done
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -239,6 +240,15 @@ def test_a_folder_of_scenes(hcnet: Hcnet, tmp_path: Path) -> None:
     done = hcnet("check", root)
     assert done.code == 2
     assert "holds the label value 9" in done.err
+
+
+def test_unlabelled_pixels_of_the_number_0_are_no_class(hcnet: Hcnet, tmp_path: Path) -> None:
+    small_data.scenes(tmp_path / "s", labels=lambda seed: np.arange(1600).reshape(40, 40).astype(np.uint8) % 4)
+    (tmp_path / "s/classes.txt").unlink()
+    done = hcnet("check", tmp_path / "s", *("--set", "data.ignore_index=0"), *("--set", "data.reduce_zero_label=false"))
+    assert done.code == 0, done.err
+    assert "25.00% of the training pixels are ignored." in done.out
+    assert "label 0" not in done.out
 
 
 def test_classes_of_one_name_stay_apart(hcnet: Hcnet, tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ def test_a_class_predicted_but_not_labelled_has_iou_zero():
     assert result["mAcc"] == 75
 
 
+def test_a_class_of_the_ignored_number_has_no_iou_though_it_is_predicted():
+    result = scores(np.array([[0, 0], [1, 3]]), ignore_index=0)
+    assert np.isnan(result["iou"][0])
+    assert (result["mIoU"], result["num_present"]) == (75, 1)
+
+
 def test_split_over_two_processes_with_an_odd_number_of_images(monkeypatch):
     """Each image once, integers summed: the same to the last digit."""
     labels, predictions = random_maps(3, count=7)
