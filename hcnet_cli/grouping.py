@@ -198,7 +198,8 @@ def changes_text(info: RunInfo) -> str:
     """How a run differs from the protocol that it names, for people; "" where it follows the protocol."""
     parts = [f"{key}={plain(value)}" for key, value in info.changes.items()]
     start = init_label(info)
-    source = TASKS.get(TASKS[info.task].starts_from)  # the task whose weights the protocol starts from
+    spec = TASKS.get(info.task)  # None: of a task of another installation
+    source = TASKS.get(spec.starts_from) if spec else None  # the task whose weights the protocol starts from
     if info.evaluated_only:
         parts.append(f"evaluated only, weights of {start}" if start else "evaluated only, random weights")
     elif source is None:

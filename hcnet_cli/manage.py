@@ -65,9 +65,9 @@ def listed(results: Path) -> tuple[Table, list[str]]:
 
 
 def _score(info: RunInfo) -> str:
-    metric = TASKS[info.task].primary
-    value = info.metrics.get(metric.key)
-    return "" if value is None else f"{metric.title} {number(value, 'percent')}"
+    spec = TASKS.get(info.task)  # None: of a task of another installation
+    value = info.metrics.get(spec.primary.key) if spec else None
+    return f"{spec.primary.title} {number(value, 'percent')}" if spec and value is not None else ""
 
 
 def shown(folder: RunFolder) -> list[tuple[str, list[str]]]:

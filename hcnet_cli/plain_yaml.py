@@ -70,6 +70,25 @@ _Loader.add_implicit_resolver(
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_decimal)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that a reader of YAML 1.1, or the one above, would take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Loader.yaml_implicit_resolvers.get(first, [])]
+    for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}
+}
+
+
+def dump_yaml(data: Any, *, flow: bool | None = None, width: int = 110) -> str:
+    """Plain data as YAML that `parse_yaml` reads back equal. `flow`: all on one line; None: what is innermost is."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, width=width)
+    return text
+
+
 def parse_yaml(text: str, origin: str) -> Any:
     """Plain data from YAML text; `origin` names the source in the UserError for text that is not such YAML."""
     try:

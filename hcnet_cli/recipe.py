@@ -12,9 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Union
 
-import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
+from hcnet_cli import plain_yaml
 from hcnet_cli.console import UserError, did_you_mean, nearest_key
 from hcnet_cli.files import read_text
 from hcnet_cli.own_model import is_own, read_source, source_digest
@@ -139,8 +139,7 @@ ALLOWED_TO_VARY = frozenset({"model.size", "model.disable", "train.seed", "train
 
 
 def dump_yaml(recipe: Recipe) -> str:
-    data = recipe.model_dump(mode="json")
-    return yaml.dump(data, sort_keys=False, default_flow_style=None, width=110)
+    return plain_yaml.dump_yaml(recipe.model_dump(mode="json"))
 
 
 # --- shipped recipes --------------------------------------------------------------------------------------------------

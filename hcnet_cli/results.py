@@ -117,14 +117,16 @@ def public_table(table: Table, base: Path | None) -> Table:
 
 def _row(values: Mapping[str, Value], members: Sequence[Run] = ()) -> Row:
     kind: Kind = "published" if not members else "measured" if members[0].finished else "unfinished"
-    whole = {**dict.fromkeys(KEYS), **values, "kind": kind, "schedule": _schedule(values)}
+    whole = {**dict.fromkeys(KEYS), **values, "kind": kind, "schedule": _schedule(values, members)}
     return Row(kind, whole, tuple(run.folder for run in members))
 
 
-def _schedule(values: Mapping[str, Value]) -> str:
-    """The length that a protocol names, such as 1x or 160k, else the number of steps."""
-    named = re.search(r"(?<= )\d+[xk]\b", str(values["protocol"]))
-    return named[0] if named else f"{values.get('steps_total') or 0:,} steps"
+def _schedule(values: Mapping[str, Value], members: Sequence[Run]) -> str:
+    """The length that a published protocol names, such as 1x or 160k, where it is kept, else the number of steps."""
+    info = members[0].info if members else None
+    named = re.search(r"(?<= )\d+[xk]\b", published_protocol(info) if info else str(values["protocol"]))
+    kept = info is None or not {"schedule.length", "schedule.unit"} & info.changes.keys()
+    return named[0] if named and kept else f"{values.get('steps_total') or 0:,} steps"
 
 
 # --- what a run says about itself -------------------------------------------------------------------------------------

@@ -70,13 +70,12 @@ def equivalence(e: Estimate, margin: float) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half of its 95 % t-interval (None for one value)."""
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
+    """Mean, and half of its 95 % t-interval (None for one value, and for equal ones, which show no spread)."""
+    mean, e = math.fsum(values) / len(values), estimate(values)
+    if e is None:
         return mean, None
-    from scipy.special import stdtrit
-
-    return mean, float(stdtrit(len(values) - 1, 0.975)) * _deviation(values, mean) / math.sqrt(len(values))
+    low, high = t_interval(e)
+    return mean, (high - low) / 2
 
 
 def interquartile_mean(values: Sequence[float]) -> float | None:
@@ -144,13 +143,15 @@ def bootstrap_interval(values: Sequence[float], alpha: float = SIGNIFICANT) -> t
 # --- several arms -----------------------------------------------------------------------------------------------------
 
 
-def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction (1979) over the p values that are not None."""
+def holm(ps: Sequence[float | None], planned: int = 0) -> list[float | None]:
+    """Holm's step-down correction (1979) over the p values that are not None, or over `planned` ones, if more: those
+    that are still to come count as 1.
+    """
     order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     corrected: list[float | None] = [None] * len(ps)
     highest = 0.0
     for rank, (p, i) in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * p))
+        highest = max(highest, min(1.0, (max(planned, len(order)) - rank) * p))
         corrected[i] = highest
     return corrected
 

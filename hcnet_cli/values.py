@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import annotated_types
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from hcnet_cli.console import did_you_mean, nearest_key
+from hcnet_cli.plain_yaml import dump_yaml
 
 NOUNS = {  # one, several
     int: ("a whole number", "whole numbers"),
@@ -57,8 +57,13 @@ def example(field: FieldInfo) -> Any:
 
 def as_typed(key: str, value: Any, flag: str = "--set") -> str:
     """A value as an option to type: `--set optim.lr=0.001`, or, for a flag of its own, `--lr 0.001`."""
-    text = _yaml(value).replace(", ", ",")
-    return f"--set {shlex.quote(f'{key}={text}')}" if flag.startswith("--set") else f"{flag} {shlex.quote(text)}"
+    word = assigned(key, value)
+    return f"--set {shlex.quote(word)}" if flag.startswith("--set") else f"{flag} {shlex.quote(word.partition('=')[2])}"
+
+
+def assigned(key: str, value: Any) -> str:
+    """A value as --set takes it, without quotes of a shell: optim.lr=0.001."""
+    return f"{key}={_yaml(value)}" if isinstance(value, str) else f"{key}={_yaml(value).replace(', ', ',')}"
 
 
 def place_typed(folder: Path, flag: str) -> str:
@@ -73,7 +78,7 @@ def as_written(key: str, value: Any) -> str:
 
 def _yaml(value: Any) -> str:
     plain = json.loads(json.dumps(value))
-    return yaml.dump(plain, default_flow_style=True, sort_keys=False, width=10_000).removesuffix("\n...\n").strip()
+    return dump_yaml(plain, flow=True, width=10_000).removesuffix("\n...\n").strip()
 
 
 def shown(value: Any) -> str:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hcnet_cli.console import UserError, visible
+from hcnet_cli.console import UserError, notice, visible
 from hcnet_cli.files import open_regular
 from hcnet_cli.header import read_metadata
 
@@ -42,6 +42,7 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 SHARED = 16  # times that tensors of several names may show the same bytes of a file (tied weights)
+PARTS = ("state_dict_ema", "model_ema", "state_dict", "model")  # moving averages first, as timm.models.load_state_dict
 LONGEST_SHOWN = 100  # characters of a file's own text in a message
 NAME_LENGTH = 300  # characters; the longest names of timm have 80
 HEADROOM = 2**30  # bytes that reading may take beyond copies of the file
@@ -50,8 +51,8 @@ HEADROOM = 2**30  # bytes that reading may take beyond copies of the file
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A flat state dict from a .safetensors file or a PyTorch checkpoint.
 
-    A checkpoint's weights may lie under `model`, `state_dict`, `model_ema` or `state_dict_ema`. Nothing in the file is
-    run: tensors and plain containers are made, pickled configurations (CONFIG_CLASSES) are skipped, the rest refused.
+    A checkpoint's weights may lie under one of PARTS; of several the first is read, which is said. Nothing in the file
+    is run: tensors and plain containers are made, pickled configurations (CONFIG_CLASSES) skipped, the rest refused.
     """
     if not path.exists():
         raise UserError(f"There is no weights file {path}.")
@@ -60,10 +61,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if what := _other_content(head):
         raise UserError(f"{path} holds no weights: it is {what}.", hint="Download the file itself, and name that.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path, num_bytes)
-    for key in ("model", "state_dict", "model_ema", "state_dict_ema"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    parts = [key for key in PARTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
+    if len(parts) > 1:
+        notice(f"{path} holds {' and '.join(parts)}: the weights are those of {parts[0]}.")
+    if parts:
+        content = content[parts[0]]
     tensors = plain_tensors(content, num_bytes, path) if isinstance(content, Mapping) else {}
     if not tensors:
         raise UserError(f"{path} holds no state dict.")

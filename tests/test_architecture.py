@@ -43,8 +43,8 @@ LAYERS = [
     ["plausible"],
     ["declarations", "header", "model_names", "cache"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
     ["schema", "plain_json", "own_model"],
-    ["values", "plain_yaml", "locks"],
-    ["files", "privacy"],
+    ["values", "locks"],
+    ["files", "privacy", "plain_yaml"],
     ["console", "sizes", "cores"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import recipe_reference
 from hcnet_cli.build import steps_of_schedule
 from hcnet_cli.console import UserError
-from hcnet_cli.plain_yaml import parse_yaml
+from hcnet_cli.plain_yaml import dump_yaml, parse_yaml
 from hcnet_cli.tasks import TASKS
+from hcnet_cli.values import assigned
 
 DIGITS = rcp.recipes_dir() / "pretrain" / "digits.yaml"
 
@@ -124,10 +125,21 @@ def test_yaml_is_plain_data_alone(text: str, words: str) -> None:
     assert len(str(error.value)) < 200
 
 
+@given(st.text() | st.from_regex(r"[-+]?[0-9]{1,3}[eE.:_x]?[0-9]{0,40}", fullmatch=True))
+@example("1234567890123456")
+@example("12e4567890123456")
+@example("true")
+@example("~")
+def test_every_text_survives_the_round_trip(value: str) -> None:
+    assert parse_yaml(dump_yaml({"x": value, "y": [value] * 2}), "test") == {"x": value, "y": [value] * 2}
+    assert yaml.safe_load(dump_yaml({"x": value})) == {"x": value}
+    assert rcp.parse_override(assigned("model.digest", value)) == ("model.digest", value)
+
+
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_survives_the_round_trip(value: float) -> None:
     """A recipe written by dump_yaml and read back is bit for bit the same."""
-    assert parse_yaml(yaml.dump({"x": value}), "test") == {"x": value}
+    assert parse_yaml(dump_yaml({"x": value}), "test") == {"x": value}
     assert rcp.parse_override(f"optim.lr={value!r}") == ("optim.lr", value)
 
 

@@ -18,6 +18,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.published import read_published, shipped_published
+from hcnet_cli.record import record_text
 from hcnet_cli.results import Results, collect, metric_notes, tables
 from hcnet_cli.table import Value
 from hcnet_cli.tasks import TASKS
@@ -44,6 +45,19 @@ def test_seeds_are_one_row_with_mean_and_t_interval(tmp_path):
     assert row["top1"] == pytest.approx(sum(values) / 4)
     assert row["top1_ci"] == pytest.approx((high - low) / 2)
     assert (row["n"], row["seeds"]) == (4, "0, 1, 2, 3")
+
+
+def test_the_schedule_is_that_of_the_protocol_or_the_number_of_steps(tmp_path):
+    """Not what the name of the data looks like, nor a protocol's length that was changed."""
+    for number, (changes, schedule) in enumerate([({}, "1x"), ({"schedule.length": 3}, "87,948 steps")]):
+        make_run(tmp_path / str(number), "coco", changes=changes)
+        (row,) = measured(tmp_path / str(number))
+        assert row["schedule"] == schedule
+    folder = make_run(tmp_path / "own", "coco")
+    info = runs.read_record(folder / "run.json")
+    data = info.data.model_copy(update={"name": "10k-images"})
+    (folder / "run.json").write_text(record_text(info.model_copy(update={"data": data})))
+    assert measured(tmp_path / "own")[0]["schedule"] == "87,948 steps"
 
 
 def test_one_seed_has_no_interval(tmp_path):

@@ -23,12 +23,17 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_ls_has_every_run_with_its_score_size_and_state(results: Path, hcnet: Hcnet) -> None:
     (results / "runs" / "whole" / "best.safetensors").write_bytes(bytes(3_456_789))
     (results / "runs" / "broken").mkdir()
+    make_run(results, name="elsewhere", seed=2)  # of a task that this installation does not know
+    record = results / "runs" / "elsewhere" / "run.json"
+    record.write_text(record.read_text().replace('"task": "pretrain"', '"task": "turned"'))
     done = hcnet("runs", "ls")
     assert done.code == 0
+    assert "elsewhere" in done.out
+    assert hcnet("runs", "show", "elsewhere").code == 0
     assert done.out.index("half (interrupted at 50 %)") < done.out.index("whole")
     assert "top-1 91.50" in done.out
     assert "3.5 MB" in done.out
-    assert "2 runs, 1 unfinished" in done.out
+    assert "3 runs, 1 unfinished" in done.out
     assert "broken has no run.json." in done.err
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hostile_weights import PTH, SAFETENSORS
 from safetensors.torch import save_file
+from timm.models import load_state_dict
 from torch import nn
 
 from hcnet_cli.console import UserError
@@ -35,6 +36,17 @@ def test_pytorch_checkpoints_of_the_usual_layouts(key: str | None, legacy: bool,
     content = STATE if key is None else {key: STATE, "epoch": 3, "lr": 0.1}
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
     assert_same(read_weights(tmp_path / "w.pth"))
+
+
+def test_a_moving_average_comes_first_and_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As timm reads such a file."""
+    raw = {name: value + 1 for name, value in STATE.items()}
+    for raw_key, key in (("model", "model_ema"), ("state_dict", "state_dict_ema")):
+        torch.save({raw_key: raw, key: STATE}, tmp_path / "w.pth")
+        found = read_weights(tmp_path / "w.pth")
+        assert_same(found)
+        assert found.keys() == load_state_dict(str(tmp_path / "w.pth")).keys()
+        assert f"holds {key} and {raw_key}: the weights are those of {key}." in capfd.readouterr().err
 
 
 def test_safetensors(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hcnet_cli import console
 from hcnet_cli.console import UserError, did_you_mean
+from hcnet_cli.files import read_text
 from hcnet_cli.report import text
 from hcnet_cli.results import Results, collect, public_table, tables
 from hcnet_cli.sizes import SIZES
@@ -137,7 +138,7 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
     for path, match in files:
         fmt = ENDINGS[match[2]]
         now = report(results, table=match[1], fmt=fmt, published=published, extra=extra, output=path, width=80)
-        then = path.read_text(encoding="utf-8")
+        then = read_text(path)
         if now != then:
             pairs = zip_longest(now.split("\n"), then.split("\n"))
             line = next(n for n, (a, b) in enumerate(pairs, 1) if a != b)

@@ -262,4 +262,6 @@ def json_text(tables: Sequence[Table], notes: Iterable[str]) -> str:
 def _plain(value: Value) -> Value:
     if isinstance(value, int | float) and not is_number(value):
         return None
-    return round(value, 6) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return round(value, 6) if abs(value) >= 1 else float(f"{value:.6g}")  # a small p is not 0

@@ -23,7 +23,7 @@ from hcnet_cli.sizes import COMPONENTS, SIZES, ordered_components
 from hcnet_cli.study.analysis import Analysis
 from hcnet_cli.study.record import run_key
 from hcnet_cli.tasks import FIRST_TASK, TASKS
-from hcnet_cli.values import as_written, first_mistake
+from hcnet_cli.values import as_written, assigned, first_mistake
 
 SHARED = frozenset(  # fields that no arm may change: budget, data and seeds
     {
@@ -418,4 +418,4 @@ def model_arguments(recipe: Recipe) -> dict[str, str]:
     """For a file of the user's own, which runs only if the command line names it."""
     if not recipe.model.digest:
         return {}
-    return {"--model": recipe.model.name, "--set": f"model.digest={recipe.model.digest}"}
+    return {"--model": recipe.model.name, "--set": assigned("model.digest", recipe.model.digest)}

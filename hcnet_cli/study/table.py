@@ -287,8 +287,9 @@ def _fill_metric(
         if c is not None:
             compared[arm] = c
     p = {arm: c.p if analysis.test == "paired-t" else c.p_sign_flip for arm, c in compared.items()}
-    corrected = dict(zip(compared, holm(list(p.values())), strict=True))
-    equivalent = dict(zip(compared, holm([c.p_equivalence for c in compared.values()]), strict=True))
+    corrected = dict(zip(compared, holm(list(p.values()), len(others)), strict=True))
+    equivalences = holm([c.p_equivalence for c in compared.values()], len(others))
+    equivalent = dict(zip(compared, equivalences, strict=True))
     for arm, by_seed in scores.items():
         row = values[arm]
         if by_seed:

@@ -179,7 +179,8 @@ def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str
         shared = f", while up to {jobs} runs shared the machine" if jobs > 1 else ""
         notes.append(f"images/s: median of the runs; {speeds}{shared}.")
     if any(is_number(row.get("memory_mb")) for row in values.values()):
-        where = "allocated on the GPU" if all(i.device.startswith("cuda") for i in infos) else "the whole process"
+        processors = {"cpu", "mps"}  # a GPU is called by its own name
+        where = "the whole process" if processors & {i.device for i in infos} else "allocated on the GPU"
         notes.append(f"memory: peak while training, {where}, median of the runs.")
     if any(session.git_dirty for i in infos for session in i.all_sessions()):
         notes.append("The code had uncommitted changes; it is taken to have been the same for runs of one commit.")
