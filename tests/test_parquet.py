@@ -135,6 +135,17 @@ def test_training_names_the_command_that_makes_tars(pets: Path, tmp_path: Path, 
     assert f"hcnet shards {pets} OUT" in refused.err
 
 
+@pytest.mark.parametrize("task", ["finetune-det", "finetune-seg"])
+@pytest.mark.parametrize("file", ["data/train-00000-of-00001.parquet", "train2017.tar"])
+def test_other_tasks_read_folders_alone(task: str, file: str, tmp_path: Path, hcnet: Hcnet) -> None:
+    (tmp_path / "d" / file).parent.mkdir(parents=True)
+    (tmp_path / "d" / file).write_bytes(b"")
+    refused = hcnet(task, "--data", tmp_path / "d", "--out", tmp_path / "results")
+    assert refused.code == 2
+    assert f"and {task} reads files in folders alone." in refused.err
+    assert "hcnet shards" not in refused.err
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
