@@ -166,12 +166,17 @@ def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.M
             cache.cache_dir()
 
 
-LONG = "a" * 300
+LONG = 300 * "a"
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("check", LONG), ("pretrain", "--data", LONG), ("shards", LONG, "out"), ("predict", LONG, LONG, "--output", "out")],
+    [
+        ("check", LONG),
+        ("pretrain", "--data", LONG),
+        ("shards", LONG, "out"),
+        ("predict", LONG, LONG, "--output", "out"),
+    ],
     ids=lambda words: words[0],
 )
 def test_a_name_that_no_file_can_have_is_one_sentence(

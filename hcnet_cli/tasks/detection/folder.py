@@ -161,6 +161,7 @@ def open_folder(
         },
         trust=config.trust,
         bits=config.bits,
+        max_pixels=config.max_pixels,
         verify=verify,
     )
     name = dataset_name(root, spec.SPEC.benchmark, is_coco(train, val, identity.num_distinct))

@@ -135,6 +135,7 @@ def open_folder(
         images=images_of,
         trust=trust,
         bits=bits,
+        max_pixels=max_pixels,
         verify=verify,
     )
     whole = is_ade20k(names, len(images["training"]), len(images["validation"]), identity.num_distinct)
