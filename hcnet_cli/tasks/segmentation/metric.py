@@ -106,10 +106,10 @@ class MeanIoU:
             raise UserError("No pixel of the validation set has a label: there is no mIoU.")
         self._result = scores(confusion, self.ignore_index) | {"pixels": confusion.sum(1)}
         present = self._result["num_present"]
-        if present < num_classes and not self.partial:
-            absent = [name for name, iou in zip(self.class_names, self._result["iou"], strict=True) if np.isnan(iou)]
-            some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-            notice(f"mIoU over {present} of {num_classes} classes (absent: {some}).")
+        undefined = set(np.flatnonzero(np.isnan(self._result["iou"])).tolist())
+        if (absent := sorted(undefined - {self.ignore_index})) and not self.partial:
+            some = ", ".join(self.class_names[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
+            notice(f"mIoU over {present} of {present + len(absent)} classes (absent: {some}).")
         return {name: float(self._result[name]) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
 
     def save(self, folder: Path) -> None:
