@@ -98,7 +98,7 @@ def _identify(
     verify: bool,
     member: Callable[[int], Member | None] = lambda number: None,
 ) -> Identity:
-    reader = _Reader(root, trust, images, max_pixels, verify)
+    reader = _Reader(root, trust, images, verify, max_pixels)
     total = hashlib.blake2b(json.dumps([trust, facts], sort_keys=True).encode(), digest_size=8)
     distinct: set[bytes] = set()
     peak = 0
@@ -122,8 +122,8 @@ class _Reader:
     root: Path
     trust: Trust
     images: Collection[bytes] | None
-    max_pixels: int
     verify: bool
+    max_pixels: int = MAX_PIXELS
     known: dict[bytes, Record] = field(default_factory=dict)  # from the cache
     fresh: dict[bytes, Record] = field(default_factory=dict)  # for the cache
     changed: list[str] = field(default_factory=list)

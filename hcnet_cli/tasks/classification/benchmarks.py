@@ -77,14 +77,14 @@ class Benchmark:
             parts.append(f"over its {len(self.only)} classes")
         if self.several:
             parts.append(f"any label of an image is right, {self.unlabelled:,} without one left out")
-        if self.groups:
+        if self.group is not None:
             corruptions = dict.fromkeys(corruption for corruption, _ in self.groups)
             severities = dict.fromkeys(severity for _, severity in self.groups)
             parts.append(
                 f"mean over {len(corruptions)} corruptions and severities {', '.join(severities)}, not normalised"
             )
-            sizes = np.bincount(self.group) if self.group is not None else []
-            if len(set(sizes)) > 1:
+            sizes = set(np.bincount(self.group).tolist())
+            if len(sizes) > 1:
                 parts.append(f"{min(sizes):,} to {max(sizes):,} images of each severity")
         return ", ".join(parts)
 
