@@ -32,12 +32,8 @@ MANY_PASSES = 1000  # over the training images: a schedule made for a larger dat
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
 FEW_STEPS = 500  # of training that a recipe for a large data set takes on a small one
 ABOUT_DATA = ("head.with_masks", "data.folds", "data.num_classes", "data.reduce_zero_label", "data.ignore_index")
-OF_RECIPES = (
-    "model.name",
-    "model.size",
-    "model.digest",
-    "model.drop_path_rate",
-)  # not --set, or the recipe's
+# what a proposed command has flags for, or leaves to its recipe
+NOT_SET = ("model.name", "model.size", "model.digest", "model.drop_path_rate")
 MUCH_OF_THE_START = 0.1  # share of a moving average that is still what training started from
 LONG_SECONDS = 86400.0  # of training, from which the plan proposes less
 USED_BY = {  # fields of `schedule` that some kinds alone use
@@ -350,14 +346,14 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
         for key in spec.size_keys:
             flags += f" {as_typed(key, [fitting, fitting] if isinstance(other[key], tuple) else fitting)}"
     if model.name:
-        flags += f" {as_typed('', model.name, '--model')}"
+        flags += f" --model {shlex.quote(model.name)}"
     elif weights:  # which are of this size
         flags += f" --size {model.size}"
     if recipe.init != small.init:
-        flags += f" {as_typed('', recipe.init, '--init')}"
+        flags += f" --init {shlex.quote(recipe.init)}"
     if model.name or weights:
         for key in asked:
-            if key.startswith("model.") and key not in OF_RECIPES and asked[key] != other.get(key):
+            if key.startswith("model.") and key not in NOT_SET and asked[key] != other.get(key):
                 flags += f" {as_typed(key, asked[key])}"
     for key in ABOUT_DATA:
         if key in other and asked.get(key) != other[key]:

@@ -455,6 +455,36 @@ def test_what_is_primary_is_said_before_and_fixed(hcnet: Hcnet, fake: Callable[.
     assert "Seeds added when results of the first 2 were known: 2." in " ".join(more.out.split())
 
 
+def test_no_seed_with_a_result_leaves_its_study(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    """A choice among results would make any study significant."""
+    first = ("ablate", "--disable", "gate", "--seeds")
+    assert hcnet(*first, "0,1,2").code == 0
+    for fewer, dry in (("1", True), ("1", False), ("2,0", False)):
+        done = hcnet(*first, fewer, *(["--dry-run"] if dry else []))
+        assert done.code == 0, done.err
+        stay = [seed for seed in "012" if seed not in fewer]
+        assert f"Seeds with results stay in the study: {', '.join(stay)}. Without results/studies/" in done.err
+        assert ("6, of which 6 are finished" in done.out) is dry
+    assert sorted(record()["seeds"]) == [0, 1, 2]
+    done = hcnet(*first, "3")
+    assert sorted(record()["seeds"]) == [0, 1, 2, 3]
+    assert "Seeds added when results of the first 3 were known: 3." in " ".join(done.out.split())
+    assert len(labels()) == len(set(labels())) == 8
+    (file,) = Path("results/studies").glob("*.json")
+    file.unlink()
+    assert hcnet(*first, "1").code == 0
+    assert record()["seeds"] == [1]
+
+
+def test_planned_seeds_without_a_result_may_go_and_are_named(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    fake(fail=["gate s1", "full s1", "full s2", "gate s2"])
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "0,1,2").code == 1
+    fake()
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "0,3").code == 0
+    assert record()["seeds"] == [0, 3]
+    assert "Of 3 planned seeds these were not trained: 1, 2." in " ".join(hcnet("report").out.split())
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

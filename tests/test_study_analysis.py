@@ -143,7 +143,7 @@ def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:
 def test_seeds_that_were_added_later_are_named(tmp_path: Path) -> None:
     _, _, notes = made(tmp_path, fixed(study_of(tmp_path), (0, 1), finished=2))
     assert "Seeds added when results of the first 2 were known: 2. p is too small if" in notes
-    assert "Fixed when 2 of 9 runs were finished already." in notes
+    assert "Fixed when 2 runs of the study were finished already." in notes
 
 
 def test_the_table_fits_80_columns_with_its_verdicts(tmp_path: Path) -> None:

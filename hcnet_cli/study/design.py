@@ -340,7 +340,7 @@ def expand(
                     "With train.patience the arms would train for different numbers of steps: their budgets differ.",
                     hint="Leave it out, or say that it is wanted: --early-stopping (early_stopping: true in a study).",
                 )
-            _check_folds(recipe, seeds, study.primary)
+            check_folds(recipe, seeds, study.primary)
             task = recipe.task
             same = next((a for (a, t), other in recipes.items() if t == task and other == recipe), None)
             if same is not None:
@@ -373,7 +373,7 @@ def expand(
     )
 
 
-def _check_folds(recipe: Recipe, seeds: Sequence[int], analysis: Analysis) -> None:
+def check_folds(recipe: Recipe, seeds: Sequence[int], analysis: Analysis) -> None:
     """UserError where seeds of a cross-validation are no new evidence, since two are scored on the same fold."""
     folds = getattr(recipe.data, "folds", None)
     if folds and (analysis.until or len({seed % folds for seed in seeds}) < len(seeds)):

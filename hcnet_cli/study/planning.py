@@ -132,7 +132,8 @@ def new_seeds(first: Sequence[int], number: int) -> list[int]:
 
 def power_lines(design: Design, record: StudyRecord, found: Found, spread: Spread | None = None) -> dict[str, str]:
     """What the seeds of a study can show, by a short name, as sentences."""
-    analysis, n, arms = record.analysis, len(design.seeds), len(record.arms) - 1
+    analysis, arms = record.analysis, len(record.arms) - 1
+    n = len(design.seeds if analysis.until else record.seeds)
     level = analysis.alpha / arms
     sd, source = spread or find_spread(design, record, found)
     lines = {"primary": analysis.describe(arms), "spread": f"{sd:.2f} points, {source}"}

@@ -33,7 +33,9 @@ class Cost:
 
 def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) -> None:
     """Prints the grid of cells with their state, the cost of each arm and the time of what is left to do."""
-    record = StudyProcess(design, settings).record
+    process = StudyProcess(design, settings)
+    process.notice_kept()
+    record = process.record
     cells = record.cells
     several = len(design.tasks) > 1
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError, model_validator
 
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, warn
 from hcnet_cli.grouping import Run
 from hcnet_cli.plain_json import read_json
 from hcnet_cli.recipe import Recipe
@@ -64,6 +64,14 @@ class StudyRecord(BaseModel):
             raise ValueError(f"its primary metric {self.primary.analysis.metric!r:.40} is none of its tasks'")
         return self
 
+    def seeds_beside(self, asked: Collection[int]) -> list[int]:
+        """The seeds of this study so far that are not asked for now; none where `until` decides on the seeds."""
+        return [] if self.analysis.until else [seed for seed in self.seeds if seed not in asked]
+
+    def drop(self, seeds: Collection[int]) -> None:
+        self.seeds = [seed for seed in self.seeds if seed not in seeds]
+        self.cells = [cell for cell in self.cells if cell.seed not in seeds]
+
     def stem(self, cell: Cell) -> str:
         """The name of a cell's files in the study's folder, without the ending."""
         return f"{self.recipe_stem(cell.arm, cell.task)}-s{cell.seed}"
@@ -101,6 +109,16 @@ def read_study(file: Path) -> StudyRecord:
     for cell in record.cells:
         cell.run = cell.run or linked_run(file.with_suffix("") / record.stem(cell))
     return record
+
+
+def read_earlier(file: Path) -> StudyRecord | None:
+    """The record that a study has so far, where it has one that can be read."""
+    if file.exists():
+        try:
+            return read_study(file)
+        except UserError as error:
+            warn(f"{error} The study's record is made again from its runs.")
+    return None
 
 
 def linked_run(stem: Path) -> str:

@@ -26,10 +26,10 @@ from hcnet_cli.grouping import Run
 from hcnet_cli.locks import Lock
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.analysis import fix
-from hcnet_cli.study.design import Design, model_arguments
+from hcnet_cli.study.design import Design, check_folds, model_arguments
 from hcnet_cli.study.machine import environment
 from hcnet_cli.study.planning import later_seeds, power_lines
-from hcnet_cli.study.record import Cell, Found, RunSearch, StudyRecord, find_run, read_study
+from hcnet_cli.study.record import Cell, Found, RunSearch, StudyRecord, find_run, read_earlier
 from hcnet_cli.study.table import runs_by_name
 from hcnet_cli.table import is_number
 from hcnet_cli.tasks import TASKS
@@ -85,10 +85,12 @@ class StudyProcess:
         """`later`: the seeds of the second stage of `until`."""
         self.design = design
         self.later = later
-        seeds = [*design.seeds, *later]
         self.settings = settings
         self.folder = settings.results / "studies" / design.name
         self.several_tasks = len(design.tasks) > 1
+        before = read_earlier(self.file)
+        earlier = before.seeds_beside(design.seeds) if before and not design.analysis.until else []
+        seeds = [*earlier, *design.seeds, *later]
         self.record = StudyRecord(
             name=design.name,
             title=design.title,
@@ -106,15 +108,26 @@ class StudyProcess:
         self.durations: list[float] = []  # seconds, of the cells that finished
         self.stop = 0  # the number of a signal
         self.refused: UserError | None = None
-        before = None
-        if self.file.exists():
-            try:
-                before = read_study(self.file)
-            except UserError as error:
-                warn(f"{error} The study's record is made again from its runs.")
         self._adopt(before.cells if before else ())
+        self.kept = self._keep_known(earlier)  # seeds that were not asked for
         finished = sum(cell.state == "finished" for cell in self.record.cells)
         self.record.primary = fix(design.analysis, design.seeds, before.primary if before else None, finished)
+
+    def _keep_known(self, earlier: Sequence[int]) -> list[int]:
+        """Leaves out those of the earlier seeds that nothing is known of. With a result a seed stays: a choice among
+        results would make any study significant.
+        """
+        known = {cell.seed for cell in self.record.cells if cell.state == "finished"}
+        self.record.drop(set(earlier) - known)
+        for recipe in self.design.recipes.values():
+            check_folds(recipe, self.record.seeds, self.design.analysis)
+        return sorted(set(earlier) & known)
+
+    def notice_kept(self) -> None:
+        """Says which seeds stay in the study though they were not asked for."""
+        if self.kept:
+            stay = f"Seeds with results stay in the study: {', '.join(map(str, self.kept))}"
+            notice(f"{stay}. Without {self.file} it begins anew, from the same runs.")
 
     # -- cells and their runs --
 
@@ -182,6 +195,7 @@ class StudyProcess:
 
     def run(self) -> tuple[StudyRecord, int]:
         cells = self.record.cells
+        self.notice_kept()
         self.write_recipes()
         self.write()
         finished = sum(cell.state == "finished" for cell in cells)
@@ -386,7 +400,7 @@ class StudyProcess:
         grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, caption=self._left().removeprefix(" · "))
         for title in ("arm", *(["task"] if self.several_tasks else [])):
             grid.add_column(title)
-        for seed in self.design.seeds:
+        for seed in self.record.seeds:
             grid.add_column(f"seed {seed}", justify="right")
         found = runs.find_runs(self.settings.results)
         infos = {path.name: info for path, info in found[0]}

@@ -48,6 +48,7 @@ def submit_study(design: Design, settings: Settings, cluster: Cluster, dry_run: 
         process = StudyProcess(design, settings)
         if all(cell.state == "finished" for cell in process.record.cells):
             process = StudyProcess(design, settings, later_seeds(process.record, runs_by_name(settings.results)))
+        process.notice_kept()
         record, folder = process.record, process.folder
         todo = [cell for cell in record.cells if cell.state != "finished"]
         if not dry_run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hcnet_cli import recipe as rcp
@@ -123,11 +123,17 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
             f"Interval and p of the primary analysis are those of the two stages: the spread is that of the first "
             f"{len(record.first_stage or ())} seeds, which decided the number of the others."
         )
-    elif record.primary and len(planned := record.primary.seeds) > 1 and (added := set(record.seeds) - set(planned)):
-        notes.append(
-            f"Seeds added when results of the first {len(planned)} were known: {', '.join(map(str, sorted(added)))}. p "
-            "is too small if they were added because of these results (--until adds seeds and keeps the error rate)."
-        )
+    elif record.primary and len(planned := record.primary.seeds) > 1:
+        if added := set(record.seeds) - set(planned):
+            notes.append(
+                f"Seeds added when results of the first {len(planned)} were known: {_listed(added)}. p is too small if "
+                "they were added because of these results (--until adds seeds and keeps the error rate)."
+            )
+        if missing := set(planned) - set(record.seeds):
+            notes.append(
+                f"Of {len(planned)} planned seeds these were not trained: {_listed(missing)}. p is too small if the "
+                "study was ended because of its results."
+            )
     further = [
         "±: half of the 95 % t-interval over n seeds.",
         "Effect size: Hedges' g_z (mean difference over the standard deviation of the differences, corrected for "
@@ -144,12 +150,16 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
     return notes
 
 
+def _listed(seeds: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
+
+
 def _when_fixed(record: StudyRecord) -> str:
     if record.primary is None:
         return "It is the default: none was fixed before training."
     if not record.primary.finished:
         return "Fixed before training."
-    return f"Fixed when {record.primary.finished} of {len(record.cells)} runs were finished already."
+    return f"Fixed when {record.primary.finished} runs of the study were finished already."
 
 
 def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str, Mapping[str, Value]]) -> list[str]:
