@@ -253,7 +253,7 @@ def test_bits_of_the_run_come_first(
             ("RUN", "photo.png", "--output", "p/x.json"),
             "p/x.json names a file: predictions are written as a folder, or",
         ),
-        (("RUN", "photo.png", "--output", "p/x.pdf"), "--output p/x, or --output p/x.html"),
+        (("RUN", "photo.png", "--output", "p/x.pdf"), "--output p/x or --output p/x.html"),
         (("RUN", "photo.png", "--output", "p", "--workers", "-1"), '--workers: "train.workers" cannot be -1'),
     ],
 )
