@@ -19,6 +19,7 @@ from hcnet_cli.recipe import Recipe
 from hcnet_cli.tasks import FIRST_TASK, TASKS
 
 MOVED = "If it was moved or renamed, name it with --data."
+PARQUET = "Parquet files"
 EMBEDDED = frozenset(spec.embedded for spec in TASKS.values())
 
 
@@ -57,10 +58,16 @@ def check_data(recipe: Recipe, hint: str = "") -> None:
     if form.recognise(root):
         form.require(root)
         return
-    if parquet_files(root):
+    packed = _packed(root)
+    if recipe.task == FIRST_TASK and packed == PARQUET:
         raise UserError(
             f"{root} holds Parquet files, which are read as tars alone.",
             hint=f"Write the tars once with hcnet shards {root} OUT, then train with --data OUT.",
+        )
+    if recipe.task != FIRST_TASK and packed:
+        raise UserError(
+            f"{root} holds {packed}, and {recipe.task} reads files in folders alone.",
+            hint=f"Its layout is to be {form.layout}.",
         )
     others = [name for name, spec in TASKS.items() if any(other.recognise(root) for other in spec.formats.values())]
     found = sorted(entry.name for entry in root.iterdir())
@@ -71,6 +78,13 @@ def check_data(recipe: Recipe, hint: str = "") -> None:
         if others
         else _like(root) or inside,
     )
+
+
+def _packed(root: Path) -> str:
+    """What a folder holds images in, if these are no files of their own; "" otherwise."""
+    if parquet_files(root):
+        return PARQUET
+    return "tars" if any(root.glob("*.tar*")) or any(root.glob("*/*.tar*")) else ""
 
 
 def _like(root: Path) -> str:

@@ -105,13 +105,15 @@ def file_names(images: Sequence[str]) -> list[str]:
 
 
 def enlarged(image: Image.Image, longest: int = PANEL) -> Image.Image:
-    """The image with a longer side of `longest` pixels."""
-    return ImageOps.scale(image, longest / max(image.size), Image.Resampling.BICUBIC)
+    """The image with a longer side of `longest` pixels, and a shorter one of at least one."""
+    factor = longest / max(image.size)
+    width, height = (max(1, round(factor * side)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def squared(image: Image.Image) -> Image.Image:
     """The image in the middle of PANEL x PANEL pixels."""
-    return ImageOps.pad(image, (PANEL, PANEL), Image.Resampling.BICUBIC, PAPER)
+    return ImageOps.pad(enlarged(image), (PANEL, PANEL), Image.Resampling.BICUBIC, PAPER)
 
 
 def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:
@@ -153,7 +155,7 @@ def tile(image: Image.Image | None, lines: Sequence[tuple[str, Colour]], side: i
     """An image in a square of `side` pixels (None: an empty one) above lines of text in their colours."""
     made = Image.new("RGB", (side, side + 22 * len(lines)), PAPER)
     if image is not None:
-        shown = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
+        shown = enlarged(image, side)
         made.paste(shown, ((side - shown.width) // 2, (side - shown.height) // 2))
     draw = ImageDraw.Draw(made)
     for n, (text, colour) in enumerate(lines):
@@ -268,7 +270,7 @@ def draw_objects(
 ) -> Image.Image:
     """The enlarged image under the objects' masks, boxes and names of `size` pixels, large objects first."""
     canvas = enlarged(image, longest)
-    scale = canvas.width / image.width
+    scale = max(canvas.size) / max(image.size)
     objects = sorted(objects, key=lambda one: -one.box[2] * one.box[3])
     for one in objects:
         if one.mask is not None:

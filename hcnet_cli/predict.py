@@ -81,11 +81,12 @@ def find_photos(named: Sequence[Path]) -> list[Photo]:
     return photos
 
 
-def measure_bits(photos: Sequence[Photo]) -> int | None:
+def measure_bits(photos: Sequence[Photo], max_pixels: int) -> int | None:
     """The bits that photos of more than 8 bits use, as training measures them over its images; None: there are none."""
     peak, told = 0, time.monotonic()
     with status_line() as tell, ThreadPoolExecutor(THREADS) as pool:
-        for number, found in enumerate(pool.map(file_peak, [photo.path for photo in photos]), 1):
+        peaks = pool.map(functools.partial(file_peak, max_pixels=max_pixels), [photo.path for photo in photos])
+        for number, found in enumerate(peaks, 1):
             peak = max(peak, found)
             if time.monotonic() - told > TOLD_EVERY:
                 told = time.monotonic()
@@ -144,7 +145,7 @@ def predict(
     predictor.task.to(where).eval()
     page = output.suffix == ".html"
     origin = {"run": folder.path.resolve().name, "weights": info.weights, "hcnet": __version__}
-    bits = info.data.bits or recipe.data.bits or measure_bits(photos)
+    bits = info.data.bits or recipe.data.bits or measure_bits(photos, recipe.data.max_pixels)
     read = functools.partial(read_image, bits=bits, max_pixels=recipe.data.max_pixels)
     loader = DataLoader(
         _Photos(photos, predictor.prepare, read),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hcnet_cli import runs
 from hcnet_cli.console import UserError
 from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.tasks.classification import shards
 from hcnet_cli.tasks.classification.augment import Normalise
 from hcnet_cli.tasks.classification.benchmarks import part_of, read
 from hcnet_cli.tasks.classification.imagenet import synsets
@@ -139,10 +140,15 @@ def test_c_is_a_mean_over_severities_then_corruptions(evaluate: Callable[..., ob
     put(root / "gaussian_noise/1" / IDS[8] / "b.JPEG", says=7)
     put(root / "gaussian_noise/5" / IDS[7] / "a.JPEG", says=8)
     put(root / "fog/1" / IDS[7] / "a.JPEG", says=7)
+    with pytest.raises(UserError, match="c lacks fog/5: a mean over"):
+        evaluate("imagenet-c", root)
+    put(root / "fog/5" / IDS[7] / "a.JPEG", says=7)
     put(root / "speckle_noise/1" / IDS[7] / "a.JPEG", says=1)  # one of the four that do not count
     metrics, view = evaluate("imagenet-c", root, save=tmp_path / "final")
-    assert metrics["top1"] == ((50 + 0) / 2 + 100) / 2
-    assert "mean over 2 corruptions and severities 1, 5, not normalised" in view.protocol
+    assert metrics["top1"] == ((50 + 0) / 2 + (100 + 100) / 2) / 2
+    assert (
+        "mean over 2 corruptions and severities 1, 5, not normalised, 1 to 2 images of each severity" in view.protocol
+    )
     assert not [name for name in metrics if "_95_" in name]
     groups = json.loads((tmp_path / "final" / "groups.json").read_text())
     assert groups["gaussian_noise"]["1"] == {"images": 2, "top1": 50, "top5": 50}
@@ -183,6 +189,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     line += ["--set", "data.img_size=16", "--set", "schedule.unit=steps", "--set", "schedule.length=1"]
     run_here(*line, "--out", results)
     return only_run(results)
+
+
+def test_real_labels_of_images_in_tars_need_a_folder(tmp_path: Path) -> None:
+    small_data.classes(tmp_path / "own")
+    shards.write(tmp_path / "own", tmp_path / "tars", 10**9)
+    task = ClassificationTask(Colours(), IDS, Normalise(CONFIG.mean, CONFIG.std), None, 0.0)
+    entry = ClassificationEvaluation(on="imagenet-real")
+    with pytest.raises(UserError, match="the images of this run are in tars") as refused:
+        build_evaluation(task, CONFIG, entry, FIRST, small_data.opened(tmp_path / "tars"))
+    assert "--data FOLDER" in refused.value.hint
 
 
 def test_scores_go_to_the_record_and_into_the_table(run: Path, hcnet: Hcnet, tmp_path: Path) -> None:

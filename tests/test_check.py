@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_data
 from conftest import Done
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -162,6 +163,11 @@ def test_a_coco_folder(hcnet: Hcnet, tmp_path: Path) -> None:
     }
     assert expected.items() <= {what: (len(one["files"]), one["wrong"]) for what, one in found.items()}.items()
     assert "its annotation file says 41 x 36" in found["val images that cannot be used"]["files"][0]
+    val["annotations"][0]["bbox"], val["annotations"][1]["segmentation"] = [5, 5, -1, 10], [[1, 2, 3, 4]]
+    found = findings(hcnet, write(), code=1)
+    for what in ("not scored: box of negative width or height", "scored as boxes alone: no usable mask"):
+        assert (found[f"val annotations {what}"]["wrong"], len(found[f"val annotations {what}"]["files"])) == (True, 1)
+    val["annotations"][0]["bbox"] = [5, 5, 10, 10]
     for one in content.values():
         for entry in one["annotations"]:
             del entry["segmentation"]
@@ -193,6 +199,23 @@ def test_boxes_that_are_corners_are_said(hcnet: Hcnet, tmp_path: Path) -> None:
     (what,) = [what for what in found if "not around" in what]
     assert what.startswith("train boxes not around their masks, 2 of 4: ")
     assert found[what] == {"what": what, "files": ["annotation id 1", "annotation id 2"], "wrong": True}
+
+
+def test_corners_without_masks_are_said(tmp_path: Path, hcnet: Hcnet, capfd: pytest.CaptureFixture[str]) -> None:
+    """By `hcnet check` and before training; a box that overhangs by a pixel is none."""
+
+    def change(split: str, content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            entry["bbox"] = [20, 20, 35, 36] if split == "train" else [30, 30, 11, 11]
+
+    root = small_data.coco(tmp_path / "c", change=change)
+    found = findings(hcnet, root, "--set", "head.with_masks=false", code=1)
+    assert [what for what in found if "far outside" in what] == [
+        "train boxes partly far outside their image, 4 of 4: COCO's boxes are [x, y, width, height], not two corners."
+    ]
+    capfd.readouterr()
+    small_data.opened(root)
+    assert "100% of 4 boxes are partly far outside their image, the first is that of" in capfd.readouterr().err
 
 
 def test_problems_of_one_cause_are_one_line() -> None:
@@ -239,6 +262,15 @@ def test_a_folder_of_scenes(hcnet: Hcnet, tmp_path: Path) -> None:
     done = hcnet("check", root)
     assert done.code == 2
     assert "holds the label value 9" in done.err
+
+
+def test_unlabelled_pixels_of_the_number_0_are_no_class(hcnet: Hcnet, tmp_path: Path) -> None:
+    small_data.scenes(tmp_path / "s", labels=lambda seed: np.arange(1600).reshape(40, 40).astype(np.uint8) % 4)
+    (tmp_path / "s/classes.txt").unlink()
+    done = hcnet("check", tmp_path / "s", *("--set", "data.ignore_index=0"), *("--set", "data.reduce_zero_label=false"))
+    assert done.code == 0, done.err
+    assert "25.00% of the training pixels are ignored." in done.out
+    assert "label 0" not in done.out
 
 
 def test_classes_of_one_name_stay_apart(hcnet: Hcnet, tmp_path: Path) -> None:

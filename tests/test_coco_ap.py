@@ -197,6 +197,21 @@ def test_boxes_alone(world) -> None:
     assert boxes == {name: value for name, value in both.items() if name.startswith("box_")}
 
 
+def test_an_object_of_a_broken_polygon_counts_for_boxes_alone(world, tmp_path: Path) -> None:
+    """Box AP is that without masks, mask AP that without the object."""
+    file, pairs = tmp_path / "broken.json", world[1]
+    data = json.loads(world[0].read_text())
+    broken = next(one for one in data["annotations"] if not one["iscrowd"])
+    file.write_text(json.dumps(data | {"annotations": [one for one in data["annotations"] if one is not broken]}))
+    without = scored(file, pairs).compute()
+    broken["segmentation"] = [[1, 2, 3, 4]]
+    file.write_text(json.dumps(data))
+    boxes = scored(file, [({k: v for k, v in p.items() if k != "masks"}, t) for p, t in pairs], masks=False).compute()
+    masks = {name: value for name, value in without.items() if name.startswith("mask_")}
+    assert scored(file, pairs).compute() == boxes | masks
+    assert boxes != {name: value for name, value in without.items() if name.startswith("box_")}
+
+
 def test_ground_truth_is_completed(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     annotation = {"id": 0, "image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 5], "segmentation": [[1, 2], [0] * 6]}

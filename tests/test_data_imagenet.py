@@ -19,6 +19,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.data.loader import TrainLoader
 from hcnet_cli.tasks.classification.augment import (
     Normalise,
+    Transform,
     allow_zero_bits,
     collate,
     eval_transform,
@@ -26,6 +27,7 @@ from hcnet_cli.tasks.classification.augment import (
     mix,
     posterize,
     train_transform,
+    without_far_ends,
 )
 from hcnet_cli.tasks.classification.image_folder import ImageFolder, scan
 
@@ -291,7 +293,7 @@ def test_evaluation_is_resize_centre_crop_normalise() -> None:
 
 @pytest.mark.parametrize("img_size", [32, 64, 112, 192, 224, 256, 288, 384, 512])
 def test_the_evaluation_size_is_the_references(img_size: int) -> None:
-    resize = eval_transform(img_size=img_size).parts[0]
+    resize = eval_transform(img_size=img_size).parts[1]
     assert resize.size == int(256 / 224 * img_size)
 
 
@@ -445,3 +447,15 @@ def test_no_mixup_when_neither_acts() -> None:
     assert make_mixup(10, mixup=0, cutmix=0) is None
     assert make_mixup(10, prob=0) is None
     assert make_mixup(10, mixup=0) is not None
+
+
+@pytest.mark.parametrize("size", [(2, 400), (402, 2), (3, 901)])
+def test_far_ends_of_a_long_image_do_not_reach_the_crop(size: tuple[int, int]) -> None:
+    """The pixels are those without the cut, and 65,535 x 1 pixels need little memory."""
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (*size, 3)).astype(np.uint8))
+    transform = eval_transform(img_size=21)  # 24 before the crop: a multiple of the shorter side
+    cut = transform(image)["image"]
+    whole = Transform(transform.parts[1:])(image)["image"]
+    assert torch.equal(cut, whole)
+    (middle,) = {max(without_far_ends(Image.new("RGB", size)).size) for size in ((65_535, 1), (1, 65_535))}
+    assert middle == 101  # odd as the image is, so that the middle is the same

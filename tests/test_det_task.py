@@ -15,6 +15,7 @@ from torch import Tensor
 
 import hcnet_cli.models.hcnet  # noqa: F401 (registers the sizes)
 from hcnet_cli import dist, rng
+from hcnet_cli.console import UserError
 from hcnet_cli.data import embedded
 from hcnet_cli.data.loader import EvalLoader, TrainLoader
 from hcnet_cli.tasks.detection import coco
@@ -128,6 +129,16 @@ def test_predictions_are_in_the_original_image(scenes: Path) -> None:
 
 
 # --- splits of the work -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["rpn_head.cls_logits.bias", "box_score.bias", "box_delta.bias"])
+def test_outputs_that_are_not_finite_have_no_score(scenes: Path, part: str) -> None:
+    """Of the proposals too: no box would be left, and the score would be 0."""
+    task, dataset = task_on(scenes)
+    torch.nn.init.constant_(task.model.get_parameter(part), torch.nan)
+    task.eval()
+    with pytest.raises(UserError, match="scores are not finite"), torch.inference_mode():
+        task.predict(coco.collate([dataset[0, 0, 0]]))
 
 
 def test_predictions_do_not_depend_on_the_batch(scenes: Path) -> None:

@@ -62,6 +62,16 @@ def test_what_pillow_reads_is_used_and_the_rest_is_named(tmp_path: Path, hcnet: 
     assert runs.read_record(only_run(tmp_path / "o") / "run.json").data.left_out == left_out
 
 
+def test_validation_objects_that_cannot_be_scored_are_counted(tmp_path: Path) -> None:
+    def change(split: str, content: dict[str, Any]) -> None:
+        content["annotations"].append({**content["annotations"][0], "id": 99, "bbox": [9, 9, -5, 5]})
+
+    assert opened(coco(tmp_path / "c", change=change)).info.left_out == {
+        "training objects (box of negative width or height)": 1,
+        "validation objects (not scored: box of negative width or height)": 1,
+    }
+
+
 @pytest.mark.parametrize("kind", ["classes", "scenes"])
 def test_linked_folders_are_followed_and_circles_are_not(kind: str, tmp_path: Path) -> None:
     root = MAKERS[kind](tmp_path / kind)

@@ -20,7 +20,9 @@ from small_data import MAKERS, classes, coco, noise, opened, scenes
 from torch import nn
 
 from hcnet_cli.console import UserError
+from hcnet_cli.data import identity
 from hcnet_cli.data.loader import SampleRequest
+from hcnet_cli.predict import Photo, measure_bits
 from hcnet_cli.tasks.detection.annotations import read_annotations
 from hcnet_cli.tasks.segmentation import labels
 from hcnet_cli.weights import load_into
@@ -231,6 +233,25 @@ def deep(peak: int) -> Any:
         return values
 
     return pixels
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_bits_are_measured_in_images_as_large_as_the_recipe_allows(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    monkeypatch.setattr(identity, "deep_peak", lambda path, head, max_pixels: seen.add(max_pixels) or 0)
+    opened(MAKERS[kind](tmp_path / kind, pixels=deep(4095), suffix="png"), max_pixels=2 * 10**8)
+    assert seen == {2 * 10**8}
+
+
+def test_another_limit_is_another_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cache knows under a limit that leaves an image out says nothing of the image under another one."""
+    root = MAKERS["classes"](tmp_path / "classes", pixels=deep(4095), suffix="png")
+    monkeypatch.setattr(identity, "UNSETTLED_SECONDS", -1)  # the cache keeps what was written just now
+    assert opened(root, max_pixels=1599).info.bits is None
+    assert opened(root).info.bits == 12
+    assert [measure_bits([Photo(root / "train/a/0.png", "a")], most) for most in (1599, 1600)] == [None, 12]
 
 
 @pytest.mark.parametrize("kind", MAKERS)

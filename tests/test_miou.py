@@ -95,6 +95,10 @@ def test_absent_classes_are_left_out_and_named(capsys):
     got = evaluate([label], [np.array([[0, 0, 1, 3]], np.uint8)], 5).compute()
     assert got == {"mIoU": 100, "mAcc": 100, "aAcc": 100, "num_present": 2}
     assert "mIoU over 2 of 5 classes (absent: 2, 3, 4)." in capsys.readouterr().err
+    evaluator = MeanIoU([str(c) for c in range(5)], ignore_index=2)  # class 2 is ignored, not absent
+    evaluator.update([torch.tensor([[0, 1, 1]])], next(batches([label[:, :3]], [label[:, :3]], [0]))[1])
+    evaluator.compute()
+    assert "classes (absent: 3, 4)." in capsys.readouterr().err
 
 
 def test_a_class_predicted_but_not_labelled_has_iou_zero():
@@ -103,6 +107,12 @@ def test_a_class_predicted_but_not_labelled_has_iou_zero():
     assert result["iou"].tolist() == [75, 0]
     assert result["mIoU"] == 37.5
     assert result["mAcc"] == 75
+
+
+def test_a_class_of_the_ignored_number_has_no_iou_though_it_is_predicted():
+    result = scores(np.array([[0, 0], [1, 3]]), ignore_index=0)
+    assert np.isnan(result["iou"][0])
+    assert (result["mIoU"], result["num_present"]) == (75, 1)
 
 
 def test_split_over_two_processes_with_an_odd_number_of_images(monkeypatch):

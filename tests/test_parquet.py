@@ -97,11 +97,53 @@ def test_plain_columns_and_folders_by_split(tmp_path: Path, hcnet: Hcnet) -> Non
     assert list(contents(tmp_path / "b"))[:2] == ["train/2/train-00000001.png", "train/10/train-00000000.png"]
 
 
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array(["b", "a"], pa.large_string()),
+        pa.array(["b", "a"]).dictionary_encode(),
+        pa.array([1, 0], pa.int8()).dictionary_encode(),
+        pa.array([1.0, 0.0]),
+        pa.array([[1], [0]]),
+    ],
+    ids=["large_string", "names", "numbers", "float", "list"],
+)
+def test_a_column_called_label_is_used_or_refused(tmp_path: Path, hcnet: Hcnet, labels: pa.Array) -> None:
+    """Never another column in its place. The images are large_binary, as Polars writes them."""
+    images = pa.array([encoded(0), encoded(1)], pa.large_binary())
+    columns = {"image": images, "label": labels, "id": [7, 8], "__index_level_0__": [3, 4]}
+    write(tmp_path / "table" / "train.parquet", [], columns=columns)
+    made = hcnet("shards", tmp_path / "table", tmp_path / "out")
+    if pa.types.is_floating(labels.type) or pa.types.is_list(labels.type):
+        assert made.code == 2
+        assert ": a label is a whole number or a name." in made.err
+    else:
+        assert made.code == 0, made.err
+        names = scan(tmp_path / "out", splits=("train",)).classes
+        assert names == tuple(sorted(map(str, labels.to_pylist())))
+
+
+def test_the_index_of_pandas_is_no_label(tmp_path: Path, hcnet: Hcnet) -> None:
+    write(tmp_path / "t" / "train.parquet", [], columns={"image": [encoded(0)], "__index_level_0__": [3]})
+    assert "has no column of labels" in hcnet("shards", tmp_path / "t", tmp_path / "out").err
+
+
 def test_training_names_the_command_that_makes_tars(pets: Path, tmp_path: Path, hcnet: Hcnet) -> None:
     (pets / "data").rename(pets / "train")  # not taken for a folder of classes
     refused = hcnet("pretrain", "--data", pets, "--out", tmp_path / "results")
     assert refused.code == 2
     assert f"hcnet shards {pets} OUT" in refused.err
+
+
+@pytest.mark.parametrize("task", ["finetune-det", "finetune-seg"])
+@pytest.mark.parametrize("file", ["data/train-00000-of-00001.parquet", "train2017.tar"])
+def test_other_tasks_read_folders_alone(task: str, file: str, tmp_path: Path, hcnet: Hcnet) -> None:
+    (tmp_path / "d" / file).parent.mkdir(parents=True)
+    (tmp_path / "d" / file).write_bytes(b"")
+    refused = hcnet(task, "--data", tmp_path / "d", "--out", tmp_path / "results")
+    assert refused.code == 2
+    assert f"and {task} reads files in folders alone." in refused.err
+    assert "hcnet shards" not in refused.err
 
 
 @pytest.mark.parametrize(
@@ -140,6 +182,7 @@ def test_damaged_and_missing_files(pets: Path, tmp_path: Path, hcnet: Hcnet) -> 
     made = hcnet("shards", pets, tmp_path / "out")
     assert made.code == 2
     assert "is missing" in made.err
-    (pets / "data" / "validation-00000-of-00001.parquet").unlink()
-    assert "no Parquet files of val" in hcnet("shards", pets, tmp_path / "out").err
+    for part in (pets / "data").glob("train-*.parquet"):
+        part.unlink()
+    assert "no Parquet files of train" in hcnet("shards", pets, tmp_path / "out").err
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Hcnet
 from synthetic_runs import make_run
 
 from hcnet_cli import cache, checkpoint, files, runs
@@ -163,3 +164,40 @@ def test_a_user_without_a_home_has_a_cache(tmp_path: Path, monkeypatch: pytest.M
     if folder.lstat().st_uid != 54321:
         with pytest.raises(UserError, match="belongs to another user"):
             cache.cache_dir()
+
+
+LONG = 300 * "a"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", LONG),
+        ("pretrain", "--data", LONG),
+        ("shards", LONG, "out"),
+        ("predict", LONG, LONG, "--output", "out"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_name_that_no_file_can_have_is_one_sentence(
+    arguments: tuple[str, ...], hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = hcnet(*arguments)
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert LONG in done.err
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(
+    tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("hcnet_cli.inputs.parquet_files", refused)
+    done = hcnet("pretrain", "--data", tmp_path, "--out", tmp_path / "results")
+    assert (done.code, done.err.splitlines()[0]) == (2, f"error: {tmp_path}: Permission denied.")
+    monkeypatch.setenv("HCNET_TRACEBACK", "1")
+    with pytest.raises(PermissionError):
+        hcnet("pretrain", "--data", tmp_path, "--out", tmp_path / "results")

@@ -16,6 +16,7 @@ import small_data
 from conftest import SMALL_MODEL, Hcnet, only_run
 from PIL import Image
 
+from hcnet_cli import pictures
 from hcnet_cli import predict as predicting
 from hcnet_cli.runs import RunFolder, with_weights
 from hcnet_cli.tasks.classification import predict as classification
@@ -172,6 +173,21 @@ def test_images_of_the_same_name_are_told_apart(
     assert sorted(f"pictures/{path.name}" for path in Path("p/pictures").iterdir()) == drawn
 
 
+@pytest.mark.parametrize("size", [(5000, 1), (1, 5000)])
+def test_long_thin_photos_are_drawn(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size)
+    mask = np.ones((size[1], size[0]), dtype=np.uint8)
+    found = pictures.DrawnObject("line", (9, 9, 9), (0, 0, *size), mask)
+    for drawn in (
+        pictures.enlarged(image),
+        pictures.draw_objects(image, [found]),
+        pictures.draw_classes(image, mask, pictures.palette(2), 255),
+    ):
+        assert sorted(drawn.size) == [1, pictures.PANEL]
+    assert pictures.squared(image).size == (pictures.PANEL, pictures.PANEL)
+    assert pictures.tile(image, []).size == (pictures.TILE, pictures.TILE)
+
+
 def test_the_bits_of_deep_photos_are_measured(root: Path, tmp_path: Path, hcnet: Hcnet) -> None:
     """A run of 8-bit images knows no bits: a 12-bit photo is predicted as the same photo in 8 bits, not as black."""
     run = trained("pretrain", root, hcnet)
@@ -237,7 +253,7 @@ def test_bits_of_the_run_come_first(
             ("RUN", "photo.png", "--output", "p/x.json"),
             "p/x.json names a file: predictions are written as a folder, or",
         ),
-        (("RUN", "photo.png", "--output", "p/x.pdf"), "--output p/x, or --output p/x.html"),
+        (("RUN", "photo.png", "--output", "p/x.pdf"), "--output p/x or --output p/x.html"),
         (("RUN", "photo.png", "--output", "p", "--workers", "-1"), '--workers: "train.workers" cannot be -1'),
     ],
 )

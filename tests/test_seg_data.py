@@ -193,6 +193,26 @@ def test_class_names_against_num_classes(root):
     refused(root, "names 3 classes, but the recipe asks for 4", num_classes=4)
 
 
+@pytest.mark.parametrize(("ignored", "counts"), [(0, [0, 200, 200]), (250, [200, 200])])
+def test_ignored_pixels_leave_all_counts(tmp_path, capsys, ignored, counts):
+    """The number of unlabelled pixels is no class, and not the largest class."""
+    for split in ("training", "validation"):
+        write_scene(tmp_path, split, "a", values=(ignored, *np.flatnonzero(counts)))
+    folder = open_folder(tmp_path, reduce_zero_label=False, ignore_index=ignored)
+    assert folder.class_counts.tolist() == counts
+    assert "occur in no label" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "reduced"), [(257, False), (255, True)])
+def test_more_classes_than_labels_can_have(root, names, reduced):
+    (root / "classes.txt").write_text("".join(f"class {i}\n" for i in range(names)))
+    refused(root, f"has {names} classes", f"have room for {names - 1}", reduce_zero_label=reduced)
+
+
+def test_an_ignored_number_that_is_a_class(root):
+    refused(root, 'data.ignore_index 0 is the number of a class, "label 1"', ignore_index=0)
+
+
 def test_label_that_does_not_decode(root):
     (root / "annotations/training/training_3.png").write_bytes(b"broken")
     refused(root, "training_3.png cannot be used: it is not an image")

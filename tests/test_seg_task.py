@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hcnet_cli.models  # noqa: F401  (registers HcNet with timm)
+from hcnet_cli.console import UserError
 from hcnet_cli.tasks.segmentation import task as task_module
 from hcnet_cli.tasks.segmentation.spec import SPEC
 from hcnet_cli.tasks.segmentation.task import SegmentationTask, View, label_map, protocol, windows
@@ -300,6 +301,13 @@ def test_protocol_says_how_a_score_was_made():
     assert protocol((2048, 512), mode="slide") == "ss, slide 512/341, 2048x512"
     multi = protocol((2048, 512), ratios=SPEC.evaluations["ms"]["scales"], flip=True)
     assert multi == "ms 0.5-1.75 + flip, whole, 2048x512"
+
+
+def test_logits_that_are_not_finite_have_no_score():
+    task = make_task().eval()
+    nn.init.constant_(task.model.decode_head.conv_seg.bias, torch.nan)
+    with pytest.raises(UserError, match="scores are not finite"):
+        task.predict(evaluation_batch((32, 32)))
 
 
 def test_evaluating_twice_with_one_model():

@@ -142,6 +142,35 @@ def test_the_index_of_shards_is_that_of_the_folder(odd: Path, trust: Any) -> Non
             assert np.array_equal(read_image(ours.sample_path(i)), read_image(theirs.sample_path(i)))
 
 
+def test_shards_keep_the_order_of_the_folder_s_classes(tmp_path: Path) -> None:
+    """Of folders 0 to 10 it is that of text, 0, 1, 10, 2; and a class without validation images keeps its place."""
+    for number in range(11):
+        for split in ("train", "val") if number != 1 else ("train",):
+            folder = tmp_path / "folder" / split / str(number)
+            folder.mkdir(parents=True)
+            picture(number).save(folder / "1.png")
+    shards.write(tmp_path / "folder", tmp_path / "out", 10**9)
+    one, other = scan(tmp_path / "folder"), scan(tmp_path / "out")
+    assert (one.classes[:4], one.digest) == (("0", "1", "10", "2"), other.digest)
+    assert one.classes == other.classes
+    assert one.val.labels.tolist() == other.val.labels.tolist()
+
+
+def test_a_folder_without_validation_images_and_its_tars_give_one_run(
+    folder_of_images: Path, tmp_path: Path, hcnet: Hcnet
+) -> None:
+    """With data.folds, which needs none; without, training says so."""
+    shutil.copytree(folder_of_images / "train", tmp_path / "one" / "train")
+    done = hcnet("shards", tmp_path / "one", tmp_path / "two")
+    assert (done.code, "Wrote 24 training images as 1 tar. Without val/, cross-validate:" in done.err) == (0, True)
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [archive.INFO, "train-000000.tar"]
+    folds = ("--set", "data.folds=4", "--seed", "1")
+    for name in ("one", "two"):
+        assert train(hcnet, tmp_path / name, tmp_path / f"{name}-results", 0, *folds).code == 0
+    assert outcome(only_run(tmp_path / "one-results")) == outcome(only_run(tmp_path / "two-results"))
+    assert "has no val/ folder" in train(hcnet, tmp_path / "two", tmp_path / "results", 0).err
+
+
 def test_check_says_the_same_of_both(folder_of_images: Path, sharded: Path, hcnet: Hcnet) -> None:
     one, other = hcnet("check", folder_of_images), hcnet("check", sharded)
     assert (one.code, one.out) == (other.code, other.out)

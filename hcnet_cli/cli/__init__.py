@@ -138,12 +138,23 @@ def main() -> None:
         _close_output()
         code = 0
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        code = UserError.exit_code
+        if error.errno in DISK_FULL:
+            _close_output()
+            print_error("The disk is full: what is printed here could not be written.")
+        elif sentence := file_sentence(error):
+            print_error(sentence, hint="HCNET_TRACEBACK=1 shows where this comes from.")
+            _report_to_torchrun(f"error: {sentence}", "")
+        else:
             raise
-        _close_output()
-        print_error("The disk is full: what is printed here could not be written.")
-        code = 2
     sys.exit(code)
+
+
+def file_sentence(error: OSError) -> str:
+    """What the system says of a file, such as one that may not be read; "" where it names none, or all is wanted."""
+    if not isinstance(error.filename, str | bytes) or not error.strerror or os.environ.get("HCNET_TRACEBACK"):
+        return ""
+    return f"{os.fsdecode(error.filename)}: {error.strerror}."
 
 
 def _report_to_torchrun(message: str, hint: str) -> None:

@@ -52,12 +52,16 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Archives:
-    """The tars of a data folder, by split. `name`, `digest` and `shards` are what `hcnet shards` wrote, else empty."""
+    """The tars of a data folder, by split.
+
+    `name`, `digest`, `classes` (in their order) and `shards` are what `hcnet shards` wrote, else empty.
+    """
 
     root: Path
     tars: Mapping[str, Sequence[Path]]
     name: str = ""
     digest: str = ""
+    classes: Sequence[str] = ()
     shards: Mapping[Path, Shard] | None = None
 
     def require_unchanged(self, digest: str) -> None:
@@ -126,7 +130,10 @@ def _from_info(root: Path) -> Archives:
                 tars.setdefault(SPLIT[name], []).append(root / file)
                 if "hcnet" in info:
                     shards[root / file] = Shard(int(part["bytes"][number]), str(part["sha256"][number]))
-        known = {"name": str(info["name"]), "digest": str(info["digest"])} if "hcnet" in info else {}
+        known: dict[str, Any] = {}
+        if "hcnet" in info:
+            known = {key: str(info[key]) for key in ("name", "digest")}
+            known["classes"] = [str(name) for name in info.get("classes", [])]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise wrong from None
     for split, paths in tars.items():
@@ -211,10 +218,10 @@ def read(archives: Archives, split: str) -> Contents:
 
     UserError for a tar that is damaged or compressed, or that holds what an archive of images has no use for.
     """
-    return dist.from_main(lambda: _read(archives.tars[split], bool(archives.shards)))
+    return dist.from_main(lambda: _read(archives.tars[split], bool(archives.shards), archives.classes))
 
 
-def _read(paths: Sequence[Path], own: bool) -> Contents:
+def _read(paths: Sequence[Path], own: bool, classes: Sequence[str]) -> Contents:
     tars = tuple(Tar.of(path) for path in paths)
     found: list[tuple[bytes, bytes, int, int, int]] = []
     last = time.monotonic()
@@ -224,7 +231,7 @@ def _read(paths: Sequence[Path], own: bool) -> Contents:
             if time.monotonic() - last > STATUS_SECONDS:
                 last = time.monotonic()
                 tell(f"Listing tars: {number + 1:,} of {len(tars):,}")
-    labels = sorted({os.fsdecode(sample[0]) for sample in found}, key=_in_order)
+    labels = _in_order({os.fsdecode(sample[0]) for sample in found}, classes)
     place = {os.fsencode(label): number for number, label in enumerate(labels)}
     found.sort(key=lambda sample: (place[sample[0]], sample[1]))
     for one, other in itertools.pairwise(found):
@@ -243,8 +250,13 @@ def _read(paths: Sequence[Path], own: bool) -> Contents:
     )
 
 
-def _in_order(label: str) -> tuple[int, str]:
-    """Numbers by value, then names."""
+def _in_order(labels: Collection[str], classes: Sequence[str]) -> list[str]:
+    """In the order of `classes`, where these are all among them; else numbers by value, then names."""
+    places = {name: number for number, name in enumerate(classes)}
+    return sorted(labels, key=places.__getitem__ if places.keys() >= set(labels) else _by_value)
+
+
+def _by_value(label: str) -> tuple[int, str]:
     return (int(label), "") if label.isascii() and label.isdigit() and len(label) < 10 else (10**10, label)
 
 

@@ -69,6 +69,12 @@ def reading_folder(root: Path) -> Iterator[None]:
         raise UserError(f"{os.fsdecode(error.filename or root)} cannot be read: {error.strerror}.") from None
 
 
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones. Links are followed."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+
+
 def walk(folder: bytes, wanted: Callable[[bytes], bool], other: str, left_out: LeftOut) -> list[bytes]:
     """The files in a folder and below whose name is `wanted`, relative to it, sorted. Links are followed.
 

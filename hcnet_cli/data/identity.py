@@ -25,6 +25,7 @@ from hcnet_cli.console import UserError, notice, status_line
 from hcnet_cli.data.images import bits_of, deep_peak, may_be_deep
 from hcnet_cli.data.member import Member
 from hcnet_cli.files import open_regular, replacing
+from hcnet_cli.schema import MAX_PIXELS
 
 Trust = Literal["content", "names"]
 PREFIXES: dict[Trust, str] = {"content": f"v{DIGEST_VERSION}-", "names": f"v{DIGEST_VERSION}n-"}
@@ -69,20 +70,21 @@ def identify(
     member: Callable[[int], Member | None] = lambda number: None,
     trust: Trust = "content",
     bits: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     verify: bool = False,
 ) -> Identity:
     """The identity of the files `names` (relative to `root`, in their order) and of `facts`, such as the class list.
 
     One process reads, the others get its result. `images`: the names that are images, where not all are. `member(i)`:
     where names[i] lies, if that is in a tar. `trust`: "names" looks at names and sizes alone. `bits` replaces what
-    would be measured. `verify` reads every file again.
+    would be measured in images of at most `max_pixels`. `verify` reads every file again.
     """
-    return dist.from_main(lambda: _identify(root, names, facts, images, trust, bits, verify, member))
+    return dist.from_main(lambda: _identify(root, names, facts, images, trust, bits, max_pixels, verify, member))
 
 
 def content_digest(root: Path, names: Sequence[bytes]) -> str:
     """The digest of these files alone, without facts."""
-    return _identify(root, names, {}, (), "content", None, False).digest
+    return _identify(root, names, {}, (), "content", None, MAX_PIXELS, False).digest
 
 
 def _identify(
@@ -92,10 +94,11 @@ def _identify(
     images: Collection[bytes] | None,
     trust: Trust,
     bits: int | None,
+    max_pixels: int,
     verify: bool,
     member: Callable[[int], Member | None] = lambda number: None,
 ) -> Identity:
-    reader = _Reader(root, trust, images, verify)
+    reader = _Reader(root, trust, images, verify, max_pixels)
     total = hashlib.blake2b(json.dumps([trust, facts], sort_keys=True).encode(), digest_size=8)
     distinct: set[bytes] = set()
     peak = 0
@@ -120,6 +123,7 @@ class _Reader:
     trust: Trust
     images: Collection[bytes] | None
     verify: bool
+    max_pixels: int = MAX_PIXELS
     known: dict[bytes, Record] = field(default_factory=dict)  # from the cache
     fresh: dict[bytes, Record] = field(default_factory=dict)  # for the cache
     changed: list[str] = field(default_factory=list)
@@ -127,6 +131,8 @@ class _Reader:
     def __post_init__(self) -> None:
         self.base = os.path.join(os.fsencode(self.root), b"")
         place = f"{self.trust} {os.fsdecode(os.path.realpath(self.base))} {self.images == ()}"
+        if self.max_pixels != MAX_PIXELS:  # of larger images no peak is known
+            place += f" {self.max_pixels}"
         key = hashlib.blake2b(place.encode("utf-8", "surrogateescape"), digest_size=DIGEST).hexdigest()
         self.cache = cache_dir() / "identity" / f"{key}.bin"
         self.known = _load(self.cache)
@@ -185,7 +191,7 @@ class _Reader:
         else:
             whole = _content(path)
             content, head = hashlib.blake2b(whole, digest_size=DIGEST).digest(), whole[:HEAD]
-        return Record(content, deep_peak(path, head) if image else 0)
+        return Record(content, deep_peak(path, head, self.max_pixels) if image else 0)
 
     def save(self) -> None:
         """Keeps what was read, if anything is new. What goes wrong with the cache is not the user's concern."""
@@ -222,11 +228,11 @@ def _load(cache: Path) -> dict[bytes, Record]:
     return {key: Record(content, peak) for key, content, peak in RECORD.iter_unpack(body)}
 
 
-def file_peak(path: Path) -> int:
+def file_peak(path: Path, max_pixels: int = MAX_PIXELS) -> int:
     """See `deep_peak`; 0 for a file that cannot be read: whoever reads the image says so."""
     try:
         with open_regular(path) as file:
             head = file.read(HEAD)
     except UserError:
         return 0
-    return deep_peak(path, head)
+    return deep_peak(path, head, max_pixels)

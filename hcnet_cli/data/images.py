@@ -172,7 +172,7 @@ def may_be_deep(name: bytes) -> bool:
     return name.lower().endswith(DEEP_ENDINGS)
 
 
-def deep_peak(path: Source, head: bytes) -> int:
+def deep_peak(path: Source, head: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """The value that all but a few hot pixels of an image of more than 8 bits do not exceed, from 1 up.
 
     0 for any other file. `head`: its first 64 bytes. Only PNG files that say so and formats whose header does not tell
@@ -184,7 +184,7 @@ def deep_peak(path: Source, head: bytes) -> int:
     elif not head.startswith(DEEP_STARTS):
         return 0
     try:
-        with opened(path) as file:
+        with opened(path, max_pixels) as file:
             values = _deep_values(path, file)
     except UnusableImageError:
         return 0

@@ -203,7 +203,7 @@ def _one_image(recipe: Recipe, info: RunInfo, file: Path) -> tuple[list[Tensor],
     """
     config: Any = recipe.data
     try:
-        bits = info.data.bits or config.bits or bits_of(file_peak(file))
+        bits = info.data.bits or config.bits or bits_of(file_peak(file, config.max_pixels))
         image = read_image(file, bits=bits, max_pixels=config.max_pixels)
     except UnusableImageError as error:
         raise UserError(str(error)) from None

@@ -25,6 +25,8 @@ from hcnet_cli import rng
 from hcnet_cli.console import UserError
 from hcnet_cli.schema import Triple
 
+LONGEST_RATIO = 100  # of the sides of an image that is resized as a whole for evaluation
+
 # --- one image --------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +136,19 @@ def eval_transform(*, img_size: int, crop_pct: float = 0.875, interpolation: str
     At crop_pct 0.875 that is the reference's int(256 / 224 * img_size).
     """
     transform: Any = create_transform(img_size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
-    return Transform(transform.transforms[:-1])
+    return Transform([without_far_ends, *transform.transforms[:-1]])
+
+
+def without_far_ends(image: Image.Image) -> Image.Image:
+    """The middle of an image that is more than LONGEST_RATIO times as long as wide; the image itself otherwise.
+
+    What is cut off lies far from the centre crop. Resized, 65,535 x 1 pixels would need gigabytes.
+    """
+    most = LONGEST_RATIO * min(image.size)
+    if max(image.size) <= most:
+        return image
+    left, top = ((side - most) // 2 if side > most else 0 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 # --- a batch ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from timm.data import RealLabelsImagenet
 from torch.utils.data import Dataset
 
 from hcnet_cli.console import UserError
-from hcnet_cli.data.folders import LeftOut, Packed, reading_folder, walk
+from hcnet_cli.data.folders import LeftOut, Packed, reading_folder, subfolders, walk
 from hcnet_cli.data.identity import Trust, identify
 from hcnet_cli.data.images import read_image
 from hcnet_cli.data.loader import SampleRequest
@@ -77,12 +77,15 @@ class Benchmark:
             parts.append(f"over its {len(self.only)} classes")
         if self.several:
             parts.append(f"any label of an image is right, {self.unlabelled:,} without one left out")
-        if self.groups:
+        if self.group is not None:
             corruptions = dict.fromkeys(corruption for corruption, _ in self.groups)
             severities = dict.fromkeys(severity for _, severity in self.groups)
             parts.append(
                 f"mean over {len(corruptions)} corruptions and severities {', '.join(severities)}, not normalised"
             )
+            sizes = set(np.bincount(self.group).tolist())
+            if len(sizes) > 1:
+                parts.append(f"{min(sizes):,} to {max(sizes):,} images of each severity")
         return ", ".join(parts)
 
 
@@ -101,10 +104,12 @@ def require(name: str, classes: Sequence[str], root: Path, config: ImageFolder) 
             f"{name} needs a model of the 1,000 classes of ImageNet-1K; this one has {len(classes):,} "
             f"({', '.join(classes[:3])}, ...)."
         )
-    return read(name, root, config.trust, config.bits)
+    return read(name, root, config.trust, config.bits, config.max_pixels)
 
 
-def read(name: str, root: Path, trust: Trust = "content", bits: int | None = None) -> Benchmark:
+def read(
+    name: str, root: Path, trust: Trust = "content", bits: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Benchmark:
     """Lists the images of a test set; every file is read once for the digest, unless `trust` says otherwise.
 
     UserError for a folder that is not laid out as the set is, and for one without images.
@@ -114,15 +119,10 @@ def read(name: str, root: Path, trust: Trust = "content", bits: int | None = Non
     if not made["labels"]:
         raise UserError(f"{root} holds no images of {name}.", hint=f"{name}: {IN_FOLDERS[name]}")
     facts = {"benchmark": name, "labels": made["labels"], "several": made.get("several", [])}
-    identity = identify(root, made["names"], facts, trust=trust, bits=bits)
+    identity = identify(root, made["names"], facts, trust=trust, bits=bits, max_pixels=max_pixels)
     arrays: dict[str, Any] = {k: np.array(made[k], dtype=np.int64) for k in ("labels", "group") if k in made}
     rest = {**made, **arrays, "names": Packed(made["names"])}
     return Benchmark(name=name, root=root, digest=identity.digest, bits=identity.bits, **rest)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
 def _by_class(name: str, root: Path, below: str, numbers: dict[str, int]) -> tuple[list[bytes], list[int]]:
@@ -130,7 +130,7 @@ def _by_class(name: str, root: Path, below: str, numbers: dict[str, int]) -> tup
     names: list[bytes] = []
     labels: list[int] = []
     left_out: LeftOut = {}
-    for folder in _subfolders(root / below):
+    for folder in subfolders(root / below):
         if folder not in numbers:
             raise UserError(f"{root / below / folder} is no class of {name}.", hint=f"{name}: {IN_FOLDERS[name]}")
         prefix = os.fsencode(os.path.join(below, folder, ""))
@@ -169,11 +169,14 @@ def _real(root: Path) -> dict[str, Any]:
 
 
 def _grouped(root: Path) -> dict[str, Any]:
-    """The images of the 15 corruptions that count, by corruption and severity; the four further ones are left out."""
+    """The images of the 15 corruptions that count, by corruption and severity; the four further ones are left out.
+
+    UserError where a corruption lacks a severity that another one has.
+    """
     numbers = {synset: number for number, synset in enumerate(synsets())}
     found: dict[str, Any] = {"names": [], "labels": [], "groups": [], "group": []}
     for corruption in CORRUPTIONS_OF_C:
-        severities = _subfolders(root / corruption) if (root / corruption).is_dir() else []
+        severities = subfolders(root / corruption) if (root / corruption).is_dir() else []
         for severity in severities:
             if severity not in SEVERITIES:
                 raise UserError(f"{root / corruption / severity} is no severity: they are 1 to 5.")
@@ -183,7 +186,21 @@ def _grouped(root: Path) -> dict[str, Any]:
                 found["groups"].append((corruption, severity))
                 found["names"] += names
                 found["labels"] += labels
+    _require_even(root, found["groups"])
     return found
+
+
+def _require_even(root: Path, groups: Sequence[tuple[str, str]]) -> None:
+    of: dict[str, set[str]] = {}
+    for corruption, severity in groups:
+        of.setdefault(corruption, set()).add(severity)
+    everywhere = {severity for _, severity in groups}
+    if missing := [f"{name}/{severity}" for name, own in of.items() for severity in sorted(everywhere - own)]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{root} lacks {', '.join(missing[:3])}{more}: a mean over uneven severities says little.",
+            hint="Unpack them, or leave out the corruption or the severity as a whole.",
+        )
 
 
 class BenchmarkImages(Dataset[dict[str, Any]]):

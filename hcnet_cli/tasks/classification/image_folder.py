@@ -24,7 +24,7 @@ from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean, warn
 from hcnet_cli.data import archive
 from hcnet_cli.data.audit import Audit, Item
-from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, reading_folder, walk
+from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, reading_folder, subfolders, walk
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import first_usable, read_image
 from hcnet_cli.data.loader import SampleRequest, Shards
@@ -42,7 +42,9 @@ from hcnet_cli.tasks.classification.folds import NOTE, deal
 from hcnet_cli.tasks.classification.imagenet import is_imagenet, part_of_imagenet
 
 SPLITS = ("train", "val")
+READING = {"trust", "bits", "max_pixels"}  # fields of the recipe's section
 BENCHMARK = spec.SPEC.benchmark
+WITHOUT_VAL = "Without val/, cross-validate: train with --set data.folds=5."
 LAYOUT = "An image folder holds train/<class>/ and val/<class>/ with the images inside."
 
 
@@ -108,6 +110,7 @@ def scan(
     *,
     trust: Trust = "content",
     bits: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     verify: bool = False,
     report: Report = refuse,
     splits: Sequence[str] = SPLITS,
@@ -124,7 +127,7 @@ def scan(
         _check_layout(root, archives.tars, splits)
         tars = {split: archive.read(archives, split) for split in SPLITS if split in archives.tars}
         folders = [split for split in SPLITS if split not in tars and (root / split).is_dir()]
-        classes = tars["train"].classes if "train" in tars else tuple(_subfolders(root / "train"))
+        classes = tars["train"].classes if "train" in tars else tuple(subfolders(root / "train"))
         files = dict.fromkeys(SPLITS, NO_FILES)
         tell = {split: report if split in splits else lambda problem: None for split in (*tars, *folders)}
         for split in tell:
@@ -144,7 +147,8 @@ def scan(
         return None if part.members is None else part.members.member(place, os.fsdecode(names[number]))
 
     facts = {"layout": "image-folder", "classes": classes, "images": [len(files[split]) for split in SPLITS]}
-    identity = identify(root, names, facts, member=member, trust=trust, bits=bits, verify=verify)
+    measured: dict[str, Any] = {"trust": trust, "bits": bits, "max_pixels": max_pixels, "verify": verify}
+    identity = identify(root, names, facts, member=member, **measured)
     archives.require_unchanged(identity.digest)
     train, val = files["train"], files["val"]
     whole = is_imagenet(classes, len(train), len(val), identity.num_distinct)
@@ -177,11 +181,6 @@ def _names(split: str, classes: Sequence[str], files: Files) -> list[bytes]:
     return [folders[label] + files.names[i] for i, label in enumerate(files.labels.tolist())]
 
 
-def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-
-
 def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]], splits: Sequence[str]) -> None:
     check_folder(str(root), hint=LAYOUT)
     missing = [split for split in splits if split not in tars and not (root / split).is_dir()]
@@ -196,8 +195,8 @@ def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]], splits: Sequen
     if others:
         hint = f"It looks like data for another command: hcnet {others[0]} --data {root}"
     elif missing == ["val"]:
-        hint += " Without val/, cross-validate: train with --set data.folds=5."
-    elif found := _subfolders(root):
+        hint += f" {WITHOUT_VAL}"
+    elif found := subfolders(root):
         hint += f" It has: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}."
     folders = " and no ".join(f"{split}/" for split in missing)
     raise UserError(f"The data folder {root} has no {folders} folder.", hint=hint)
@@ -205,7 +204,7 @@ def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]], splits: Sequen
 
 def _check_classes(folder: Path, classes: tuple[str, ...], tars: archive.Contents | None) -> None:
     """Raises UserError unless a split has class folders, all of them among the training classes."""
-    found = _subfolders(folder) if tars is None else list(tars.classes)
+    found = subfolders(folder) if tars is None else list(tars.classes)
     if not found and tars is not None:
         raise UserError(f"The tars of {folder} hold no images.")
     if not found:
@@ -230,7 +229,7 @@ def _count_and_names(names: list[str]) -> str:
 
 
 def _files(folder: Path, classes: tuple[str, ...], left_out: LeftOut, report: Report) -> Files:
-    present = set(_subfolders(folder))
+    present = set(subfolders(folder))
     names: list[bytes] = []
     counts, empty = [], []
     for name in classes:
@@ -324,7 +323,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
 
 def open_data(config: spec.ImageFolder, head: Part, root: Path, seed: int) -> DataSplits:
     """Scans the folder and makes both data sets; UserError for what is wrong with it."""
-    return splits(config, scan(root, trust=config.trust, bits=config.bits, splits=needed(config)), seed)
+    return splits(config, scan(root, **config.model_dump(include=READING), splits=needed(config)), seed)
 
 
 def needed(config: spec.ImageFolder) -> Sequence[str]:
@@ -419,9 +418,8 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
     problems: list[UserError] = []
     index = None
     with reported(problems.append):
-        index = scan(
-            root, trust=config.trust, bits=config.bits, verify=True, report=problems.append, splits=needed(config)
-        )
+        reading = config.model_dump(include=READING)
+        index = scan(root, **reading, verify=True, report=problems.append, splits=needed(config))
     if index is None:
         return Audit(dataset_name(root, BENCHMARK, False), root, "image folder", "images", [], {}, problems=problems)
     if config.folds is not None:

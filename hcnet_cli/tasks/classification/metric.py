@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from hcnet_cli import calibration, charts, dist, pictures
-from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import distinct
+from hcnet_cli.engine.finite import require_finite
 from hcnet_cli.engine.strip import IMAGES
 from hcnet_cli.files import optional, write_text
 from hcnet_cli.tasks.classification.mistakes import GREEN, RED, Mistake, draw_mistakes, mistakes, worst
@@ -72,11 +72,7 @@ class Accuracy:
         """
         target = batch["target"]
         num_classes = len(self.class_names)
-        if not torch.isfinite(predictions).all():
-            raise UserError(
-                "The model's scores are not finite: the weights are broken, or the precision is too low for them.",
-                hint="Evaluate with --precision fp32; if that fails too, start from an earlier checkpoint.",
-            )
+        require_finite(predictions)
         scores, order = (x[:, :5] for x in predictions.sort(dim=1, descending=True, stable=True))  # [B, 5]
         among_five = (order == target[:, None]).any(dim=1)  # [B]
         self.kept.append((torch.cat([batch["sample"][:, None], target[:, None], order], dim=1).cpu(), scores.cpu()))

@@ -30,19 +30,21 @@ ROWS = 64  # read at a time
 STATUS_SECONDS = 2.0
 ENDINGS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 NUMBERED = re.compile(r"(.*-)(\d+)-of-(\d{1,6})(-[0-9a-f]+)?\.parquet")
+TEXTS, BYTES = {"string", "large_string", "string_view"}, {"binary", "large_binary", "binary_view"}  # Arrow's types
+PANDAS_INDEX = "__index_level_"
 KNOWN = "A table holds a column of images ({bytes, path}, or bytes) and a column of labels (whole numbers or names)."
 
 
 def _splits(root: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each split: data/train-00000-of-00002.parquet, or train/0000.parquet."""
+    """The Parquet files of each split: data/train-00000-of-00002.parquet, or train/0000.parquet. val may be missing."""
     found = parquet_files(root)
     splits: dict[str, list[Path]] = {}
     for path in found:
         if named := NAMED.search(path.name) or NAMED.search(path.parent.name):
             splits.setdefault(SPLIT[named[1]], []).append(path)
-    if missing := [split for split in ("train", "val") if split not in splits]:
+    if "train" not in splits:
         raise UserError(
-            f"{root} has no Parquet files of {' and '.join(missing)}.",
+            f"{root} has no Parquet files of train.",
             hint=f"A file's name or its folder's says the split ({', '.join(SPLIT)}). It has {found[0].name}.",
         )
     numbers: dict[tuple[str, int], set[int]] = {}
@@ -57,7 +59,7 @@ def _splits(root: Path) -> dict[str, list[Path]]:
 
 @contextlib.contextmanager
 def as_tars(root: Path, out: Path) -> Iterator[Path]:
-    """A temporary folder, beside `out`, with the images of both splits as train.tar and val.tar, class by folder.
+    """A temporary folder, beside `out`, with the images of each split as train.tar and val.tar, class by folder.
 
     UserError for a file that is damaged or holds no images, a row without image or class, and a disk without room.
     """
@@ -121,20 +123,32 @@ def _rows(path: Path) -> Iterator[tuple[bytes, str, str]]:
 
 def _columns(file: pq.ParquetFile, path: Path) -> tuple[str, str, Sequence[str]]:
     """The column of images, that of labels, and the names of the classes where the table has them."""
-    import pyarrow as pa
-
     schema = file.schema_arrow
     kinds = {field.name: field.type for field in schema}
-    images = [name for name, kind in kinds.items() if pa.types.is_binary(kind) or _is_image(kind)]
-    labels = [name for name, kind in kinds.items() if pa.types.is_integer(kind) or pa.types.is_string(kind)]
+    images = [name for name, kind in kinds.items() if str(kind) in BYTES or _is_image(kind)]
     named = _class_names(schema.metadata or {})
-    for wanted in (set(named), {"label", "labels"}):
-        labels = [name for name in labels if name in wanted] or labels
+    marked = [name for name in kinds if name in named]
+    called = [name for name in marked or kinds if name in ("label", "labels")]
+    others = [name for name, kind in kinds.items() if _is_label(kind) and not name.startswith(PANDAS_INDEX)]
+    labels = called or marked or others
     for what, found in (("images", images), ("labels", labels)):
         if len(found) != 1:
             many = f"{len(found)} columns that may be" if found else "no column of"
             raise UserError(f"{path} has {many} {what}: {', '.join(found or kinds)}.", hint=KNOWN)
+    if not _is_label(kinds[labels[0]]):
+        raise UserError(
+            f'The column "{labels[0]}" of {path} has the type {kinds[labels[0]]}: a label is a whole number or a name.'
+        )
     return images[0], labels[0], named.get(labels[0], ())
+
+
+def _is_label(kind: Any) -> bool:
+    """Whether a column of this Arrow type holds whole numbers or texts."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_integer(kind) or str(kind) in TEXTS
 
 
 def _is_image(kind: Any) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hcnet_cli import pictures
+from hcnet_cli.engine.finite import require_finite
 from hcnet_cli.files import write_text
 from hcnet_cli.schema import DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.classification import augment
@@ -37,8 +38,10 @@ class Predictor:
         self.lines: list[str] = []
 
     def predict(self, items: Sequence[dict[str, Any]], to_device: Callable[[Any], Any]) -> list[Answer]:
-        scores: Tensor = self.task.predict(to_device(augment.collate(items))).softmax(dim=1)  # [B, num_classes]
-        best, order = (x[:, :BEST].cpu().tolist() for x in scores.sort(dim=1, descending=True, stable=True))
+        scores: Tensor = self.task.predict(to_device(augment.collate(items)))  # [B, num_classes]
+        require_finite(scores)
+        ranked = scores.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        best, order = (x[:, :BEST].cpu().tolist() for x in ranked)
         names = self.task.class_names
         return [Answer([names[i] for i in row], values) for row, values in zip(order, best, strict=True)]
 

@@ -27,7 +27,7 @@ from hcnet_cli.data import archive
 from hcnet_cli.data.folders import reading_folder
 from hcnet_cli.data.member import Member, Source
 from hcnet_cli.files import existing_parent, new_folder, sync, writing
-from hcnet_cli.tasks.classification.image_folder import SPLITS, Files, ImageFolder, scan
+from hcnet_cli.tasks.classification.image_folder import SPLITS, WITHOUT_VAL, Files, ImageFolder, scan
 
 STATUS_SECONDS = 2.0
 BLOCK = archive.BLOCK
@@ -37,11 +37,14 @@ END = 20 * BLOCK  # of a tar: two empty blocks, filled up
 def write(folder: Path, out: Path, size: int) -> None:
     """Writes the images of a folder into tars of about `size` bytes in a new folder: whole, or not at all.
 
+    A folder may lack val/, as data.folds has no use for it; then there are no tars of it.
+
     UserError for data that training would refuse, an `out` that exists, and a disk without room, before writing.
     """
     check_out(out)
-    index = scan(folder)
-    splits = {split: ImageFolder(index, split, lambda image: {}) for split in SPLITS}
+    there = SPLITS if _has_validation(folder) else SPLITS[:1]
+    index = scan(folder, splits=there)
+    splits = {split: ImageFolder(index, split, lambda image: {}) for split in there}
     with reading_folder(folder):
         sizes = {split: [_size(images.sample_path(i)) for i in range(len(images))] for split, images in splits.items()}
     need = sum(_blocks(one) + 5 * BLOCK for found in sizes.values() for one in found)
@@ -57,7 +60,16 @@ def write(folder: Path, out: Path, size: int) -> None:
             json.dump(info, file, indent=1)
         sync(temporary / archive.INFO)
     count = sum(len(part["filenames"]) for part in info["splits"].values())
-    notice(f"Wrote {len(splits['train']):,} training and {len(splits['val']):,} validation images as {count} tars.")
+    tars = f"{count} tar{'s' if count > 1 else ''}"
+    if "val" in splits:
+        notice(f"Wrote {index.num_train:,} training and {index.num_val:,} validation images as {tars}.")
+    else:
+        notice(f"Wrote {index.num_train:,} training images as {tars}. {WITHOUT_VAL}")
+
+
+def _has_validation(folder: Path) -> bool:
+    with reading_folder(folder):
+        return (folder / "val").is_dir() or "val" in archive.find(folder).tars
 
 
 def check_out(out: Path) -> None:

@@ -182,8 +182,14 @@ def build_evaluation(
     transform = augment.eval_transform(img_size=size, interpolation=config.interpolation, crop_pct=crop)
     resized = f"{size} x {size}, crop {crop:g}"
     if entry.on in spec.IN_FOLDERS:
+        if entry.path is None and data.val.files.members is not None:
+            raise UserError(
+                f"{entry.on} reads image files in folders, and the images of this run are in tars.",
+                hint=f"--data FOLDER, where they lie as files: {spec.IN_FOLDERS[entry.on]}.",
+            )
         root = Path(os.path.expanduser(entry.path or data.val.folder))
-        return _on_benchmark(task, benchmarks.require(entry.on, task.class_names, root, config), transform, resized)
+        images = benchmarks.require(entry.on, task.class_names, root, config)
+        return _on_benchmark(task, benchmarks.BenchmarkImages(images, transform, config.max_pixels), resized)
     if entry.on in ("knn", "probe"):
         return _on_features(entry.on, task, data, data.val.with_transform(transform), resized)
     if entry.on == "corruptions":
@@ -196,9 +202,10 @@ def build_evaluation(
 
 
 def _on_benchmark(
-    task: ClassificationTask, images: benchmarks.Benchmark, transform: Callable[[Image.Image], Any], resized: str
+    task: ClassificationTask, data: benchmarks.BenchmarkImages, resized: str
 ) -> tuple[ClassificationTask, RequestDataset, Collate | None]:
     """What scores the model on one of ImageNet's further test sets."""
+    images = data.images
     evaluator: Callable[..., Accuracy] = Accuracy
     protocols = {**CALIBRATION, **INTERVAL}
     if images.several:
@@ -212,7 +219,7 @@ def _on_benchmark(
         *(task.model, names, task.normalise, None, 0.0, images.sample_name), only=images.only, evaluator=evaluator
     )
     view.protocol, view.protocols = f"{images.protocol}, {resized}", MappingProxyType(protocols)
-    return view, benchmarks.BenchmarkImages(images, transform), augment.collate
+    return view, data, augment.collate
 
 
 def _corrupted(

@@ -46,7 +46,7 @@ class Truth:
     boxes: NDArray[np.float64]  # [S, 4] x, y, width, height
     areas: NDArray[np.float64]  # [S]
     crowds: NDArray[np.bool_]  # [S]
-    segments: Packed | None  # [S]
+    segments: Packed | None  # [S], b"" for an object that is scored as a box alone
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,7 +56,7 @@ class Truth:
 class Annotations:
     """One annotation file. Images are in the file's order, objects (without crowds) are sorted by image.
 
-    Objects of image i are rows first[i] to first[i + 1]. `dropped` and `clipped` list annotation ids, by reason.
+    Objects of image i are rows first[i] to first[i + 1]. `dropped` and `unscored` list annotation ids, by reason.
     """
 
     file: Path
@@ -73,7 +73,9 @@ class Annotations:
     ids: NDArray[np.int64]  # [A], of the annotations
     segments: Packed | None  # [A], see masks.py
     dropped: dict[str, list[int]] = field(default_factory=dict)
-    clipped: list[int] = field(default_factory=list)
+    unscored: dict[str, list[int]] = field(default_factory=dict)  # what `truth` lacks, wholly or the mask of
+    clipped: list[int] = field(default_factory=list)  # ids
+    overhanging: list[int] = field(default_factory=list)  # ids; see `_overhangs`
     num_annotations: int = 0  # in the file, crowds and dropped ones included
     num_as_text: int = 0  # annotations whose `iscrowd` or `ignore` is written as text
     truth: Truth | None = None  # of a file that predictions are scored against
@@ -90,30 +92,10 @@ class Annotations:
         height, width = self.sizes[i].tolist()
         return mask_bytes.decode(mask_bytes.unpack(self.segments[row], height, width), height, width)
 
-    def off_mask(self, most: int | None = None) -> tuple[list[int], int]:
-        """(ids of the annotations whose box is not around their mask, how many were looked at: all, or about `most`).
-
-        The box and the mask's bounds have an IoU below 0.5, and a side is off by more than 2 pixels. ([], 0) without
-        masks.
-        """
-        total = len(self.segments) if self.segments is not None else 0
-        rows = np.arange(0, total, max(1, total // most) if most else 1)
-        images = np.searchsorted(self.first, rows, side="right") - 1
-        around = [
-            mask_bytes.bounds(self.segments[row], *self.sizes[i].tolist())  # type: ignore[index]
-            for row, i in zip(rows.tolist(), images.tolist(), strict=True)
-        ]
-        ours, theirs = self.boxes[rows].astype(np.float64), np.array(around, dtype=np.float64).reshape(-1, 4)
-        shared = np.minimum(ours, theirs)[:, 2:] - np.maximum(ours, theirs)[:, :2]
-        overlap = shared.clip(0).prod(axis=1)
-        union = sum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (ours, theirs)) - overlap
-        off = (overlap < 0.5 * union) & (np.abs(ours - theirs).max(axis=1, initial=0) > 2)
-        return self.ids[rows[off]].tolist(), len(rows)
-
     def coco(self, image_ids: Collection[int] | None = None) -> dict[str, Any]:
         """The ground truth as COCOeval needs it, of all images or of some.
 
-        Ids count from 1: COCOeval takes a match with id 0 as none.
+        Ids count from 1: COCOeval takes a match with id 0 as none. An object without a usable mask has no segmentation.
         """
         truth = self.truth
         assert truth is not None
@@ -132,7 +114,7 @@ class Annotations:
                 "area": float(truth.areas[n]),
                 "iscrowd": int(truth.crowds[n]),
             }
-            if truth.segments is not None:
+            if truth.segments is not None and truth.segments[n]:
                 entry["segmentation"] = mask_bytes.unpack(truth.segments[n], *sizes[i])
             entries.append(entry)
         images = [
@@ -164,7 +146,9 @@ class _Object(NamedTuple):
 # reasons for which an object cannot be scored either
 NOT_A_NUMBER, NEGATIVE = "box with a value that is not a number", "box of negative width or height"
 NO_BOX = (NOT_A_NUMBER, NEGATIVE)
-NO_MASK = "no mask"
+NO_MASK, NO_POLYGON = "no mask", "polygon of fewer than 3 points"
+NOT_SCORED, BOX_ALONE = "not scored: {reason}", "scored as boxes alone: no usable mask"  # `Annotations.unscored`
+OVERHANG = 0.1, 2.0  # of the image's side, and pixels: further beyond it reaches no box by rounding
 
 
 def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False, report: Report = refuse) -> Annotations:
@@ -176,8 +160,8 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False, r
     has no COCO lists.
 
     With `scoring` also the ground truth that predictions are scored against. As in pycocotools it holds every object,
-    those that training leaves out included, but not what nobody can score: boxes whose numbers make no box and, with
-    `masks`, objects without one.
+    those that training leaves out included, but not boxes whose numbers make no box. An object without a usable mask is
+    scored as a box, so that box AP has one truth with and without `masks`.
     """
     data, digest = _parse(file, "d" if scoring else "f")
     images, entries, categories = (_listed(data, kind, file, report) for kind in LISTS)
@@ -200,7 +184,9 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False, r
     kept: list[_Object] = []
     scored: list[_Object] = []
     dropped: dict[str, list[int]] = {}
+    unscored: dict[str, list[int]] = {}
     clipped: list[int] = []
+    overhanging: list[int] = []
     for entry in entries:
         found = None
         with reported(report):
@@ -208,14 +194,20 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False, r
         if found is None:
             continue
         annotated[found.image] = True
-        if scoring and found.reason not in NO_BOX and (found.mask or not masks):
+        if scoring and found.reason in NO_BOX:
+            unscored.setdefault(NOT_SCORED.format(reason=found.reason), []).append(found.id)
+        elif scoring:
             scored.append(found)
+            if masks and not found.mask:
+                unscored.setdefault(BOX_ALONE, []).append(found.id)
         if found.reason:
             dropped.setdefault(found.reason, []).append(found.id)
             continue
         x, y, width, height = found.bbox
         if found.inside != [x, y, x + width, y + height]:
             clipped.append(found.id)
+        if _overhangs(found.bbox, *sizes[found.image].tolist()):
+            overhanging.append(found.id)
         kept.append(found)
     if maskless := dropped.pop(NO_MASK, []):
         report(
@@ -242,7 +234,9 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False, r
         ids=np.array([one.id for one in kept], dtype=np.int64),
         segments=Packed([one.mask for one in kept]) if masks else None,
         dropped=dropped,
+        unscored=unscored,
         clipped=clipped,
+        overhanging=overhanging,
         num_annotations=len(data["annotations"]),
         num_as_text=sum(any(isinstance(entry.get(key), str) for key in ("iscrowd", "ignore")) for entry in entries),
         truth=_truth(scored, masks) if scoring else None,
@@ -376,7 +370,7 @@ def _read_object(
                 mask = mask_bytes.pack(segmentation, height, width)
             except ValueError as error:
                 raise UserError(f"{file}: annotation id {entry['id']} has {error}.") from None
-            reason = reason or ("" if mask else "polygon of fewer than 3 points")
+            reason = reason or ("" if mask else NO_POLYGON)
         reason = reason or ("" if mask else NO_MASK)
     return _Object(entry["id"], image, label, bbox, inside, area, crowd, mask, reason)
 
@@ -415,6 +409,13 @@ def _bbox(entry: dict[str, Any], height: int, width: int, file: Path) -> list[fl
             f"{width}."
         )
     return bbox
+
+
+def _overhangs(bbox: list[float], height: int, width: int) -> bool:
+    """Whether a box reaches far beyond the right or the lower border, as boxes do that are two corners."""
+    share, pixels = OVERHANG
+    ends = bbox[0] + bbox[2] - width, bbox[1] + bbox[3] - height
+    return any(end > max(share * side, pixels) for end, side in zip(ends, (width, height), strict=True))
 
 
 def _area(entry: dict[str, Any], bbox: list[float], file: Path) -> float:

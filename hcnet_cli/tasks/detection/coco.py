@@ -31,13 +31,12 @@ from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS
 from hcnet_cli.tasks.detection import spec
-from hcnet_cli.tasks.detection.annotations import NO_MASKS_HINT, Annotations
+from hcnet_cli.tasks.detection.annotations import NO_BOX, NO_MASKS_HINT, NO_POLYGON, Annotations
 from hcnet_cli.tasks.detection.folder import check_sizes, open_folder
 from hcnet_cli.tasks.detection.geometry import Scene, crop, flip, random_window, resize
+from hcnet_cli.tasks.detection.misplaced import BOXES, FEW, misplaced
 
 MOST_COMPARED = 2000  # boxes with their masks, of a split, before training; `hcnet check` compares all
-FEW_OFF = 0.01  # share of the boxes: fewer that are not around their masks are slips of single annotations
-BOXES = "COCO's boxes are [x, y, width, height], not two corners."
 
 # --- images and their objects -----------------------------------------------------------------------------------------
 
@@ -205,11 +204,10 @@ def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path, seed: int) -> 
     for found in (train, val):
         if found.num_as_text:
             notice(f"{found.file}: {found.num_as_text:,} annotations have iscrowd or ignore as text; read as 0 or 1.")
-        off, seen = found.off_mask(MOST_COMPARED)
-        if len(off) > FEW_OFF * seen:
+        if (off := misplaced(found, MOST_COMPARED)).many:
             warn(
-                f"{found.file}: {len(off) / seen:.0%} of {seen:,} boxes are not around their masks, the first is that "
-                f"of annotation id {off[0]}. {BOXES}"
+                f"{found.file}: {len(off.ids) / off.seen:.0%} of {off.seen:,} boxes are {off.how}, the first is that "
+                f"of annotation id {off.ids[0]}. {BOXES}"
             )
     if folder.linked:
         notice(f"{root}: {len(folder.linked):,} images are links out of the folder, the first is {folder.linked[0]}.")
@@ -268,7 +266,7 @@ def audit(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> Audit:
         max_pixels=config.max_pixels,
         problems=problems,
     )
-    reported_below = ("training objects", "training images without")  # for both splits
+    reported_below = ("training objects", "validation objects", "training images without")
     unused = {reason: files for reason, files in folder.left_out.items() if not reason.startswith(reported_below)}
     made.note_identity(folder.identity, unused, folder.notes)
     made.note("images that are links out of the data folder", [made.relative(file) for file in folder.linked])
@@ -280,15 +278,29 @@ def audit(config: spec.Coco, head: spec.MaskRCNN, root: Path) -> Audit:
         counts = np.bincount(found.labels, minlength=len(names) + 1)[1:]
         for name, count in zip(names, counts, strict=False):  # splits with other classes are a problem
             made.classes[name][split] = int(count)
-        for reason, ids in found.dropped.items():
-            what = f"{split} annotations left out" if reason != "crowd" else f"{split} annotations not learned from"
-            made.note(f"{what} ({reason})", [f"annotation id {i}" for i in ids])
-        made.note(f"{split} boxes clipped to their image", [f"annotation id {i}" for i in found.clipped])
-        off, seen = found.off_mask()
-        many = len(off) > FEW_OFF * seen
-        what = f"{split} boxes not around their masks, {len(off):,} of {seen:,}"
-        made.note(f"{what}: {BOXES}" if many else what, [f"annotation id {i}" for i in off], wrong=many)
+        _note_objects(made, split, found)
         bare = [made.relative(file) for file, has in zip(files, found.annotated, strict=True) if not has]
         made.note(f"{split} images without annotations", bare)
         made.note(f"classes without {split} objects", [n for n in names if not made.classes[n].get(split)])
     return made
+
+
+def _note_objects(made: Audit, split: str, found: Annotations) -> None:
+    """Adds the annotations of a split that are not used, or not as they are."""
+
+    def note(what: str, ids: Sequence[int], wrong: bool = False) -> None:
+        made.note(what, [f"annotation id {i}" for i in ids], wrong=wrong)
+
+    for reason, ids in found.dropped.items():
+        if reason == "crowd":
+            note(f"{split} annotations not learned from (crowd)", ids)
+        elif split == "train":
+            note(f"train annotations left out ({reason})", ids)
+        elif reason not in (*NO_BOX, NO_POLYGON):
+            note(f"val annotations that are scored, though training leaves such out ({reason})", ids)
+    for reason, ids in found.unscored.items():
+        note(f"val annotations {reason}", ids, wrong=len(ids) > FEW * found.num_annotations)
+    note(f"{split} boxes clipped to their image", found.clipped)
+    off = misplaced(found)
+    what = f"{split} boxes {off.how}, {len(off.ids):,} of {off.seen:,}"
+    note(f"{what}: {BOXES}" if off.many else what, off.ids, wrong=off.many)

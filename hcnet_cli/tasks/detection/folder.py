@@ -110,8 +110,8 @@ def is_coco(train: Annotations, val: Annotations, num_distinct: int) -> bool:
 class CocoFolder:
     """A checked data folder.
 
-    `left_out`: files and objects that training does not use, by reason. `linked`: images that lie outside of the data
-    folder and are only linked from it.
+    `left_out`: files and objects that training or scoring does not use, by reason. `linked`: images that lie outside of
+    the data folder and are only linked from it.
     """
 
     root: Path
@@ -161,6 +161,7 @@ def open_folder(
         },
         trust=config.trust,
         bits=config.bits,
+        max_pixels=config.max_pixels,
         verify=verify,
     )
     name = dataset_name(root, spec.SPEC.benchmark, is_coco(train, val, identity.num_distinct))
@@ -192,11 +193,13 @@ def _linked(root: Path, found: Annotations, folder: Path) -> list[str]:
 def _left_out(
     root: Path, splits: Sequence[tuple[Annotations, Path]], min_side: int, used: Mapping[bytes, None]
 ) -> LeftOut:
-    """Training objects and images that training does not use, and image files that no annotation file names."""
-    train = splits[0][0]
-    left_out: LeftOut = {
-        f"training objects ({reason})": [f"annotation id {i}" for i in ids] for reason, ids in train.dropped.items()
-    }
+    """Training objects and images that training does not use, validation objects that are not or not wholly scored, and
+    image files that no annotation file names.
+    """
+    train, val = splits[0][0], splits[1][0]
+    objects = {f"training objects ({reason})": ids for reason, ids in train.dropped.items()}
+    objects |= {f"validation objects ({reason})": ids for reason, ids in val.unscored.items()}
+    left_out: LeftOut = {reason: [f"annotation id {i}" for i in ids] for reason, ids in objects.items()}
     bare, small = ~train.annotated, train.annotated & (train.sizes.min(axis=1) < min_side)
     for reason, rows in (("without annotations", bare), (f"smaller than {min_side} pixels", small)):
         if rows.any():

@@ -26,6 +26,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from hcnet_cli.engine.finite import require_finite
 from hcnet_cli.models.backbone import Pyramid
 from hcnet_cli.tasks.detection import spec
 
@@ -202,7 +203,8 @@ class MaskRCNN(nn.Module):
         noise: Tensor | None = None,
         uniform: Uniform | None = None,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses when targets are given, else detections in the coordinates of the images given.
+        """Losses when targets are given, else detections in the coordinates of the images given, or UserError for
+        scores, boxes or masks that are not finite.
 
         images: normalised, [3, H, W] each. targets: boxes [G, 4] float, labels [G] int64 from 1, masks [G, H, W] uint8
         (with masks). noise: for the backbone's drop path. uniform: decides which anchors and RoIs are sampled; torch's
@@ -271,6 +273,8 @@ class MaskRCNN(nn.Module):
     def _keep_best(
         self, scores: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], size: tuple[int, int]
     ) -> Tensor:
+        if not self.training:
+            require_finite(*scores, *deltas)
         use, boxes, best, levels = self.settings, [], [], []
         before, after = (
             (use.rpn_pre_train, use.rpn_post_train) if self.training else (use.rpn_pre_test, use.rpn_post_test)
@@ -359,6 +363,7 @@ class MaskRCNN(nn.Module):
     ) -> list[dict[str, Tensor]]:
         """Boxes [N, 4], scores [N] (falling), labels [N] from 1, masks [N, 28, 28] probabilities inside the boxes."""
         scores, deltas = self._box_outputs(pool(features, proposals, 7))
+        require_finite(scores, deltas)
         counts = [len(p) for p in proposals]
         found = []
         for score, delta, proposal, size in zip(
@@ -373,6 +378,7 @@ class MaskRCNN(nn.Module):
         if self.with_masks:
             boxes, labels = [d["boxes"] for d in found], torch.cat([d["labels"] for d in found])
             masks = self._mask_logits(features, boxes, labels).sigmoid()
+            require_finite(masks)
             for detection, mask in zip(found, masks.split(list(map(len, boxes))), strict=True):
                 detection["masks"] = mask
         return found

@@ -281,7 +281,7 @@ def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, ba
             return indexed
 
         # COCOeval writes into the annotations of both
-        annotations = [dict(entry) for entry in truth["annotations"]]
+        annotations = [dict(entry) for entry in truth["annotations"] if kind == "box" or "segmentation" in entry]
         ground_truth = index({**truth, "annotations": annotations})
         found = ground_truth.loadRes(results) if results else index({**truth, "annotations": []})
         evaluation = cocoeval(ground_truth, found, IOU_TYPES[kind])

@@ -111,17 +111,19 @@ def open_folder(
     scan = LabelScan({}, {})
     if scan_labels:
         scan = labels.scan(images, label_files, None if verify else scan_cache, max_pixels, report)
-    count = len(names) or num_classes or _count_classes(root, scan.first, reduce_zero_label)
+    count = len(names) or num_classes or _count_classes(root, scan.first, reduce_zero_label, ignore_index)
+    class_names = names or tuple(f"label {i + reduce_zero_label}" for i in range(count))
+    _check_numbers(root, class_names, reduce_zero_label, ignore_index)
     table = labels.label_table(count, reduce_zero_label, ignore_index)
     for value, path in sorted(scan.first.items()):
         with reported(report):
             table.check(path, np.array([value]))
-    missing = count - len({int(table.classes[value]) for value in scan.first} - {ignore_index})
+    occurring = {int(table.classes[value]) for value in scan.first} - {ignore_index}
+    missing = len(set(range(count)) - {ignore_index}) - len(occurring)
     if scan_labels and missing:
         source = "" if names or num_classes else " (their number is the largest label's; a classes.txt would name them)"
         warn(f"{missing} of {count} classes occur in no label of {root}{source}.")
     problems: list[str] = []
-    class_names = names or tuple(f"label {i + reduce_zero_label}" for i in range(count))
     if scan_labels:
         problems = _problems(class_names, scan, table, ignore_index, reduce_zero_label, report)
     images_of = {os.fsencode(os.path.relpath(path, root)) for split in SPLITS for path in images[split].tolist()}
@@ -133,6 +135,7 @@ def open_folder(
         images=images_of,
         trust=trust,
         bits=bits,
+        max_pixels=max_pixels,
         verify=verify,
     )
     whole = is_ade20k(names, len(images["training"]), len(images["validation"]), identity.num_distinct)
@@ -150,8 +153,25 @@ def open_folder(
         labels=label_files,
         table=table,
         max_pixels=max_pixels,
-        class_counts=scan.class_counts("training", table, count),
+        class_counts=scan.class_counts("training", table, count, ignore_index),
     )
+
+
+def _check_numbers(root: Path, class_names: Sequence[str], reduce_zero_label: bool, ignore_index: int) -> None:
+    """UserError for more classes than labels have values, and for a class that would be ignored by its number."""
+    most = 254 if reduce_zero_label else 256
+    if len(class_names) > most:
+        where = "; 0 and 255 are ignored (data.reduce_zero_label)" if reduce_zero_label else ""
+        raise UserError(
+            f"{root} has {len(class_names)} classes, and labels of 8 bits have room for {most}{where}.",
+            hint="classes.txt has the name of one class on each line.",
+        )
+    if reduce_zero_label and ignore_index < len(class_names):
+        raise UserError(
+            f'data.ignore_index {ignore_index} is the number of a class, "{class_names[ignore_index]}", which would be '
+            "neither trained nor scored: with data.reduce_zero_label label 1 is class 0.",
+            hint="Leave data.ignore_index out: the labels 0 and 255 are ignored.",
+        )
 
 
 def _problems(
@@ -190,9 +210,9 @@ def _problems(
     return found
 
 
-def _count_classes(root: Path, values: Collection[int], reduce_zero_label: bool) -> int:
-    """The number of classes that the largest label value implies."""
-    classes = [value - reduce_zero_label for value in values if value != 255 and (value or not reduce_zero_label)]
+def _count_classes(root: Path, values: Collection[int], reduce_zero_label: bool, ignore_index: int) -> int:
+    """The number of classes that the largest label value implies that is not ignored."""
+    classes = {value - reduce_zero_label for value in values if value != 255} - {-1, ignore_index}
     if not classes:
         raise UserError(
             f"The number of classes of {root} is not known.", hint="Write their names into classes.txt, one a line."

@@ -60,6 +60,16 @@ def label_table(num_classes: int, reduce_zero_label: bool, ignore_index: int) ->
     return LabelTable(classes.astype(np.uint8), (classes < num_classes) | (classes == ignore_index))
 
 
+def by_class(pixels: NDArray[np.int64], num_classes: int, ignore_index: int) -> NDArray[np.int64]:
+    """Numbers of pixels [256], by class or `ignore_index` -> [num_classes + 1], those that are ignored last.
+
+    A class whose number is `ignore_index` has none.
+    """
+    counts = pixels[:num_classes].copy()
+    counts[ignore_index : ignore_index + 1] = 0
+    return np.append(counts, pixels.sum() - counts.sum())
+
+
 @timed
 def read_label(path: str, table: LabelTable, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Class indices [H, W]; UserError for a value that may not occur (a GPU would only say "device-side assert")."""
@@ -109,11 +119,11 @@ class LabelScan:
         values = np.flatnonzero(self.pixels[split])
         return sorted({int(table.classes[value]) for value in values} - {ignore_index})
 
-    def class_counts(self, split: str, table: LabelTable, num_classes: int) -> NDArray[np.int64]:
+    def class_counts(self, split: str, table: LabelTable, num_classes: int, ignore_index: int) -> NDArray[np.int64]:
         """Pixels of each class in a split; those that are ignored do not count. Zeros without a scan."""
         counts = np.zeros(256, dtype=np.int64)
         np.add.at(counts, table.classes, np.array(self.pixels.get(split, [0] * 256)))
-        return counts[:num_classes]
+        return by_class(counts, num_classes, ignore_index)[:-1]
 
     def share_of_zeros(self) -> float:
         """Part of all pixels whose value is 0."""

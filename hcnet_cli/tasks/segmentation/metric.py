@@ -4,8 +4,8 @@
     Acc_c = TP_c / (TP_c + FN_c)               mAcc  its mean over the classes that are labelled
                                                aAcc  all TP / all labelled pixels
 
-Pixels labelled `ignore_index` are not counted. A class neither labelled nor predicted anywhere has no IoU: it is left
-out with a notice, never counted as 0 or 1 (mmsegmentation's nanmean does the same).
+Pixels labelled `ignore_index` are not counted, and a class of that number has no IoU. Nor has a class neither labelled
+nor predicted anywhere: it is left out with a notice, never counted as 0 or 1 (mmsegmentation's nanmean does the same).
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ Pixels = NDArray[np.uint8]
 MAX_LEGEND = 23  # classes in the legend of a picture
 
 
-def scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
+def scores(confusion: NDArray[np.int64], ignore_index: int = 255) -> dict[str, Any]:
     """From a confusion matrix [K, K] (rows: label, columns: prediction), in per cent.
 
-    mIoU, mAcc, aAcc, num_present (classes with an IoU), and arrays `iou` and `acc` [K], NaN where undefined.
+    mIoU, mAcc, aAcc, num_present (classes with an IoU), and arrays `iou` and `acc` [K], NaN where undefined: also for a
+    class whose number is `ignore_index`, which has no pixels.
     """
     hits = np.diag(confusion).astype(np.float64)
     labelled, predicted = confusion.sum(1), confusion.sum(0)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: an absent class
         iou = 100 * hits / (labelled + predicted - hits)
         acc = 100 * hits / labelled
+    iou[ignore_index : ignore_index + 1] = np.nan
     if not labelled.any():
         nothing = dict.fromkeys(("mIoU", "mAcc", "aAcc"), float("nan"))
         return {**nothing, "num_present": 0, "iou": iou, "acc": acc}
@@ -102,12 +104,12 @@ class MeanIoU:
             self._kept |= kept
         if not confusion.any() and not self.partial:
             raise UserError("No pixel of the validation set has a label: there is no mIoU.")
-        self._result = scores(confusion) | {"pixels": confusion.sum(1)}
+        self._result = scores(confusion, self.ignore_index) | {"pixels": confusion.sum(1)}
         present = self._result["num_present"]
-        if present < num_classes and not self.partial:
-            absent = [name for name, iou in zip(self.class_names, self._result["iou"], strict=True) if np.isnan(iou)]
-            some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
-            notice(f"mIoU over {present} of {num_classes} classes (absent: {some}).")
+        undefined = set(np.flatnonzero(np.isnan(self._result["iou"])).tolist())
+        if (absent := sorted(undefined - {self.ignore_index})) and not self.partial:
+            some = ", ".join(self.class_names[i] for i in absent[:5]) + (", ..." if len(absent) > 5 else "")
+            notice(f"mIoU over {present} of {present + len(absent)} classes (absent: {some}).")
         return {name: float(self._result[name]) for name in ("mIoU", "mAcc", "aAcc", "num_present")}
 
     def save(self, folder: Path) -> None:

@@ -28,7 +28,7 @@ from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD, Part
 from hcnet_cli.tasks.segmentation import augment, spec
 from hcnet_cli.tasks.segmentation.augment import Pixels
 from hcnet_cli.tasks.segmentation.folder import SPLITS, SceneFolder, open_folder
-from hcnet_cli.tasks.segmentation.labels import read_label
+from hcnet_cli.tasks.segmentation.labels import by_class, read_label
 
 # --- data sets --------------------------------------------------------------------------------------------------------
 
@@ -223,10 +223,12 @@ def audit(config: spec.SceneParsing, head: Part, root: Path) -> Audit:
     ]
 
     def count_pixels(item: Item) -> NDArray[np.int64]:
-        counts = np.bincount(read_label(item.annotation, folder.table, folder.max_pixels).ravel(), minlength=256)
-        return np.append(counts[: folder.num_classes], counts[folder.num_classes :].sum())
+        pixels = np.bincount(read_label(item.annotation, folder.table, folder.max_pixels).ravel(), minlength=256)
+        return by_class(pixels, folder.num_classes, folder.ignore_index)[[*scored, -1]]
 
-    classes: dict[str, dict[str, float]] = {name: {} for name in distinct(folder.class_names)}
+    names = distinct(folder.class_names)
+    scored = [i for i in range(folder.num_classes) if i != folder.ignore_index]
+    classes: dict[str, dict[str, float]] = {names[i]: {} for i in scored}
     made = Audit(
         *(folder.name, root, "ADE20K", "% of the pixels", items, classes, count_pixels),
         bits=folder.identity.bits,

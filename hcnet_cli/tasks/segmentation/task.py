@@ -23,6 +23,7 @@ from hcnet_cli.data.images import read_image, to_picture
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
+from hcnet_cli.engine.finite import require_finite
 from hcnet_cli.rng import keyed_uniform
 from hcnet_cli.schema import IMAGENET_MEAN, IMAGENET_STD, NORMALISATION, DataPart, EvaluationPart, Part
 from hcnet_cli.tasks.segmentation.metric import MeanIoU, legend
@@ -200,8 +201,9 @@ def label_map(views: Sequence[View], size: Sequence[int]) -> Tensor:
 
     Scores at full resolution exist for a few classes at a time, so memory does not grow with K x H x W: a
     first sweep over the classes finds each view's softmax denominator, a second one the best class. A
-    single view needs no denominator, its largest logit wins.
+    single view needs no denominator, its largest logit wins. UserError for logits that are not finite.
     """
+    require_finite(*(logits for view in views for logits in view.logits))
     num_classes = views[0].logits[0].shape[0]
     largest = max(size[0] * size[1], *(view.size[0] * view.size[1] for view in views))
     step = max(1, MAX_ELEMENTS // largest)
