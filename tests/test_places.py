@@ -189,15 +189,18 @@ def test_a_name_that_no_file_can_have_is_one_sentence(
     assert LONG in done.err
 
 
-def test_a_folder_that_may_not_be_read_is_one_sentence(
-    tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.EACCES, "Permission denied"), (errno.ENOSPC, "No space left on device")]
+)
+def test_what_the_system_refuses_of_a_file_is_one_sentence(
+    number: int, words: str, tmp_path: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(path: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise OSError(number, words, str(path))
 
     monkeypatch.setattr("hcnet_cli.inputs.parquet_files", refused)
     done = hcnet("pretrain", "--data", tmp_path, "--out", tmp_path / "results")
-    assert (done.code, done.err.splitlines()[0]) == (2, f"error: {tmp_path}: Permission denied.")
+    assert (done.code, done.err.splitlines()[0]) == (2, f"error: {tmp_path}: {words}.")
     monkeypatch.setenv("HCNET_TRACEBACK", "1")
-    with pytest.raises(PermissionError):
+    with pytest.raises(OSError, match=words):
         hcnet("pretrain", "--data", tmp_path, "--out", tmp_path / "results")

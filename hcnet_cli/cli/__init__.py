@@ -139,7 +139,7 @@ def main() -> None:
         code = 0
     except OSError as error:
         code = UserError.exit_code
-        if error.errno in DISK_FULL:
+        if error.errno in DISK_FULL and error.filename is None:
             _close_output()
             print_error("The disk is full: what is printed here could not be written.")
         elif sentence := file_sentence(error):
