@@ -94,7 +94,8 @@ def notice_finished(folder: RunFolder, recipe: Recipe, profile: int = 0, track: 
         if part.when != "asked" and not any(key.endswith(f"_{name}") for key in metrics):
             theirs = rcp.resolve(folder.recipe_file).recipe.evaluation.get(name)
             same = theirs is not None and theirs.model_dump(exclude={"when"}) == part.model_dump(exclude={"when"})
-            command = f"hcnet evaluate {shlex.quote(str(folder.path))} --on {name}"
+            own = f" --model {shlex.quote(recipe.model.name)}" if recipe.model.digest else ""
+            command = f"hcnet evaluate {shlex.quote(str(folder.path))} --on {name}{own}"
             notice(f"{name} has no score yet: `{command}` makes it{'' if same else ', with the same --set options'}.")
     results = place_typed(folder.path.parent.parent, "--results")
     notice(f"Start it over with --fresh; `hcnet report{results}` prints the table.")

@@ -482,7 +482,11 @@ def test_planned_seeds_without_a_result_may_go_and_are_named(hcnet: Hcnet, fake:
     fake()
     assert hcnet("ablate", "--disable", "gate", "--seeds", "0,3").code == 0
     assert record()["seeds"] == [0, 3]
-    assert "Of 3 planned seeds these were not trained: 1, 2." in " ".join(hcnet("report").out.split())
+    assert "Seeds that were asked for and have no result: 1, 2." in " ".join(hcnet("report").out.split())
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "3").code == 0
+    assert "Seeds that were asked for and have no result: 1, 2." in " ".join(hcnet("report").out.split())
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "1").code == 0
+    assert sorted(record()["seeds"]) == [0, 1, 3]
 
 
 @pytest.mark.parametrize(

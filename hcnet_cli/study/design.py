@@ -383,6 +383,14 @@ def check_folds(recipe: Recipe, seeds: Sequence[int], analysis: Analysis) -> Non
         )
 
 
+def check_seeds(design: Design, seeds: Sequence[int]) -> None:
+    """UserError for seeds of several commands that are not those of one study."""
+    for recipe in design.recipes.values():
+        check_folds(recipe, seeds, design.analysis)
+    if not design.analysis.until:
+        design.analysis.check(design.tasks, seeds)
+
+
 def _arm_recipe(arm: str, changes: Mapping[str, Any], base: Base, results: Path) -> Recipe:
     origins = {key: origin for key, _, origin in base.overrides}
     for key, hint in (("train.seed", "Seeds: --seeds 0,1,2."), ("init", "Weights: init, under runs in a study.")):

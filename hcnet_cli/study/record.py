@@ -48,6 +48,7 @@ class StudyRecord(BaseModel):
     arms: dict[str, dict[str, Any]]  # the fields that each sets; the first is the baseline
     tasks: list[str]
     seeds: list[int]
+    asked: list[int] = []  # every seed that was ever asked for, those without a result too
     cells: list[Cell]
     primary: Fixed | None = None  # None: a record of version 0.1
     detect: Points | None = None  # the difference that matters to the user
@@ -64,9 +65,14 @@ class StudyRecord(BaseModel):
             raise ValueError(f"its primary metric {self.primary.analysis.metric!r:.40} is none of its tasks'")
         return self
 
+    @property
+    def ever_asked(self) -> list[int]:
+        """Every seed that was asked for; as far as known, in records of before."""
+        return list(dict.fromkeys([*self.asked, *(self.primary.seeds if self.primary else ()), *self.seeds]))
+
     def seeds_beside(self, asked: Collection[int]) -> list[int]:
         """The seeds of this study so far that are not asked for now; none where `until` decides on the seeds."""
-        return [] if self.analysis.until else [seed for seed in self.seeds if seed not in asked]
+        return [] if self.analysis.until else [seed for seed in self.ever_asked if seed not in asked]
 
     def drop(self, seeds: Collection[int]) -> None:
         self.seeds = [seed for seed in self.seeds if seed not in seeds]

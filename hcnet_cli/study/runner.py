@@ -26,7 +26,7 @@ from hcnet_cli.grouping import Run
 from hcnet_cli.locks import Lock
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.analysis import fix
-from hcnet_cli.study.design import Design, check_folds, model_arguments
+from hcnet_cli.study.design import Design, check_seeds, model_arguments
 from hcnet_cli.study.machine import environment
 from hcnet_cli.study.planning import later_seeds, power_lines
 from hcnet_cli.study.record import Cell, Found, RunSearch, StudyRecord, find_run, read_earlier
@@ -98,6 +98,7 @@ class StudyProcess:
             arms={arm: dict(changes) for arm, changes in design.arms.items()},
             tasks=list(design.tasks),
             seeds=seeds,
+            asked=seeds,
             # seed by seed, so that a study that is stopped has whole pairs
             detect=settings.detect,
             cells=[Cell(arm=a, task=t, seed=s) for s in seeds for t in design.tasks for a in design.arms],
@@ -119,8 +120,7 @@ class StudyProcess:
         """
         known = {cell.seed for cell in self.record.cells if cell.state == "finished"}
         self.record.drop(set(earlier) - known)
-        for recipe in self.design.recipes.values():
-            check_folds(recipe, self.record.seeds, self.design.analysis)
+        check_seeds(self.design, self.record.seeds)
         return sorted(set(earlier) & known)
 
     def notice_kept(self) -> None:

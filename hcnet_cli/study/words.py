@@ -129,10 +129,10 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
                 f"Seeds added when results of the first {len(planned)} were known: {_listed(added)}. p is too small if "
                 "they were added because of these results (--until adds seeds and keeps the error rate)."
             )
-        if missing := set(planned) - set(record.seeds):
+        if missing := set(record.ever_asked) - set(record.seeds):
             notes.append(
-                f"Of {len(planned)} planned seeds these were not trained: {_listed(missing)}. p is too small if the "
-                "study was ended because of its results."
+                f"Seeds that were asked for and have no result: {_listed(missing)}. p is too small if the study was "
+                "ended because of its results."
             )
     further = [
         "±: half of the 95 % t-interval over n seeds.",
