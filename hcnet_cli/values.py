@@ -63,7 +63,9 @@ def as_typed(key: str, value: Any, flag: str = "--set") -> str:
 
 def assigned(key: str, value: Any) -> str:
     """A value as --set takes it, without quotes of a shell: optim.lr=0.001."""
-    return f"{key}={_yaml(value)}" if isinstance(value, str) else f"{key}={_yaml(value).replace(', ', ',')}"
+    if isinstance(value, list | tuple):
+        return f"{key}=[{','.join(_yaml([one])[1:-1] for one in value)}]"
+    return f"{key}={_yaml(value)}"
 
 
 def place_typed(folder: Path, flag: str) -> str:

@@ -61,7 +61,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if what := _other_content(head):
         raise UserError(f"{path} holds no weights: it is {what}.", hint="Download the file itself, and name that.")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path, num_bytes)
-    parts = [key for key in PARTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)]
+    parts = [key for key in PARTS if isinstance(content, Mapping) and _holds_tensors(content.get(key))]
     if len(parts) > 1:
         notice(f"{path} holds {' and '.join(parts)}: the weights are those of {parts[0]}.")
     if parts:
@@ -70,6 +70,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path} holds no state dict.")
     return tensors
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
 
 
 def _other_content(head: bytes) -> str:

@@ -224,6 +224,8 @@ report --published nowhere.csv | nowhere.csv
 report --table imagenett | imagenett
 recipes show imagenett | There is no recipe "imagenett"
 recipes show nowhere.yaml | There is no recipe file nowhere.yaml.
+recipes show latin.yaml | is not UTF-8 text
+recipes cp latin.yaml mine.yaml | is not UTF-8 text
 recipes explain optim.lrr | Did you mean "optim.lr"?
 recipes cp digits mine.txt | does not end in .yaml.
 recipes cp digits seeds.yaml | exists and was left alone.

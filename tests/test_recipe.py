@@ -133,7 +133,8 @@ def test_yaml_is_plain_data_alone(text: str, words: str) -> None:
 def test_every_text_survives_the_round_trip(value: str) -> None:
     assert parse_yaml(dump_yaml({"x": value, "y": [value] * 2}), "test") == {"x": value, "y": [value] * 2}
     assert yaml.safe_load(dump_yaml({"x": value})) == {"x": value}
-    assert rcp.parse_override(assigned("model.digest", value)) == ("model.digest", value)
+    for typed in (value, [value, "a, b"]):
+        assert rcp.parse_override(assigned("model.digest", typed)) == ("model.digest", typed)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))

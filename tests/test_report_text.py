@@ -258,6 +258,8 @@ def test_check_names_file_and_line_of_a_difference(folder, tmp_path):
     output.write_text(text.replace("82.71", "83.71"))
     line = next(n for n, line in enumerate(text.splitlines(), 1) if "82.71" in line)
     assert report_check([folder], tmp_path) == [f"{output} differs from what the runs give, from line {line} on."]
+    output.write_bytes(text.replace("\n", "\r\n").encode())  # as git checks out on Windows
+    assert report_check([folder], tmp_path) == []
     output.write_bytes("HcNet – T".encode("cp1252"))  # as other editors save
     with pytest.raises(UserError, match="is not UTF-8"):
         report_check([folder], tmp_path)

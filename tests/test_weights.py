@@ -47,6 +47,9 @@ def test_a_moving_average_comes_first_and_is_named(tmp_path: Path, capfd: pytest
         assert_same(found)
         assert found.keys() == load_state_dict(str(tmp_path / "w.pth")).keys()
         assert f"holds {key} and {raw_key}: the weights are those of {key}." in capfd.readouterr().err
+    torch.save({"model": STATE, "model_ema": {"decay": 0.999}}, tmp_path / "w.pth")  # without tensors: no weights
+    assert_same(read_weights(tmp_path / "w.pth"))
+    assert capfd.readouterr().err == ""
 
 
 def test_safetensors(tmp_path: Path) -> None:

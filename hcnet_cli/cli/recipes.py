@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hcnet_cli.console import UserError, notice, out
+from hcnet_cli.files import read_text
 
 app = typer.Typer(help="List, show, copy and explain recipes.", no_args_is_help=True)
 Name = Annotated[str, typer.Argument(help="For example pretrain/imagenet.")]
@@ -24,7 +25,7 @@ def ls() -> None:
 
     table = Table.grid(padding=(0, 2, 0, 0))  # broken where a terminal ends, a line each elsewhere
     for name in [*(f"ablate/{study}" for study in shipped_studies()), *rcp.shipped()]:
-        first = _file(name).read_text(encoding="utf-8").splitlines()[0]
+        first = read_text(_file(name)).splitlines()[0]
         table.add_row(Text(name, no_wrap=True), Text(first.lstrip("# ")))
         if not out.is_terminal:
             out.print(f"{name:<34}{first.lstrip('# ')}")
@@ -35,7 +36,7 @@ def ls() -> None:
 @app.command("show")
 def show(name: Name) -> None:
     """Print a shipped recipe."""
-    out.print(Text(_file(name).read_text(encoding="utf-8")), end="")
+    out.print(Text(read_text(_file(name))), end="")
 
 
 @app.command("cp")
@@ -45,7 +46,7 @@ def cp(name: Name, destination: Annotated[Path, typer.Argument(help="A new YAML 
         raise UserError(f"{destination} does not end in .yaml.")
     if destination.exists():
         raise UserError(f"{destination} exists and was left alone.")
-    text = _file(name).read_text(encoding="utf-8")
+    text = read_text(_file(name))
     try:
         destination.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -138,7 +138,7 @@ def report_check(results: Sequence[Path], folder: Path, *, published: Sequence[P
     for path, match in files:
         fmt = ENDINGS[match[2]]
         now = report(results, table=match[1], fmt=fmt, published=published, extra=extra, output=path, width=80)
-        then = read_text(path)
+        then = read_text(path).replace("\r\n", "\n")
         if now != then:
             pairs = zip_longest(now.split("\n"), then.split("\n"))
             line = next(n for n, (a, b) in enumerate(pairs, 1) if a != b)
