@@ -7,11 +7,12 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
 from hcnet_cli import model_names
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, launch
 from hcnet_cli.files import is_image, parquet_files
 from hcnet_cli.own_model import is_own
 from hcnet_cli.pretrained import TIMM, find_init, weights_file
@@ -39,6 +40,19 @@ def check_inputs(recipe: Recipe, results: Path) -> None:
         find_init(recipe, results)
 
 
+def check_batch(recipe: Recipe) -> None:
+    """UserError for a micro-batch that cannot be mixed in pairs."""
+    section, train = recipe.data, recipe.train
+    mixed = getattr(section, "mixup_prob", 0) and (getattr(section, "mixup", 0) or getattr(section, "cutmix", 0))
+    micro = train.batch_size // (train.accumulate * launch().world_size)
+    if mixed and micro % 2:
+        raise UserError(
+            f"Mixup and CutMix mix images in pairs, and a micro-batch of {micro} is odd.",
+            hint="Choose a --batch-size whose share for each process and micro-batch is even, or mix nothing: "
+            "--set data.mixup_prob=0",
+        )
+
+
 def check_model(recipe: Recipe) -> None:
     """UserError for a model that timm does not have."""
     if recipe.model.name and model_names.is_unknown(recipe.model.name):
@@ -62,7 +76,7 @@ def check_data(recipe: Recipe, hint: str = "") -> None:
     if recipe.task == FIRST_TASK and packed == PARQUET:
         raise UserError(
             f"{root} holds Parquet files, which are read as tars alone.",
-            hint=f"Write the tars once with hcnet shards {root} OUT, then train with --data OUT.",
+            hint=f"Write the tars once with hcnet shards {shlex.quote(str(root))} OUT, then train with --data OUT.",
         )
     if recipe.task != FIRST_TASK and packed:
         raise UserError(
@@ -74,7 +88,7 @@ def check_data(recipe: Recipe, hint: str = "") -> None:
     inside = f"It has {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}." if found else "It is empty."
     raise UserError(
         f"The data folder {root} is not laid out as {recipe.task} reads it: {form.layout}.",
-        hint=f"It looks like data for another command: hcnet {others[0]} --data {root}"
+        hint=f"It looks like data for another command: hcnet {others[0]} --data {shlex.quote(str(root))}"
         if others
         else _like(root) or inside,
     )

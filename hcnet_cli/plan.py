@@ -305,9 +305,11 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     """
     spec = recipe.spec
     small = f"{spec.name}/{spec.small_recipe}"
-    if recipe.protocol == small:
-        return
     sides, img_size = typical_sides(data), min(image_sides(recipe), default=0)
+    if recipe.protocol == small:
+        if (flags := size_flags(recipe, sides)) and recipe.data.path not in embedded.EMBEDDED:
+            notice(f"The images have about {min(sides or ())} pixels a side:{flags} fits them better.")
+        return
     reasons = []
     if sides and 2 * min(sides) <= img_size:
         reasons.append(f"the images have about {min(sides)} pixels a side and would be enlarged to {img_size}")
@@ -339,12 +341,7 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
     spec, model, weights = recipe.spec, recipe.model, recipe.init not in ("none", "auto")
     small = rcp.resolve(rcp.recipes_dir() / spec.name / f"{spec.small_recipe}.yaml").recipe
     asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
-    usual, flags = image_sides(small), ""
-    smallest, largest = spec.small_sides
-    side = (sides or usual)[len(usual) > 1]  # an image is to cover one side, or to fit into two
-    if (fitting := min(largest, max(smallest, 32 * round(side / 32)))) != usual[0]:
-        for key in spec.size_keys:
-            flags += f" {as_typed(key, [fitting, fitting] if isinstance(other[key], tuple) else fitting)}"
+    flags = size_flags(small, sides)
     if model.name:
         flags += f" --model {shlex.quote(model.name)}"
     elif weights:  # which are of this size
@@ -361,6 +358,21 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
     if images < small.train.batch_size:
         flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 4))}"
     return flags
+
+
+def size_flags(small: Recipe, sides: tuple[int, int] | None) -> str:
+    """The options that set the images' size to that of the data, for a recipe that has the size of small data as it
+    was shipped; "" where that fits.
+    """
+    shipped = rcp.resolve(rcp.recipe_file(small.protocol)).recipe
+    usual, values = image_sides(shipped), rcp.flatten(small.model_dump())
+    smallest, largest = small.spec.small_sides
+    side = (sides or usual)[len(usual) > 1]  # an image is to cover one side, or to fit into two
+    fitting = min(largest, max(smallest, 32 * round(side / 32)))
+    if fitting == usual[0] or image_sides(small) != usual:
+        return ""
+    sizes = {key: [fitting, fitting] if isinstance(values[key], tuple) else fitting for key in small.spec.size_keys}
+    return "".join(f" {as_typed(key, size)}" for key, size in sizes.items())
 
 
 def image_sides(recipe: Recipe) -> tuple[int, ...]:

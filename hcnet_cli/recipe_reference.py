@@ -19,7 +19,10 @@ from hcnet_cli.values import describe
 TOP = {
     "task": ("text", f"The task, which is the command: {', '.join(TASKS)}."),
     "protocol": ("text", "The shipped recipe this one follows; tables name it, and say where a run departs from it."),
-    "init": ("text", "Weights to start from: a run folder, a weights file, `none`, or `auto`: the best pretraining."),
+    "init": (
+        "text",
+        "Weights to start from: a run, a weights file, `none`, or `auto`: the model's pretraining.",
+    ),
 }
 
 

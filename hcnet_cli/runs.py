@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import UserError, did_you_mean, notice
 from hcnet_cli.files import read_text, remove_stale, sync, write_text, writing
 from hcnet_cli.header import read_metadata
 from hcnet_cli.locks import Lock
@@ -231,7 +231,8 @@ def find_run(run_name: str, results: Path) -> RunFolder:
     if not path.is_dir() and (results / "runs" / run_name).is_dir():
         path = results / "runs" / run_name
     if not path.is_dir():
-        raise UserError(f"There is no run {run_name}.", hint=f"Runs lie in {results / 'runs'}.")
+        near = did_you_mean(path.name, [folder.name for folder in _folders(results / "runs")])
+        raise UserError(f"There is no run {run_name}.{near}", hint=f"Runs lie in {results / 'runs'}.")
     return RunFolder(path)
 
 

@@ -191,6 +191,7 @@ ablate --disable gate --margin -1 | --margin cannot be -1.0: it takes a number a
 ablate --disable gate --test wilcoxon | --test cannot be "wilcoxon": it takes paired-t or sign-flip.
 report --out nowhere | --results: Results folder
 report nowhere | --results: Results folder
+pretrain --recipe imagenet --data images --batch-size 5 | a micro-batch of 5 is odd
 pretrain --output nowhere | --out: Results folder
 ablate --disable gate --seed 3 | Seeds: --seeds 0,1,2.
 ablate --disable gate --init none | Weights: init, under runs in a study.

@@ -333,6 +333,8 @@ def test_few_images_of_ones_own_are_answered_with_the_small_recipe(
     small = rcp.resolve(rcp.recipe_file(f"{task}/small"), [*own, *((key, value, "--set") for key, value in given)])
     plan.notice_what_fits(small.recipe, data, 60.0)
     assert capfd.readouterr().err == ""
+    plan.notice_what_fits(rcp.resolve(rcp.recipe_file(f"{task}/small"), own).recipe, data, 60.0)
+    assert ("fits them better" in capfd.readouterr().err) is ("img_scale" in flags)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Hcnet
 from synthetic_runs import make_run
 from synthetic_studies import study_of
 
+from hcnet_cli.cli import complete
 from hcnet_cli.runs import RunFolder
 
 
@@ -44,6 +46,17 @@ def test_show_names_the_command_that_goes_on(results: Path, hcnet: Hcnet) -> Non
     assert lines["status"] == "interrupted, step 220 of 440"
     assert lines["command"] == "hcnet pretrain --size pico --seed 1"
     assert lines["data"] == "digits: 1,438 training and 359 validation images"
+
+
+def test_a_name_that_is_nearly_a_run_is_answered_with_it(results: Path, hcnet: Hcnet) -> None:
+    assert 'There is no run whle. Did you mean "whole"?' in hcnet("runs", "show", "whle").err
+
+
+def test_the_tab_key_offers_the_recipes_of_the_task() -> None:
+    of_seg = complete.recipes(SimpleNamespace(info_name="finetune-seg"), "")  # type: ignore[arg-type]
+    assert {"digit-stuff", "finetune-seg/digit-stuff"} <= set(of_seg)
+    assert not [name for name in of_seg if name.startswith(("pretrain", "finetune-det"))]
+    assert complete.recipes(SimpleNamespace(info_name="ablate"), "pretrain/d") == ["pretrain/digits"]  # type: ignore[arg-type]
 
 
 def test_rm_removes_what_runs_write_and_nothing_else(results: Path, hcnet: Hcnet) -> None:

@@ -210,7 +210,7 @@ def test_more_classes_than_labels_can_have(root, names, reduced):
 
 
 def test_an_ignored_number_that_is_a_class(root):
-    refused(root, 'data.ignore_index 0 is the number of a class, "label 1"', ignore_index=0)
+    refused(root, 'The class "label 1" would be neither trained nor scored', ignore_index=0)
 
 
 def test_label_that_does_not_decode(root):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import typer
+
 from hcnet_cli.sizes import SIZES
 
 
@@ -12,10 +14,14 @@ def sizes(incomplete: str) -> list[str]:
     return [name for name in SIZES if name.startswith(incomplete)]
 
 
-def recipes(incomplete: str) -> list[str]:
+def recipes(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Of a training command those of its task, by their short names too."""
     from hcnet_cli import recipe
 
-    return [name for name in recipe.shipped() if name.startswith(incomplete)]
+    shipped, own = recipe.shipped(), f"{ctx.info_name}/"
+    of_task = [name for name in shipped if name.startswith(own)]
+    names = [name.removeprefix(own) for name in of_task] + of_task if of_task else shipped
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def studies(incomplete: str) -> list[str]:

@@ -77,7 +77,7 @@ def _parameters(spec: Spec) -> Parameters:
 def train_task(task: str, given: dict[str, Any]) -> None:
     """Runs a training command with the parameters that were given."""
     from hcnet_cli.finished import finished_run, notice_finished
-    from hcnet_cli.inputs import check_device, check_inputs
+    from hcnet_cli.inputs import check_batch, check_device, check_inputs
     from hcnet_cli.track import check_trackers
 
     name = given["name"]
@@ -93,6 +93,8 @@ def train_task(task: str, given: dict[str, Any]) -> None:
     if cluster is None:
         check_device(given["device"])  # this and what follows before PyTorch is loaded, which takes seconds
     check_inputs(resolved.recipe, given["out_dir"])
+    if not given["eval_only"]:
+        check_batch(resolved.recipe)
     if cluster is not None:
         from hcnet_cli.study.submit import run_label, submit_run
 

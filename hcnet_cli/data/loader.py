@@ -106,7 +106,7 @@ def steps_per_epoch(count: int, batch_size: int, groups: NDArray[np.integer] | N
         whole = "The largest aspect-ratio group of the training set" if len(sizes) > 1 else "The training set"
         raise UserError(
             f"{whole} has {max(sizes)} image{'s' if max(sizes) != 1 else ''}, fewer than one batch of {batch_size}.",
-            hint=f"Choose --batch-size {max(sizes)} or smaller.",
+            hint=f"Choose --batch-size {max(1, max(sizes) // 2 * 2)} or smaller.",  # even: for mixing images in pairs
         )
     return steps
 

@@ -24,6 +24,7 @@ from hcnet_cli.study.record import StudyRecord
 from hcnet_cli.table import Value, is_number, joined
 from hcnet_cli.tasks.spec import Metric
 
+WHOLE = 100.0  # points: no two scores in per cent differ by more
 BETTER, WORSE, EQUIVALENT, UNRESOLVED = "better", "worse", "equivalent", "unresolved"
 
 
@@ -83,10 +84,11 @@ def _more_seeds(record: StudyRecord, unresolved: Sequence[Comparison]) -> list[s
     level = analysis.alpha / (len(record.arms) - 1)
     if analysis.test == "sign-flip" and n < fewest_seeds(level):
         return [f"{n} seeds cannot have p < {analysis.alpha:g} in the sign-flip test; {fewest_seeds(level)} can."]
-    shown = smallest_difference(spread, n, level)
+    shown, power = smallest_difference(spread, n, level), f"{100 * POWER:.0f} % power"
     if shown is None:
         return []
-    power = f"{100 * POWER:.0f} % power"
+    if shown > WHOLE:
+        return [f"{n} seeds show no difference, whatever its size, with {power}: they spread too far."]
     wanted = record.detect or analysis.margin or shown / 2
     needed = seeds_for(wanted, spread, level) or MOST_SEEDS
     if needed <= n:

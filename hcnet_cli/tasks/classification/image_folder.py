@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,7 +194,7 @@ def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]], splits: Sequen
     ]
     hint = LAYOUT
     if others:
-        hint = f"It looks like data for another command: hcnet {others[0]} --data {root}"
+        hint = f"It looks like data for another command: hcnet {others[0]} --data {shlex.quote(str(root))}"
     elif missing == ["val"]:
         hint += f" {WITHOUT_VAL}"
     elif found := subfolders(root):

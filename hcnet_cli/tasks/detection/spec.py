@@ -119,7 +119,7 @@ SPEC = Spec(
     name="finetune-det",
     help="""Fine-tune Mask R-CNN for detection and masks: COCO, any COCO-format folder, or the embedded digit-scenes.
 
-    Starts from the best finished pretrain run of the same size unless --init says otherwise.
+    Starts from the finished pretrain run of the same model on the most images unless --init says otherwise.
     """,
     module=f"{FOLDER}.task",
     heads={"mask-rcnn": MaskRCNN},

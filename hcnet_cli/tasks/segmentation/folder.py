@@ -168,8 +168,8 @@ def _check_numbers(root: Path, class_names: Sequence[str], reduce_zero_label: bo
         )
     if reduce_zero_label and ignore_index < len(class_names):
         raise UserError(
-            f'data.ignore_index {ignore_index} is the number of a class, "{class_names[ignore_index]}", which would be '
-            "neither trained nor scored: with data.reduce_zero_label label 1 is class 0.",
+            f'The class "{class_names[ignore_index]}" would be neither trained nor scored: data.ignore_index is its '
+            f"number, {ignore_index}, since with data.reduce_zero_label label 1 is class 0.",
             hint="Leave data.ignore_index out: the labels 0 and 255 are ignored.",
         )
 

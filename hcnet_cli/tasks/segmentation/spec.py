@@ -96,7 +96,7 @@ SPEC = Spec(
     name="finetune-seg",
     help="""Fine-tune UperNet for semantic segmentation: ADE20K, any folder in its layout, or the embedded digit-stuff.
 
-    Starts from the best finished pretrain run of the same size unless --init says otherwise.
+    Starts from the finished pretrain run of the same model on the most images unless --init says otherwise.
     """,
     module=f"{FOLDER}.task",
     heads={"upernet": UPerNet},
