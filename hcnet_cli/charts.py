@@ -64,14 +64,15 @@ def class_bars(names: Sequence[str], values: Sequence[float], title: str, unit: 
         for place, value in enumerate(numbers):
             axes.text(value + 0.8, place, f"{value:.1f}", va="center", fontsize=8.5, color=MUTED, bbox=GROUND)
         axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (3, 3)), zorder=1.5)
-        axes.text(mean, -0.9, f"mean {mean:.1f}", ha="center", va="bottom", fontsize=8.5)
-        axes.set(xlim=(0, 108), ylim=(len(ordered) - 0.4, -1.0), xlabel=unit, title=title)
+        axes.set(
+            xlim=(0, 108), ylim=(len(ordered) - 0.4, -0.6), xlabel=unit, title=f"{title}; dashed: the mean, {mean:.1f}"
+        )
         axes.set_xticks(range(0, 101, 20))
         axes.set_axisbelow(True)
         axes.grid(visible=True, axis="x")
         axes.tick_params(length=0)
 
-    return drawn(7.5, 1.3 + 0.26 * len(ordered), draw)
+    return drawn(7.5, 1.2 + 0.26 * len(ordered), draw)
 
 
 def reliability(axes: Any, bins: Sequence[tuple[float, float, float]], error: float) -> None:

@@ -109,6 +109,8 @@ def test_scatter_shows_the_values(results: Path) -> None:
     (whisker,) = axes.collections
     assert whisker.get_segments()[0].tolist() == [[0.3, 98.0], [0.3, 99.0]]
     assert axes.get_xscale() == "log"
+    wide = plots.Point(0.3, 33.1, "measured", "HcNet-pico", "", 131.83)  # of two folds, say
+    assert wide.ends == (0.0, 100.0)
     assert {text.get_text() for text in axes.texts} == {"HcNet-pico", "Swin"}
 
 

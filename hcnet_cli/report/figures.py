@@ -28,12 +28,18 @@ class Point:
     title: str  # shown under the pointer
     half: float | None = None  # half of the interval of y
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the interval of y, which is in per cent, as far as scores go."""
+        half = self.half or 0.0
+        return max(min(0.0, self.y), self.y - half), min(max(100.0, self.y), self.y + half)
+
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, height: int) -> str:
     """Points over a logarithmic x axis, with labels that do not overlap; a label without room is left out."""
     left, top, right, bottom = 44.0, 26.0, width - 14.0, height - 40.0
     low_x, high_x, ticks_x = log_range([p.x for p in points])
-    low_y, high_y, ticks_y = nice_range([p.y + s * (p.half or 0) for p in points for s in (-1, 1)])
+    low_y, high_y, ticks_y = nice_range([end for p in points for end in p.ends])
 
     def at(x: float, y: float) -> tuple[float, float]:
         share = (math.log(x) - math.log(low_x)) / (math.log(high_x) - math.log(low_x))
@@ -62,7 +68,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, hei
         style, radius = _style(kind, name), 5 if kind == "measured" else 3.5
         for point, (x, y) in zip(members, spots, strict=True):
             if point.half:
-                (_, high), (_, low) = at(point.x, point.y + point.half), at(point.x, point.y - point.half)
+                (_, low), (_, high) = (at(point.x, end) for end in point.ends)
                 parts.append(_path(f"whisker {kind}", (x, high), "V", low))
             circle = f'<circle class="dot {style}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}">'
             marks.append(f"{circle}<title>{in_html(point.title)}</title></circle>")

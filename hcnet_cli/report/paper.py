@@ -124,8 +124,7 @@ def scatter(plot: plots.Scatter) -> Figure:
     wide, high = (POINTS * inches for inches in figure.get_size_inches())
     axes = figure.add_axes((27 / wide, 26 / high, 1 - 31 / wide, 1 - 40 / high))
     low_x, high_x, ticks_x = figures.log_range([p.x for p in plot.points])
-    ends = [p.y + sign * (p.half or 0) for p in plot.points for sign in (-1, 1)]
-    low_y, high_y, ticks_y = figures.nice_range(ends)
+    low_y, high_y, ticks_y = figures.nice_range([end for p in plot.points for end in p.ends])
     axes.set(xscale="log", xlim=(low_x, high_x), ylim=(low_y, high_y), xlabel=plot.x_title)
     axes.set_xticks(ticks_x, [f"{tick:g}" for tick in ticks_x])
     axes.set_xticks([], minor=True)
@@ -138,9 +137,9 @@ def scatter(plot: plots.Scatter) -> Figure:
         colour, face = (HOT if own or kind == "measured" else COOL), ("white" if kind == "published" else HOT)
         xs, ys = [p.x for p in members], [p.y for p in members]
         axes.plot(xs, ys, color=colour, linewidth=0.7, alpha=0.5, zorder=2)
-        halves = [p.half or 0 for p in members]
-        if any(halves):
-            axes.errorbar(xs, ys, halves, fmt="none", ecolor=colour, elinewidth=1, zorder=2)
+        if any(p.half for p in members):
+            arms = [[p.y - p.ends[0] for p in members], [p.ends[1] - p.y for p in members]]
+            axes.errorbar(xs, ys, arms, fmt="none", ecolor=colour, elinewidth=1, zorder=2)
         marker = 4.5 if kind == "measured" else 3.5
         axes.plot(xs, ys, "o", markersize=marker, markeredgecolor=colour, markerfacecolor=face, zorder=3)
         pixels = axes.transData.transform(list(zip(xs, ys, strict=True)))

@@ -10,6 +10,7 @@ import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import Environment
@@ -62,7 +63,7 @@ def test_csv_gives_the_cells_back(title: str, rows: list[tuple[str, float | None
             assert cell.removeprefix("'") == visible(given_text).removeprefix("'")
             if re.match(r"\s*[=+\-@]", cell):
                 float(cell.rstrip("%"))
-        assert float(cells[2]) == float(round(b, 6)) if is_number(b) else cells[2] == ""
+        assert float(cells[2]) == pytest.approx(b, rel=1e-6, abs=0) if is_number(b) else cells[2] == ""
 
 
 @examples()
