@@ -305,11 +305,14 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     """
     spec = recipe.spec
     small = f"{spec.name}/{spec.small_recipe}"
-    sides, img_size = typical_sides(data), min(image_sides(recipe), default=0)
     if recipe.protocol == small:
-        if (flags := size_flags(recipe, sides)) and recipe.data.path not in embedded.EMBEDDED:
-            notice(f"The images have about {min(sides or ())} pixels a side:{flags} fits them better.")
+        shipped = shipped_small(recipe)
+        if recipe.data.path not in embedded.EMBEDDED and image_sides(recipe) == image_sides(shipped):
+            sides = typical_sides(data)
+            if sides and (flags := size_flags(shipped, sides)):
+                notice(f"The images have about {min(sides)} pixels a side:{flags} fits them better.")
         return
+    sides, img_size = typical_sides(data), min(image_sides(recipe), default=0)
     reasons = []
     if sides and 2 * min(sides) <= img_size:
         reasons.append(f"the images have about {min(sides)} pixels a side and would be enlarged to {img_size}")
@@ -338,8 +341,8 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
 
 def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:
     """What the recipe for small data is to be told: the images' size, a batch of fewer, what was said of the data."""
-    spec, model, weights = recipe.spec, recipe.model, recipe.init not in ("none", "auto")
-    small = rcp.resolve(rcp.recipes_dir() / spec.name / f"{spec.small_recipe}.yaml").recipe
+    model, weights = recipe.model, recipe.init not in ("none", "auto")
+    small = shipped_small(recipe)
     asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
     flags = size_flags(small, sides)
     if model.name:
@@ -360,16 +363,18 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
     return flags
 
 
+def shipped_small(recipe: Recipe) -> Recipe:
+    """The shipped recipe of the task for small data."""
+    return rcp.resolve(rcp.recipes_dir() / recipe.task / f"{recipe.spec.small_recipe}.yaml").recipe
+
+
 def size_flags(small: Recipe, sides: tuple[int, int] | None) -> str:
-    """The options that set the images' size to that of the data, for a recipe that has the size of small data as it
-    was shipped; "" where that fits.
-    """
-    shipped = rcp.resolve(rcp.recipe_file(small.protocol)).recipe
-    usual, values = image_sides(shipped), rcp.flatten(small.model_dump())
+    """The options that set the images' size of the shipped recipe to that of the data; "" where it fits."""
+    usual, values = image_sides(small), rcp.flatten(small.model_dump())
     smallest, largest = small.spec.small_sides
     side = (sides or usual)[len(usual) > 1]  # an image is to cover one side, or to fit into two
     fitting = min(largest, max(smallest, 32 * round(side / 32)))
-    if fitting == usual[0] or image_sides(small) != usual:
+    if fitting == usual[0]:
         return ""
     sizes = {key: [fitting, fitting] if isinstance(values[key], tuple) else fitting for key in small.spec.size_keys}
     return "".join(f" {as_typed(key, size)}" for key, size in sizes.items())
