@@ -58,6 +58,8 @@ def listed(results: Path) -> tuple[Table, list[str]]:
         rows.append(Row("measured" if info.status == "finished" else "unfinished", values))
     unfinished = sum(info.status != "finished" for _, info in good)
     notes = [f"{len(good)} run{'s' * (len(good) != 1)}, {unfinished} unfinished, {in_units(total)} in all."]
+    if any(runs.FINGERPRINT.fullmatch(folder.name[-8:]) for folder, _ in good):
+        notes.append("The last eight characters of a long name are enough: hcnet runs show 1a2b3c4d.")
     if unfinished:
         notes.append("The command that started a run goes on with it: hcnet runs show RUN prints it.")
     lines = [f"Not counted: {reason}" for _, reason in broken]

@@ -30,6 +30,7 @@ __all__ = ["DataInfo", "RunInfo", "Session", "now", "read_record", "record_text"
 WAIT_VARIABLE = "HCNET_WAIT"  # in the environment: a run that another process trains is waited for, not refused
 LINK_VARIABLE = "HCNET_LINK"  # in the environment: a path that becomes a link to the folder of the run
 WAITING = "Waiting for another process that is working"
+FINGERPRINT = re.compile("[0-9a-f]{8}")  # the end of a run's name
 LOG_BYTES = 256 * 2**20  # of a metrics.jsonl; a run of 1.5 million steps writes some 10 MiB
 RUN_FOLDERS = (
     *("last", "previous", ".last.tmp", "final", "progress", "explain"),
@@ -226,14 +227,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def find_run(run_name: str, results: Path) -> RunFolder:
-    """The folder of a run given by path, or by its name under RESULTS/runs."""
-    path = Path(run_name)
-    if not path.is_dir() and (results / "runs" / run_name).is_dir():
-        path = results / "runs" / run_name
-    if not path.is_dir():
-        near = did_you_mean(path.name, [folder.name for folder in _folders(results / "runs")])
-        raise UserError(f"There is no run {run_name}.{near}", hint=f"Runs lie in {results / 'runs'}.")
-    return RunFolder(path)
+    """The folder of a run given by path, by its name under RESULTS/runs, or by the fingerprint that it ends in."""
+    for path in (Path(run_name), results / "runs" / run_name):
+        if path.is_dir():
+            return RunFolder(path)
+    folders = _folders(results / "runs")
+    ending = [folder for folder in folders if FINGERPRINT.fullmatch(run_name) and folder.name.endswith(run_name)]
+    if len(ending) == 1:
+        return RunFolder(ending[0])
+    if ending:
+        raise UserError(f"{len(ending)} runs end in {run_name}: {', '.join(folder.name for folder in ending)}.")
+    near = did_you_mean(path.name, [folder.name for folder in folders])
+    raise UserError(f"There is no run {run_name}.{near}", hint=f"Runs lie in {results / 'runs'}.")
 
 
 def own_folder(results: Path, name: str, default: str, fingerprint: str) -> RunFolder:

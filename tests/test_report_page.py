@@ -81,7 +81,7 @@ def enter(tab, field: str, value: str) -> None:
 
 
 class Outline(HTMLParser):
-    VOID = frozenset({"meta", "link", "img", "input", "br"})
+    VOID = frozenset({"meta", "link", "img", "input", "br", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,6 +52,16 @@ def test_a_name_that_is_nearly_a_run_is_answered_with_it(results: Path, hcnet: H
     assert 'There is no run whle. Did you mean "whole"?' in hcnet("runs", "show", "whle").err
 
 
+def test_a_run_is_called_by_the_fingerprint_that_its_name_ends_in(results: Path, hcnet: Hcnet) -> None:
+    (results / "runs" / "half").rename(results / "runs" / "pretrain-digits-pico-s1-0a1b2c3d")
+    assert "pretrain-digits-pico-s1-0a1b2c3d" in hcnet("runs", "show", "0a1b2c3d").out
+    assert "are enough" in hcnet("runs", "ls").out
+    (results / "runs" / "whole").rename(results / "runs" / "other-0a1b2c3d")
+    two = hcnet("runs", "rm", "0a1b2c3d", "--yes")
+    assert two.code == 2
+    assert "2 runs end in 0a1b2c3d: other-0a1b2c3d, pretrain-digits-pico-s1-0a1b2c3d." in two.err
+
+
 def test_the_tab_key_offers_the_recipes_of_the_task() -> None:
     of_seg = complete.recipes(SimpleNamespace(info_name="finetune-seg"), "")  # type: ignore[arg-type]
     assert {"digit-stuff", "finetune-seg/digit-stuff"} <= set(of_seg)

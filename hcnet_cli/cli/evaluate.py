@@ -16,7 +16,8 @@ def evaluate(
     run: Annotated[
         str,
         typer.Argument(
-            help="A finished run: its folder, or its name under results/runs/.", autocompletion=complete.runs
+            help="A finished run: its folder, its name under results/runs/, or the last eight characters of that.",
+            autocompletion=complete.runs,
         ),
     ],
     on: Annotated[

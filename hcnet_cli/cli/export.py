@@ -22,7 +22,8 @@ def export(
     run: Annotated[
         str,
         typer.Argument(
-            help="A run with weights: its folder, or its name under results/runs/.", autocompletion=complete.runs
+            help="A run with weights: its folder, its name under results/runs/, or the last eight characters of that.",
+            autocompletion=complete.runs,
         ),
     ],
     output: Annotated[

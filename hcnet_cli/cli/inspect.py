@@ -17,7 +17,11 @@ from hcnet_cli.console import UserError, loading, notice, out, warn
 from hcnet_cli.track import TRACKERS
 
 Run = Annotated[
-    str, typer.Argument(help="A run: its folder, or its name under results/runs/.", autocompletion=complete.runs)
+    str,
+    typer.Argument(
+        help="A run: its folder, its name under results/runs/, or the last eight characters of that.",
+        autocompletion=complete.runs,
+    ),
 ]
 
 

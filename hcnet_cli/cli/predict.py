@@ -16,7 +16,8 @@ def predict(
     run: Annotated[
         str,
         typer.Argument(
-            help="A run with weights: its folder, or its name under results/runs/.", autocompletion=complete.runs
+            help="A run with weights: its folder, its name under results/runs/, or the last eight characters of that.",
+            autocompletion=complete.runs,
         ),
     ],
     images: Annotated[list[Path], typer.Argument(help="Photos, and folders of them.")],

@@ -23,7 +23,8 @@ def push(
     run: Annotated[
         str,
         typer.Argument(
-            help="A run with weights: its folder, or its name under results/runs/.", autocompletion=complete.runs
+            help="A run with weights: its folder, its name under results/runs/, or the last eight characters of that.",
+            autocompletion=complete.runs,
         ),
     ],
     to: Annotated[str, typer.Option("--to", metavar="USER/NAME", help="The model's name on the hub.")],

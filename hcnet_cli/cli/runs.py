@@ -13,7 +13,11 @@ from hcnet_cli.console import UserError, notice, out, warn
 
 app = typer.Typer(help="List, show, remove and rename runs.", no_args_is_help=True)
 Name = Annotated[
-    str, typer.Argument(help="A run: its folder, or its name under results/runs/.", autocompletion=complete.runs)
+    str,
+    typer.Argument(
+        help="A run: its folder, its name under results/runs/, or the last eight characters of that.",
+        autocompletion=complete.runs,
+    ),
 ]
 
 

@@ -123,13 +123,20 @@ def _cell(table: Table, row: Row, column: Column, anchors: Mapping[Path, str]) -
     if is_number(value):
         text, _, half = text.partition(" ± ")
     cell: dict[str, Any] = {"text": text, "half": half, "best": column.key in row.best}
+    if table.is_label(column):
+        cell["name"], _, cell["variant"] = text.partition(", ")
     cell["sort"] = f"{value:.10g}" if is_number(value) else "" if text == MISSING else text
     if column.key == "source" and not row.runs:
         cell |= {"whole": text, "text": re.split(r" \(|[;.,] ", text)[0]}
     elif column.key == "source":
         seeds = str(row.values.get("seeds") or "").split(", ")
-        names = seeds if len(seeds) == len(row.runs) else [run.name for run in row.runs]
-        cell["links"] = [{"to": anchors.get(run, ""), "text": n} for run, n in zip(row.runs, names, strict=True)]
+        by_seed = len(seeds) == len(row.runs)
+        texts = seeds if by_seed else [str(i) for i in range(1, len(row.runs) + 1)]
+        cell["what"] = "seed" if by_seed else "run"
+        cell["links"] = [
+            {"to": anchors.get(run, ""), "run": run.name, "text": text}
+            for run, text in zip(row.runs, texts, strict=True)
+        ]
     return cell
 
 
@@ -145,7 +152,7 @@ def _card(table: Table) -> dict[str, str] | None:
     _, best = max(scores, key=lambda pair: pair[0])
     text, _, half = table.show(best, primary).partition(" ± ")
     seeds = best.values.get("n") or 1
-    model, how_many = table.label(best), "one seed" if seeds == 1 else f"{seeds} seeds"
+    model, how_many = plots.short_label(table, best), "one seed" if seeds == 1 else f"{seeds} seeds"
     return {
         "title": plots.short_title(table),
         "value": text,

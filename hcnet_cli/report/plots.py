@@ -71,8 +71,15 @@ def _point(table: Table, row: Row, x: str, y: Column) -> Point | None:
         return None
     model = table.label(row)
     title = f"{model}: {y.title} {table.show(row, y)}, {x_value:.4g} {'G MACs' if x == 'macs_g' else 'M parameters'}"
-    series = _series(table, row) if row.kind == "published" else model
+    series = _series(table, row) if row.kind == "published" else short_label(table, row)
     return Point(x_value, y_value, row.kind, series, f"{title} ({row.kind})", half if drawn(half) else None)
+
+
+def short_label(table: Table, row: Row) -> str:
+    """A measured model without its changed shape, unless another row is told apart by that alone."""
+    name = table.label(row).partition(", ")[0]
+    names = [table.label(other).partition(", ")[0] for other in table.rows]
+    return name if names.count(name) == 1 else table.label(row)
 
 
 def _series(table: Table, row: Row) -> str:

@@ -196,7 +196,9 @@ def table(record: StudyRecord, found: Found) -> Table:
     ]
     rows.sort(key=lambda row: row.kind == "unfinished")
     notes = [*verdicts, *left_out, *words.method_notes(record, values), *words.run_notes(record, infos, values)]
-    return Table("ablation", _title(record, infos), _columns(record, metrics, values), rows, notes, forest)
+    short = " on ".join(filter(None, (record.title, ", ".join(dict.fromkeys(info.data.name for info in infos)))))
+    columns = _columns(record, metrics, values)
+    return Table("ablation", _title(record, infos), columns, rows, notes, forest, short=short)
 
 
 def _metrics(task: str, counted: Counted) -> list[Metric]:
