@@ -251,19 +251,18 @@ def _pictures(made: Sequence[Table]) -> tuple[list[dict[str, Any]], int]:
     """Pictures of the first run of each measured row, up to ALL_PICTURES_BYTES; and how many were left out."""
     groups: list[dict[str, Any]] = []
     room, left_out = ALL_PICTURES_BYTES, 0
-    for table in made:
-        for row in table.rows:
-            for what, patterns in PICTURES.items() if row.runs else ():
-                files = [file for pattern in patterns for file in sorted(row.runs[0].glob(pattern))]
-                most = PICTURES_PER_ROW * (2 if what == OVERVIEW else 1)
-                images = [image for file in files[:most] if room > 0 and (image := _image(file))]
-                room -= sum(len(image["uri"]) for image in images)
-                left_out += len(files) - len(images)
-                if images:
-                    title = f"{table.label(row)} on {row.values.get('data')}: {what}"
-                    captions = [CAPTIONS.get(image["name"], image["name"].replace("_", " ")) for image in images]
-                    shown = list(zip(images, captions if what == OVERVIEW else [""] * len(images), strict=True))
-                    groups.append({"title": title, "images": shown, "run": row.runs[0].name})
+    for table, row, run in plots.first_runs(made):
+        for what, patterns in PICTURES.items():
+            files = [file for pattern in patterns for file in sorted(run.glob(pattern))]
+            most = PICTURES_PER_ROW * (2 if what == OVERVIEW else 1)
+            images = [image for file in files[:most] if room > 0 and (image := _image(file))]
+            room -= sum(len(image["uri"]) for image in images)
+            left_out += len(files) - len(images)
+            if images:
+                title = f"{plots.short_label(table, row)} on {row.values.get('data')}: {what}"
+                captions = [CAPTIONS.get(image["name"], image["name"].replace("_", " ")) for image in images]
+                shown = list(zip(images, captions if what == OVERVIEW else [""] * len(images), strict=True))
+                groups.append({"title": title, "images": shown, "run": run.name})
     return groups, left_out
 
 

@@ -24,7 +24,7 @@ from hcnet_cli.files import replacing, writing
 from hcnet_cli.pictures import shortened
 from hcnet_cli.report import figures, final, plots
 from hcnet_cli.results import Results
-from hcnet_cli.table import Row, Table
+from hcnet_cli.table import Table
 from hcnet_cli.tasks import TASKS
 
 COLUMN, PAGE = 3.3, 6.9  # inches: one column, both
@@ -97,17 +97,11 @@ def _all(made: Sequence[Table], found: Results) -> Iterator[tuple[str, str, Figu
             yield f"{title} differences", f"{title}, {plots.FOREST_TITLE} with 95 % intervals", forest(arms)
     names = {run for table in made for row in table.rows for run in row.runs}
     yield from _curves([run for run in found.runs if run.finished and run.folder in names])
-    for table in made:
-        for row in table.rows:
-            yield from _of_run(table, row)
-
-
-def _of_run(table: Table, row: Row) -> Iterator[tuple[str, str, Figure]]:
-    """What the first run of a row left in its folder, as the page has it."""
-    if row.kind == "measured" and row.runs:
-        about = f"{table.label(row)} on {row.values.get('data')}"
-        for what, figure in final.drawings(row.runs[0] / "final", COLUMN, PAGE):
-            yield f"{about} {what}", f"{about}, {what}", figure
+    for table, row, run in plots.first_runs(made):
+        if row.kind == "measured":
+            about = f"{plots.short_label(table, row)} on {row.values.get('data')}"
+            for what, figure in final.drawings(run / "final", COLUMN, PAGE):
+                yield f"{about} {what}", f"{about}, {what}", figure
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from hcnet_cli import runs
@@ -32,6 +33,16 @@ class Scatter:
     x_title: str
     y_title: str
     points: list[Point]
+
+
+def first_runs(tables: Sequence[Table]) -> Iterator[tuple[Table, Row, Path]]:
+    """The first run of each row, whose pictures stand for all of them; once where several tables have it."""
+    seen: set[Path] = set()
+    for table in tables:
+        for row in table.rows:
+            if row.runs and row.runs[0] not in seen:
+                seen.add(row.runs[0])
+                yield table, row, row.runs[0]
 
 
 def primary(table: Table) -> Column | None:
