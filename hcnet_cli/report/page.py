@@ -21,7 +21,7 @@ from hcnet_cli.grouping import Run, changes_text
 from hcnet_cli.privacy import public_text
 from hcnet_cli.report import figures, plots
 from hcnet_cli.report.escape import to_json
-from hcnet_cli.results import Results, command
+from hcnet_cli.results import Results, command, model_name
 from hcnet_cli.study.status import StudyStatus
 from hcnet_cli.table import MISSING, Column, Row, Table, is_number, number
 
@@ -233,7 +233,7 @@ def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
     return {
         "id": anchor,
         "run": run,
-        "label": plots.label(run, run.info.changes, f", seed {run.info.seed}"),
+        "label": plots.label(run, model_name(i), i.changes, f", seed {run.info.seed}"),
         "share": math.floor(100 * i.steps_done / max(1, i.steps_total)),
         "facts": {what: text for what, text in facts.items() if text},
         "recipe": public_text(text) if public else text,

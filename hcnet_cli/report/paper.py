@@ -203,7 +203,7 @@ def curves(settings: dict[str, list[plots.Curve]], kind: str, title: str) -> Fig
         for curve in members:
             steps, of_step = zip(*curve.points[kind], strict=True) if curve.points[kind] else ((), ())
             values += of_step
-            text = shortened(name, SIZE, 200) + seeds if curve is members[0] else None
+            text = shortened(name, SIZE, 165 if seeds else 200) + seeds if curve is members[0] else None
             thin = 0.6 if seeds else 1.0
             axes.plot(steps, of_step, color=LINES[colour], linestyle=DASHES[dashes], linewidth=thin, label=text)
     if kind == "metric":  # first, far values would flatten all the rest: as on the page

@@ -115,17 +115,18 @@ class Curve:
     """A run over its steps: [step, value] for each of KINDS, at most CURVE_POINTS each."""
 
     run: Run
+    model: str  # its name, without a changed shape where no other run of the same data needs it
     metric: str
     changes: Mapping[str, Any]  # settings, without those that all runs of the same data and metric share
     points: Mapping[str, list[list[float]]]
 
     @property
     def label(self) -> str:
-        return label(self.run, self.changes, f", seed {self.run.info.seed}")
+        return label(self.run, self.model, self.changes, f", seed {self.run.info.seed}")
 
     @property
     def setting(self) -> str:
-        return label(self.run, self.changes)
+        return label(self.run, self.model, self.changes)
 
     @property
     def data(self) -> str:
@@ -149,21 +150,32 @@ def curves(all_runs: Sequence[Run]) -> list[Curve]:
         points = {name: thinned(log, key) for name, key in zip(KINDS, ("loss", metric, "lr"), strict=True)}
         if any(points.values()):
             found.append((run, metric, points))
-    logged = [run for run, *_ in found]
-    made = [Curve(run, metric, _own_changes(run, logged), points) for run, metric, points in found]
+    made = []
+    for run, metric, points in found:
+        alike = [r for r, *_ in found if (r.info.data.name, r.info.task) == (run.info.data.name, run.info.task)]
+        made.append(Curve(run, _short_name(run, alike), metric, _own_changes(run, alike), points))
     return sorted(made, key=lambda curve: (curve.run.state != "running", -curve.best))
 
 
-def _own_changes(run: Run, others: Sequence[Run]) -> dict[str, Any]:
-    same = [r for r in others if (r.info.data.name, r.info.task) == (run.info.data.name, run.info.task)]
-    shared = {k: v for k, v in run.info.changes.items() if all(r.info.changes.get(k) == v for r in same)}
-    return {k: v for k, v in run.info.changes.items() if len(same) == 1 or k not in shared}
+def _short_name(run: Run, alike: Sequence[Run]) -> str:
+    name = model_name(run.info)
+    short = name.partition(", ")[0]
+    return (
+        short
+        if {model_name(r.info) for r in alike if model_name(r.info).partition(", ")[0] == short} == {name}
+        else name
+    )
 
 
-def label(run: Run, changes: Mapping[str, Any], seed: str = "") -> str:
+def _own_changes(run: Run, alike: Sequence[Run]) -> dict[str, Any]:
+    shared = {k: v for k, v in run.info.changes.items() if all(r.info.changes.get(k) == v for r in alike)}
+    return {k: v for k, v in run.info.changes.items() if len(alike) == 1 or k not in shared}
+
+
+def label(run: Run, model: str, changes: Mapping[str, Any], seed: str = "") -> str:
     """A run by model and settings: "HcNet-pico, seed 1 (optim.lr=0.004)"."""
     text = changes_text(run.info.model_copy(update={"changes": dict(changes)}))
-    return f"{model_name(run.info)}{seed}{f' ({text})' if text else ''}"
+    return f"{model}{seed}{f' ({text})' if text else ''}"
 
 
 def drawn(value: object) -> TypeGuard[float]:
