@@ -58,7 +58,7 @@ def test_every_figure_of_the_page_is_there_twice(written: tuple[Path, list[str]]
     assert lines == [
         "digits-macs: digits, top-1 against MACs (G)",
         "digits-params: digits, top-1 against #params (M)",
-        "ablation-differences: Ablation, difference to the full model with 95 % intervals",
+        "ablation-differences: Ablation, difference to full with 95 % intervals",
         "digits-loss-curve: digits, training loss",
         "digits-top1-curve: digits, validation top-1 (%)",
         "digits-lr-curve: digits, learning rate",

@@ -103,7 +103,7 @@ def _shown(value: Any) -> Any:
 def _section(table: Table, anchor: str, anchors: Mapping[Path, str]) -> dict[str, Any]:
     columns = [c for c in table.columns if c.key not in COLUMNS_LEFT_OUT]
     arms = plots.forest_arms(table)
-    forest = [figures.forest(arms, plots.FOREST_TITLE, width) for width in (760, 350)] if arms else []
+    forest = [figures.forest(arms, plots.forest_title(table), width) for width in (760, 350)] if arms else []
     return {
         "id": anchor,
         "table": table,

@@ -94,7 +94,8 @@ def _all(made: Sequence[Table], found: Results) -> Iterator[tuple[str, str, Figu
         for plot in plots.scatters(table):
             yield f"{title} {plot.x}", f"{title}, {plot.title}", scatter(plot)
         if arms := plots.forest_arms(table):
-            yield f"{title} differences", f"{title}, {plots.FOREST_TITLE} with 95 % intervals", forest(arms)
+            x_title = plots.forest_title(table)
+            yield f"{title} differences", f"{title}, {x_title} with 95 % intervals", forest(arms, x_title)
     names = {run for table in made for row in table.rows for run in row.runs}
     yield from _curves([run for run in found.runs if run.finished and run.folder in names])
     for table, row, run in plots.first_runs(made):
@@ -151,7 +152,7 @@ def scatter(plot: plots.Scatter) -> Figure:
     return figure
 
 
-def forest(arms: Sequence[tuple[str, float, float, float]]) -> Figure:
+def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str) -> Figure:
     """Differences with their intervals; filled where the interval is without zero."""
     names = [shortened(name, SIZE, 120) for name, *_ in arms]
     figure = Figure(figsize=(COLUMN, 0.55 + 0.2 * len(arms)), layout="constrained")
@@ -164,7 +165,7 @@ def forest(arms: Sequence[tuple[str, float, float, float]]) -> Figure:
         axes.plot(difference, place, "s", markersize=4, markerfacecolor=face, markeredgecolor=edge, zorder=3)
         text = f"{difference:+.2f}".replace("-", "−")
         axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", color=INK)
-    axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel=plots.FOREST_TITLE)
+    axes.set(ylim=(len(arms) - 0.5, -0.5), xlabel=x_title)
     axes.set_yticks(range(len(arms)), names)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)

@@ -20,7 +20,6 @@ from hcnet_cli.tasks import TASKS
 
 CURVE_POINTS = 120  # of each curve; more is finer than a screen shows
 DRAWN = 1e9  # figures leave out what is larger: no model has such values, and axes need room
-FOREST_TITLE = "difference to the full model"
 KINDS = ("loss", "metric", "lr")  # of curves
 
 
@@ -69,6 +68,11 @@ def scatters(table: Table) -> list[Scatter]:
         title = f"{metric.title} against {x_title}"
         made.append(Scatter(x.partition("_")[0], title, f"{x_title}, log scale", y_title, points))
     return made
+
+
+def forest_title(table: Table) -> str:
+    """What the arms are compared with: the baseline, whose row is the first."""
+    return f"difference to {table.label(table.rows[0])}"
 
 
 def forest_arms(table: Table) -> list[tuple[str, float, float, float]]:
