@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
 from hcnet_cli.models import layers
 from hcnet_cli.pretrained import weights_file
-from hcnet_cli.recipe import Recipe
+from hcnet_cli.recipe import Recipe, recipes_dir, resolve
 from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
 from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Part
 from hcnet_cli.sizes import SIZES
@@ -215,12 +214,6 @@ def _metadata(path: Path) -> dict[str, Any]:
         return {}
 
 
-def init_origin(source: str) -> dict[str, Any]:
-    """What weights to start from say of the run that made them: its config and its seed, where they are known."""
-    about = _metadata(weights_file(source))
-    return {key: about[key] for key in ("config", "seed") if key in about}
-
-
 def load_init(task: Task, name: str, state: dict[str, Tensor]) -> LoadReport:
     """Loads what fits: a whole model's weights into the whole, a backbone's into the backbone. The names of the
     authors' checkpoints are translated.
@@ -245,31 +238,6 @@ def lacking(init: LoadReport, task: Task) -> str:
     if init.total < len(task.model.state_dict()):
         names.insert(0, "the head")
     return ", ".join(names[:5])
-
-
-def other_classes(init: LoadReport, task: Task, names: Sequence[str]) -> str:
-    """What is wrong where whole weights are of as many classes as the data, but of other ones, or in another order."""
-    known = _metadata(Path(init.source)).get("classes") or names
-    differing = [pair for pair in zip(known, names, strict=False) if pair[0] != pair[1]]
-    if not differing or lacking(init, task):
-        return ""
-    first, here = differing[0]
-    return f"{init.source} is of other classes than the data: one of them is {first} there and {here} here"
-
-
-def seen_before(init: LoadReport, recipe: Recipe, data: DataSplits) -> str:
-    """What is wrong where cross-validation starts from weights that were trained on images of the fold it scores."""
-    folds = getattr(recipe.data, "folds", None)
-    if not folds:
-        return ""
-    about = _metadata(Path(init.source))
-    of, seed = str(about.get("data")), about.get("seed")
-    equal = about.get("data_digest") == data.info.digest
-    if not equal and data.info.name != f"{re.sub(r'-[0-9]+-folds$', '', of)}-{folds}-folds":
-        return ""
-    if equal and isinstance(seed, int) and seed % folds == recipe.train.seed % folds:
-        return ""  # the same fold
-    return f"{init.source} was trained on {of}, with images that this fold is scored on: the score will be too good"
 
 
 def load_own(task: Task, folder: Path) -> LoadReport:
@@ -305,6 +273,11 @@ class Steps:
     shortened: bool  # the warm-up was cut to half of a short run
 
 
+def shipped_small(recipe: Recipe) -> Recipe:
+    """The shipped recipe of the task for small data."""
+    return resolve(recipes_dir() / recipe.task / f"{recipe.spec.small_recipe}.yaml").recipe
+
+
 def steps(recipe: Recipe, data: DataSplits) -> Steps:
     """Durations of the schedule on these data. UserError for fewer images than a batch."""
     try:
@@ -312,7 +285,9 @@ def steps(recipe: Recipe, data: DataSplits) -> Steps:
     except UserError as error:
         small = f"{recipe.task}/{recipe.spec.small_recipe}"
         if recipe.spec.small_recipe and recipe.protocol != small:
-            raise UserError(str(error), hint=f"{error.hint} A recipe for few images is --recipe {small}.") from None
+            few = data.info.num_train
+            flag = f" --batch-size {max(2, few // 4)}" if few < shipped_small(recipe).train.batch_size else ""
+            raise UserError(str(error), hint=f"{error.hint} A recipe for few images: --recipe {small}{flag}.") from None
         raise
     return steps_of_schedule(recipe, epoch)
 
@@ -405,13 +380,13 @@ def build_job(
         seed=train.seed,
         ema=None if train.ema_decay is None else ModelEmaV3(task.model, decay=train.ema_decay),
         patience=train.patience,
-        describe_weights=_weights_metadata(recipe, data),
+        describe_weights=weights_metadata(recipe, data),
         identity=identity,
         kernels=faster,
     )
 
 
-def _weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
+def weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     """What best.safetensors says of itself: all that whoever loads it needs. README documents the keys."""
     model = recipe.model
     size = getattr(recipe.data, "img_size", None)
@@ -425,6 +400,7 @@ def _weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
         "data": data.info.name,
         "classes": list(data.class_names),
         **({"ema_decay": recipe.train.ema_decay} if recipe.train.ema_decay is not None else {}),
+        **({"bits": data.info.bits} if data.info.bits is not None else {}),
         **task_module(recipe).describe_input(recipe.data, next(iter(recipe.evaluation.values()))),
     }
 

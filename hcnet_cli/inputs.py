@@ -112,8 +112,9 @@ def _like(root: Path) -> str:
         any(is_image(os.fsencode(one.name)) for one in os.scandir(folder)) for folder in folders
     ):
         return (
-            f"It looks like one folder of images for each of {len(folders)} classes: move them into {root / 'train'}, "
-            f"then some images of each class into {root / 'val'}/<class>/, or train with --set data.folds=5."
+            f"It looks like one folder of images for each of {len(folders)} classes. Move the folders into "
+            f"{root / 'train'}; then either move some images of each class into {root / 'val'}/<class>/, or "
+            "cross-validate with --set data.folds=5."
         )
     return ""
 

@@ -306,7 +306,7 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     spec = recipe.spec
     small = f"{spec.name}/{spec.small_recipe}"
     if recipe.protocol == small:
-        shipped = shipped_small(recipe)
+        shipped = build.shipped_small(recipe)
         if recipe.data.path not in embedded.EMBEDDED and image_sides(recipe) == image_sides(shipped):
             sides = typical_sides(data)
             if sides and (flags := size_flags(shipped, sides)):
@@ -342,7 +342,7 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
 def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:
     """What the recipe for small data is to be told: the images' size, a batch of fewer, what was said of the data."""
     model, weights = recipe.model, recipe.init not in ("none", "auto")
-    small = shipped_small(recipe)
+    small = build.shipped_small(recipe)
     asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
     flags = size_flags(small, sides)
     if model.name:
@@ -361,11 +361,6 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
     if images < small.train.batch_size:
         flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 4))}"
     return flags
-
-
-def shipped_small(recipe: Recipe) -> Recipe:
-    """The shipped recipe of the task for small data."""
-    return rcp.resolve(rcp.recipes_dir() / recipe.task / f"{recipe.spec.small_recipe}.yaml").recipe
 
 
 def size_flags(small: Recipe, sides: tuple[int, int] | None) -> str:

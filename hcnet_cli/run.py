@@ -24,6 +24,7 @@ from hcnet_cli import (
     finished,
     first_batches,
     optim,
+    origin,
     own_model,
     plan,
     pretrained,
@@ -115,13 +116,8 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
     recipe = recipe.model_copy(update={"init": dist.from_main(lambda: _find_init(recipe, options.results))})
     init = build.load_init(task, *build.read_init(recipe.init)) if recipe.init != "none" else None
     if init:
-        init = dataclasses.replace(init, **build.init_origin(recipe.init))
-        if others := build.other_classes(init, task, data.class_names):
-            if options.eval_only:
-                raise UserError(f"{others}; scored against each other they mean nothing.")
-            warn(f"{others}. The head starts from what it learned there.")
-        if seen := build.seen_before(init, recipe, data):
-            warn(f"{seen}.")
+        init = dataclasses.replace(init, **origin.init_origin(recipe.init))
+        origin.check(init, task, recipe, data, options.eval_only)
     fingerprint = runs.run_fingerprint(recipe, data.info.digest, init.digest if init else "")
     default = runs.run_name(recipe, data.info.name, fingerprint)
     folder = dist.from_main(lambda: runs.own_folder(options.results, options.name, default, fingerprint))

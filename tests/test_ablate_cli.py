@@ -349,7 +349,7 @@ def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
 
     short, asked = design.disable_study(["gate"])
     plan = design.expand(short, asked, [design.Base(rcp.recipe_file("pretrain/digits"), ())])
-    at_work = study.StudyProcess(plan, study.Settings())
+    at_work = study.StudyProcess(plan, study.Settings(lambda _: ""))
     for cell, state in zip(at_work.record.cells, ("finished", "failed", "running", "waiting"), strict=False):
         cell.state = state  # type: ignore[assignment]
     grid = at_work.grid()

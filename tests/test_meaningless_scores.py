@@ -311,3 +311,63 @@ def test_a_picture_file_of_a_run_is_read_with_its_bits(tmp_path: Path) -> None:
     evaluator = SegmentationTask(nn.Identity(), ["a", "b"], read=functools.partial(read_image, bits=12)).evaluator()
     seen = np.asarray(evaluator.read(str(tmp_path / "a.png")))[..., 0]
     np.testing.assert_array_equal(seen, deep(4095)(0) >> 4)
+
+
+# --- weights that were made for another use ---------------------------------------------------------------------------
+
+TINTED = ("--set", "data.mean=[0.9,0.9,0.9]", "--set", "data.std=[0.05,0.05,0.05]")
+
+
+@pytest.mark.parametrize(
+    ("trained", "said"),
+    [
+        (TINTED, "was trained with --set 'data.mean=[0.9,0.9,0.9]', here it is [0.485, 0.456, 0.406]"),
+        (("--set", "model.disable=[conservation]"), "is of a model with disable ['conservation'], here it is []"),
+    ],
+)
+def test_weights_are_scored_as_what_they_were_trained_as(
+    trained: tuple[str, ...], said: str, tmp_path: Path, hcnet: Hcnet
+) -> None:
+    root = classes(tmp_path / "c")
+    assert pretrain(hcnet, root, tmp_path / "o", *trained).code == 0
+    folder = only_run(tmp_path / "o")
+    exported = tmp_path / "timm"
+    assert hcnet("export", folder, "--format", "timm", "--output", exported).code == 0
+    for weights in (folder, exported):
+        refused = pretrain(hcnet, root, tmp_path / "e", "--eval-only", "--init", weights)
+        assert refused.code == 2
+        assert f"{said}: the score would mean nothing." in " ".join(refused.err.split())
+        assert not (tmp_path / "e").exists()
+    assert pretrain(hcnet, root, tmp_path / "e", "--eval-only", "--init", exported, *trained).code == 0
+    warned = pretrain(hcnet, root, tmp_path / "w", "--init", folder, "--dry-run")
+    assert said in " ".join(warned.err.split())
+
+
+def test_the_classes_of_exported_weights_are_compared_too(tmp_path: Path, hcnet: Hcnet) -> None:
+    root = classes(tmp_path / "c")
+    assert pretrain(hcnet, root, tmp_path / "o").code == 0
+    exported = tmp_path / "timm"
+    assert hcnet("export", only_run(tmp_path / "o"), "--format", "timm", "--output", exported).code == 0
+    for split in ("train", "val"):
+        first, *_ = sorted((root / split).iterdir())
+        first.rename(root / split / "zebra")
+    for weights in (exported, exported / "model.safetensors"):
+        refused = pretrain(hcnet, root, tmp_path / "e", "--eval-only", "--init", weights)
+        assert refused.code == 2
+        assert "is of other classes than the data" in refused.err
+
+
+def test_labels_are_scored_by_the_numbers_that_were_trained(tmp_path: Path, hcnet: Hcnet) -> None:
+    root = scenes(
+        tmp_path / "s", labels=lambda seed: np.random.RandomState(seed).randint(0, 3, (40, 40)).astype(np.uint8)
+    )
+    line = ("finetune-seg", "--recipe", "digit-stuff", "--data", root, *SMALL_MODEL, "--batch-size", "2")
+    line += ("--workers", "0", "--init", "none", "--set", "head.channels=8", "--set", "schedule.length=1")
+    line += ("--set", "data.img_scale=[40,40]", "--set", "data.crop_size=32")
+    shifted = ("--set", "data.reduce_zero_label=false")
+    assert hcnet(*line, *shifted, "--out", tmp_path / "o").code == 0
+    again = (*line, "--eval-only", "--init", only_run(tmp_path / "o"), "--out", tmp_path / "e")
+    refused = hcnet(*again)
+    assert refused.code == 2
+    assert "was trained with --set data.reduce_zero_label=false, here it is True" in " ".join(refused.err.split())
+    assert hcnet(*again, *shifted).code == 0

@@ -178,7 +178,7 @@ def test_weights_of_other_classes_are_never_taken_in_silence(
     trained = hcnet(*arguments, "--epochs", "1", "--set", "schedule.length=2")
     assert trained.code == 0
     assert "warning: " in trained.err
-    assert "The head starts from what it learned there." in trained.err
+    assert "Training starts from what was learned there." in trained.err
     assert "--set schedule.length=2 counts, and --epochs 1 does not" in " ".join(trained.err.split())
     assert hcnet(*arguments[:-1], finished, "--data", folder_of_images, "--eval-only").code == 0
 

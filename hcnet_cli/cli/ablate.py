@@ -143,7 +143,7 @@ def ablate(
     for one in expanded.recipes.values():
         require_named(one, "--model" if one.model.name in named else "")
     settings = runner.Settings(
-        results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=command_line(), detect=detect
+        _read_data, results=out_dir, device=device, jobs=jobs, fresh=fresh, argv=command_line(), detect=detect
     )
     if cluster is not None:
         from hcnet_cli.study.submit import submit_study
@@ -175,6 +175,13 @@ def _study_base(task: str, one: StudyRun, given: dict[str, Any]) -> Base:
     if embedded and spec.ablation_length and "schedule.length" not in {key for key, _, _ in [*overrides, *changes]}:
         changes.append(("schedule.length", spec.ablation_length, "the default of ablations"))
     return Base(file, (*changes, *overrides), one.init)
+
+
+def _read_data(recipe: Recipe) -> str:
+    """The digest of a recipe's data, read now."""
+    from hcnet_cli import reading
+
+    return reading.open_data(recipe).info.digest
 
 
 def _cost(recipe: Recipe, device: str) -> Cost:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError, model_validator
 
+from hcnet_cli import cache
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, warn
+from hcnet_cli.files import writing
+from hcnet_cli.finished import data_root, data_section
 from hcnet_cli.grouping import Run
+from hcnet_cli.header import tensors_digest
+from hcnet_cli.locks import Lock
 from hcnet_cli.plain_json import read_json
+from hcnet_cli.pretrained import weights_file
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunInfo, run_fingerprint
 from hcnet_cli.study.analysis import Analysis, Fixed, Points
@@ -117,6 +124,23 @@ def read_study(file: Path) -> StudyRecord:
     return record
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Refuses a second command at the same study, which would start the same runs."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder)
+        if not lock.acquire():
+            raise UserError(
+                f"Another process is working at this study ({folder}): {lock.owner() or 'unknown'}.",
+                hint="Wait for it, or stop it.",
+            )
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def read_earlier(file: Path) -> StudyRecord | None:
     """The record that a study has so far, where it has one that can be read."""
     if file.exists():
@@ -186,7 +210,49 @@ def allowing(recipe: Recipe) -> Callable[[RunInfo], bool]:
     return allows
 
 
-def find_run(recipe: Recipe, found: Found) -> Path | None:
+class Today:
+    """Data and weights to start from as they are now, each looked at once. A run on others answers no cell.
+
+    `changed`: the runs that were passed over, by what is no longer what they saw.
+    """
+
+    def __init__(self, read_data: Callable[[Recipe], str]) -> None:
+        self.read_data = read_data  # for what this machine did not read before, or what changed since
+        self.digests: dict[str, str | None] = {}
+        self.changed: dict[str, set[str]] = {}
+
+    def allows(self, recipe: Recipe, folder: Path, info: RunInfo) -> bool:
+        """Whether a run that was asked for like the recipe saw what the recipe would see now."""
+        init = self._init(recipe)
+        what = ""
+        if info.data.digest != self._data(recipe):
+            what = f"the data {recipe.data.path}"
+        elif init is not None and init != str(info.init.get("digest") or ""):
+            what = f"the weights {recipe.init}"
+        if what:
+            self.changed.setdefault(what, set()).add(folder.name)
+        return not what
+
+    def _data(self, recipe: Recipe) -> str | None:
+        key = json.dumps([str(data_root(recipe)), data_section(recipe)], sort_keys=True)
+        if key not in self.digests:
+            known = cache.known_data(data_root(recipe), data_section(recipe))
+            self.digests[key] = known.digest if known else self.read_data(recipe)
+        return self.digests[key]
+
+    def _init(self, recipe: Recipe) -> str | None:
+        """None where the weights cannot be looked at."""
+        try:
+            file = None if recipe.init == "none" else weights_file(recipe.init)
+            key = f"{file} {file.stat().st_mtime_ns}" if file else ""
+            if key not in self.digests:
+                self.digests[key] = tensors_digest(file) if file else ""
+        except (UserError, ValueError, OSError):  # of an old format, or gone, which whoever needs them will say
+            return None
+        return self.digests[key]
+
+
+def find_run(recipe: Recipe, found: Found, today: Today) -> Path | None:
     """The folder of the run with this recipe, whatever command started it: the finished one, else the latest.
 
     A folder with a broken record is found only if there is no other. Precision "auto" matches any precision.
@@ -209,7 +275,11 @@ def find_run(recipe: Recipe, found: Found) -> Path | None:
             return False
         return recipe.train.precision in (other.train.precision, "auto") and run_key(other) == key
 
-    candidates = [(Run(folder, info).finished, info.started, folder) for folder, info in alike if same(folder)]
+    candidates = [
+        (Run(folder, info).finished, info.started, folder)
+        for folder, info in alike
+        if same(folder) and today.allows(recipe, folder, info)
+    ]
     if candidates:
         return max(candidates)[-1]
     return next((folder for folder, _ in broken if same(folder)), None)
@@ -220,8 +290,8 @@ class RunSearch:
     doubt.
     """
 
-    def __init__(self, found: Found) -> None:
-        self.broken = found[1]
+    def __init__(self, found: Found, today: Today) -> None:
+        self.broken, self.today = found[1], today
         self.names = {path.name: (path, info) for path, info in found[0]}
         self.alike: dict[tuple[str, str, int], list[tuple[Path, RunInfo]]] = {}
         for path, info in found[0]:
@@ -235,8 +305,9 @@ class RunSearch:
         near = [(path, info) for path, info in self.alike.get(likeness(recipe), []) if allows(info)]
         path, info = self.names.get(before.run, (None, None)) if before else (None, None)
         known = before is not None and info is not None and before.fingerprint in ("", info.fingerprint)
-        if known and info and info.config and [one for one, _ in near] == [path]:
-            return path
-        if (found := find_run(recipe, (near, self.broken))) is not None:
+        if known and path and info and info.config and [one for one, _ in near] == [path]:
+            return path if self.today.allows(recipe, path, info) else None
+        if (found := find_run(recipe, (near, self.broken), self.today)) is not None:
             return found
-        return path if known and path and same_recipe(path, recipe) else None
+        same = known and path and info and same_recipe(path, recipe) and self.today.allows(recipe, path, info)
+        return path if same else None

@@ -23,13 +23,12 @@ from hcnet_cli import runs
 from hcnet_cli.console import UserError, duration, err, launch, notice, warn
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.grouping import Run
-from hcnet_cli.locks import Lock
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.analysis import fix
 from hcnet_cli.study.design import Design, check_seeds, model_arguments
 from hcnet_cli.study.machine import environment
 from hcnet_cli.study.planning import later_seeds, power_lines
-from hcnet_cli.study.record import Cell, Found, RunSearch, StudyRecord, find_run, read_earlier
+from hcnet_cli.study.record import Cell, Found, RunSearch, StudyRecord, Today, exclusive, find_run, read_earlier
 from hcnet_cli.study.table import runs_by_name
 from hcnet_cli.table import is_number
 from hcnet_cli.tasks import TASKS
@@ -43,6 +42,7 @@ SHOW_EVERY = 2.0  # seconds, the progress of the runs
 class Settings:
     """Where and how to run a study; no field changes a number."""
 
+    read_data: Callable[[Recipe], str]  # the digest of a recipe's data
     results: Path = Path("results")
     device: str = "auto"
     jobs: int = 1
@@ -105,6 +105,7 @@ class StudyProcess:
         )
         self.places = {(cell.arm, cell.task, cell.seed): cell for cell in self.record.cells}
         self.start_over: set[str] = set()  # names of runs
+        self.today = Today(settings.read_data)
         self.jobs: dict[int, _Job] = {}
         self.durations: list[float] = []  # seconds, of the cells that finished
         self.stop = 0  # the number of a signal
@@ -153,7 +154,7 @@ class StudyProcess:
         earlier = {(c.arm, c.task, c.seed): c for c in before}
         found = runs.find_runs(self.settings.results)
         names = {path.name: Run(path, info) for path, info in found[0]}
-        search = RunSearch(found)
+        search = RunSearch(found, self.today)
         code, others = runs.git_state(), 0
         for cell in self.record.cells:
             if not self.ready(cell):
@@ -173,6 +174,9 @@ class StudyProcess:
             elif run is not None and run.finished:
                 cell.state = "finished"
                 others += foreign
+        for what, names_of_old in self.today.changed.items():
+            runs_like_these = f"{len(names_of_old)} run{'s' * (len(names_of_old) != 1)} of this study"
+            warn(f"{what} changed since {runs_like_these} began: the old results are not taken.")
         if others and any(cell.state != "finished" for cell in self.record.cells):
             warn(
                 f"{others} finished runs are of another version of the code than this one; they will not be compared "
@@ -254,7 +258,7 @@ class StudyProcess:
         unnamed = [job.cell for job in self.jobs.values() if not job.cell.run]
         found = runs.find_runs(self.settings.results) if unnamed else ((), ())
         for cell in unnamed:
-            if folder := find_run(self.recipe(cell), found):
+            if folder := find_run(self.recipe(cell), found, self.today):
                 cell.run = folder.name
                 cell.fingerprint = dict(found[0])[folder].fingerprint if folder in dict(found[0]) else ""
                 self.write()
@@ -316,7 +320,7 @@ class StudyProcess:
         log = self.settings.results / cell.log
         text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
         found = runs.find_runs(self.settings.results)
-        folder = find_run(self.recipe(cell), found)
+        folder = find_run(self.recipe(cell), found, self.today)
         if folder is None:  # on the same data under another path the program ends by naming the finished run
             folder = next((path for path, _ in found[0] if path.name in text), None)
         info = dict(found[0]).get(folder) if folder else None
@@ -416,29 +420,12 @@ class StudyProcess:
             value = infos[cell.run].metrics.get(TASKS[cell.task].primary.key) if cell.run in infos else None
             return Text("finished" if value is None else f"{value:.2f}", style="green")
         if cell.state == "running":
-            folder = find_run(self.recipe(cell), found)
+            folder = find_run(self.recipe(cell), found, self.today)
             log = runs.read_log(folder / "metrics.jsonl") if folder else []
             if folder and folder.name in infos and log:
                 return Text(f"{100 * log[-1].get('step', 0) // infos[folder.name].steps_total} %", style="cyan")
             return Text("starting", style="cyan")
         return Text(cell.state, style="red" if cell.state == "failed" else "dim")
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Refuses a second command at the same study, which would start the same runs."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = Lock(folder)
-        if not lock.acquire():
-            raise UserError(
-                f"Another process is working at this study ({folder}): {lock.owner() or 'unknown'}.",
-                hint="Wait for it, or stop it.",
-            )
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def last_error(log: str) -> tuple[str, str]:

@@ -20,8 +20,8 @@ from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.study.design import Design, model_arguments
 from hcnet_cli.study.planning import later_seeds
-from hcnet_cli.study.record import StudyRecord
-from hcnet_cli.study.runner import Settings, StudyProcess, exclusive
+from hcnet_cli.study.record import StudyRecord, exclusive
+from hcnet_cli.study.runner import Settings, StudyProcess
 from hcnet_cli.study.slurm import (
     MAX_ARRAY_SIZE,
     Array,
