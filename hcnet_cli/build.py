@@ -386,6 +386,14 @@ def build_job(
     )
 
 
+def scoring_job(recipe: Recipe, data: DataSplits, task: Task, device: torch.device, processes: int = 1) -> Job:
+    """A job that only evaluates, on any number of processes, in batches as large as in training by `processes`."""
+    train = recipe.train
+    size = train.eval_batch_size or max(1, train.batch_size // (train.accumulate * processes))
+    alone = {"batch_size": dist.processes(), "accumulate": 1, "eval_batch_size": size, "ema_decay": None}
+    return build_job(recipe.model_copy(update={"train": train.model_copy(update=alone)}), data, task, device)
+
+
 def weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
     """What best.safetensors says of itself: all that whoever loads it needs. README documents the keys."""
     model = recipe.model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from hcnet_cli import build, dist, engine, files, runs
@@ -37,7 +36,7 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
             )
         task = build.build_task(recipe, data)
         build.load_own(task, folder.path)
-        job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
+        job = build.scoring_job(recipe, data, task, where, info.processes)
         for evaluation in build.build_evaluations(recipe, task, data, wanted):
             primary = evaluation.name == first
             notes = protocols([evaluation], first=primary)

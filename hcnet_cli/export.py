@@ -358,7 +358,7 @@ def _score(
     where = torch.device("cpu")
     task = build.build_task(recipe, data)
     build.load_own(task, folder.path)
-    job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
+    job = build.scoring_job(recipe, data, task, where, info.processes)
     first = job.evaluations[0]
     exported = use_file(first.task)
     metrics, _ = engine.evaluate(job, dataclasses.replace(first, task=exported))

@@ -21,6 +21,8 @@ from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.values import place_typed
 
+FINISHED = "This run is finished:"
+
 
 def data_section(recipe: Recipe) -> dict[str, Any]:
     """What decides, besides the files, which data a folder is read as."""
@@ -85,7 +87,7 @@ def _init_digest(recipe: Recipe, results: Path) -> str:
 
 def notice_finished(folder: RunFolder, recipe: Recipe, profile: int = 0, track: Sequence[str] = ()) -> None:
     """`recipe`: what is asked for now; `profile`: steps to be timed; `track`: trackers that were to follow."""
-    notice(f"This run is finished: {folder.path}{'. Nothing was profiled.' if profile else ''}")
+    notice(f"{FINISHED} {folder.path}{'. Nothing was profiled.' if profile else ''}")
     if track:
         command = f"hcnet track {shlex.quote(str(folder.path))} --to {','.join(track)}"
         notice(f"Nothing was tracked: `{command}` sends its log.")

@@ -87,10 +87,22 @@ def decays(name: str, parameter: nn.Parameter, rule: str) -> bool:
 
     "1d": not on biases and 1-D parameters (Swin `optimizer.py set_weight_decay`).
     "norm": not on parameters whose name contains "norm" (Swin detection and segmentation, `paramwise_cfg` custom keys).
+    Neither acts on what the model itself spares, see `spared`.
     """
     if rule == "norm":
         return "norm" not in name
     return parameter.ndim > 1 and not name.endswith(".bias")
+
+
+def spared(model: nn.Module) -> set[str]:
+    """Parameters that weight decay never acts on, by the model's or one of its parts' own `no_weight_decay()`: timm's
+    models name position tables and class tokens there.
+    """
+    names: set[str] = set()
+    for prefix, module in model.named_modules():
+        if callable(named := getattr(module, "no_weight_decay", None)):
+            names |= {f"{prefix}.{name}" if prefix else name for name in named()}
+    return names
 
 
 def reads_found_inf(optimizer: Optimizer) -> bool:
@@ -131,10 +143,11 @@ def _parameter_groups(
 ) -> list[dict[str, Any]]:
     """Decayed parameters first. The order is part of the result: it changes the last bits of the gradient norm."""
     members: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    exempt = spared(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             in_fallback = any(fnmatch(name, pattern) for pattern in fallback)
-            decayed = decays(name, parameter, no_decay)
+            decayed = name not in exempt and decays(name, parameter, no_decay)
             members.setdefault((not decayed, in_fallback, scales.get(name, 1.0)), []).append(parameter)
     return [
         {

@@ -413,7 +413,7 @@ def _evaluate_only(run: RunSetup, info: RunInfo) -> RunInfo:
             f"There are no weights to evaluate: {folder.path} has no best.safetensors{why}.",
             hint="Train it first, or name whole weights with --init RUN, FILE.safetensors or FILE.pth.",
         )
-    job = dataclasses.replace(build.build_job(recipe, run.data, task, run.device), ema=None)
+    job = build.scoring_job(recipe, run.data, task, run.device, earlier.processes if earlier else 1)
     for line in str(init).splitlines():
         notice(line)
     notice(f"Evaluating on {info.data.num_val} images of {info.data.name}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 from hcnet_cli import build, engine, runs
@@ -57,7 +56,7 @@ def verify(claim: Claim, folder: RunFolder, recipe: Recipe, device: str) -> list
     try:
         task = build.build_task(recipe, data)
         build.load_own(task, folder.path)
-        job = dataclasses.replace(build.build_job(recipe, data, task, where), ema=None)
+        job = build.scoring_job(recipe, data, task, where)
         made: dict[str, float] = {}
         first, *others = recipe.evaluation
         names = [first, *(name for name in others if any(score.endswith(f"_{name}") for score in claimed))]

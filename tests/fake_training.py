@@ -1,7 +1,7 @@
 """Stands in for the training program where only its manners matter: arguments, exit codes, run folders, signals.
 
-`FAKE` in the environment holds JSON: "fail" and "refuse" (labels such as "gate s1"), "seconds" of work, "top1" by
-label, "commit".
+`FAKE` in the environment holds JSON: "fail" and "refuse" (labels such as "gate s1"), "killed" (label: last words),
+"seconds" of work, "top1" by label, "commit".
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ def main() -> int:
     if label in wanted.get("refuse", ()):
         print("error: The data are not in order.\nMend them.", file=sys.stderr)
         return 2
+    if label in wanted.get("killed", {}):
+        print(wanted["killed"][label], file=sys.stderr)
+        return 137
     digest = {"data": "colors-digest", **({"init": Path(given["--init"]).name} if recipe.init != "none" else {})}
     fingerprint = rcp.fingerprint(recipe, **digest)
     folder = RunFolder(results / "runs" / runs.run_name(recipe, "colors", fingerprint))

@@ -343,6 +343,17 @@ def test_a_study_file_names_recipes_budget_and_seeds(hcnet: Hcnet, fake: Callabl
     assert hcnet("ablate", "--study", "mine.yaml", "--data", "x").code == 2
 
 
+def test_a_cell_that_fails_has_no_score_though_its_output_names_a_run(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    """Such as the run whose weights it started from."""
+    assert hcnet("ablate", "--disable", "gate", "--seeds", "0").code == 0
+    named = record()["cells"][0]["run"]
+    fake(killed={"gate s1": f"Weights from results/runs/{named}/best.safetensors: 60 of 60 tensors loaded."})
+    done = hcnet("ablate", "--disable", "gate", "--seeds", "0,1")
+    assert done.code == 1
+    (cell,) = (cell for cell in record()["cells"] if (cell["arm"], cell["seed"]) == ("no-gate", 1))
+    assert (cell["state"], cell["run"]) == ("failed", "")
+
+
 def test_the_live_table_shows_every_cell(fake: Callable[..., None]) -> None:
     from hcnet_cli import recipe as rcp
     from hcnet_cli.study import design

@@ -8,13 +8,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
+from safetensors.numpy import save_file
 from scipy import stats
 from synthetic_runs import make_run
 from synthetic_studies import DIGITS, SCORES, base, made, planned, study_of, with_recipe
 
-from hcnet_cli import build, runs
+from hcnet_cli import build, cache, header, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
 from hcnet_cli.report import FORMATS, render
@@ -22,7 +24,9 @@ from hcnet_cli.sizes import COMPONENTS, INCLUDES
 from hcnet_cli.study import design
 from hcnet_cli.study import table as study_table
 from hcnet_cli.study.design import Base, Study
-from hcnet_cli.study.record import Cell, RunSearch, StudyRecord, find_run
+from hcnet_cli.study.record import Cell, RunSearch, StudyRecord, Today, find_run
+
+TODAY = Today(lambda _: "digits-digest")
 
 # --- studies become recipes -------------------------------------------------------------------------------------------
 
@@ -264,23 +268,24 @@ def test_a_cell_finds_the_run_of_its_recipe_whoever_asked_for_it(tmp_path: Path)
         other = rcp.resolve(DIGITS, [("train.seed", 1, ""), (key, value, "")]).recipe
         with_recipe(make_run(tmp_path, seed=1, name=f"z{number}"), other)
     with_recipe(make_run(tmp_path, seed=1, name="zz", evaluated_only=True), resolved.recipe)
-    assert find_run(cell, runs.find_runs(tmp_path)) == mine
+    assert find_run(cell, runs.find_runs(tmp_path), TODAY) == mine
     for folder in (mine, tmp_path / "runs" / "unfinished"):  # a broken record is found by its recipe
         (folder / "run.json").write_text("{")
-    assert find_run(cell, runs.find_runs(tmp_path)) in (mine, tmp_path / "runs" / "unfinished")
+    assert find_run(cell, runs.find_runs(tmp_path), TODAY) in (mine, tmp_path / "runs" / "unfinished")
 
 
 def test_a_cell_of_a_named_precision_takes_no_other(tmp_path: Path) -> None:
     plan = planned(design.disable_study(["gate"])[1], base(("train.precision", "bf16")))
     ran = rcp.resolve(DIGITS, [("train.precision", "fp32", "")]).recipe
     with_recipe(make_run(tmp_path), ran)
-    assert find_run(plan.recipe("full", "pretrain", 0), runs.find_runs(tmp_path)) is None
+    assert find_run(plan.recipe("full", "pretrain", 0), runs.find_runs(tmp_path), TODAY) is None
 
 
 def test_records_answer_for_many_cells_and_a_recipe_is_read_only_in_doubt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two arms that no record tells apart but by its fingerprint, each with a run that the study named before."""
+    monkeypatch.setattr(cache, "known_data", lambda *given: cache.KnownData("digits", "digits-digest"))
     recipes = {name: rcp.resolve(DIGITS, [("optim.weight_decay", value, ""), ("train.precision", "fp32", "")]).recipe
                for name, value in (("a", 0.01), ("b", 0.02))}  # fmt: skip
     for name, recipe in recipes.items():
@@ -289,17 +294,50 @@ def test_records_answer_for_many_cells_and_a_recipe_is_read_only_in_doubt(
         fingerprint = runs.run_fingerprint(recipe, "digits-digest", "")
         with_recipe(make_run(tmp_path, name=name, fingerprint=fingerprint, **written), recipe)
     found = runs.find_runs(tmp_path)
-    search = RunSearch(found)
+    search = RunSearch(found, TODAY)
     named = {name: Cell(arm="x", task="pretrain", seed=0, run=name) for name in "ab"}
     fresh = rcp.resolve(DIGITS, [("optim.weight_decay", 0.03, "")]).recipe
     replaced = named["a"].model_copy(update={"fingerprint": "00000000"})
     for before in (None, named["b"], replaced):  # in doubt: the recipe of the run decides
-        assert search.find(recipes["a"], before) == find_run(recipes["a"], found) == tmp_path / "runs" / "a"
+        assert search.find(recipes["a"], before) == find_run(recipes["a"], found, TODAY) == tmp_path / "runs" / "a"
     monkeypatch.setattr(rcp, "resolve", lambda *given: pytest.fail("a recipe was read"))
     for name, recipe in recipes.items():
         assert search.find(recipe, named[name]) == tmp_path / "runs" / name
     assert search.find(fresh, None) is None
-    assert find_run(fresh, found) is None
+    assert find_run(fresh, found, TODAY) is None
+
+
+@pytest.mark.parametrize("change", ["nothing", "the data", "the weights"])
+def test_a_run_on_what_lay_at_the_same_paths_before_answers_no_cell(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_file({"a": np.zeros(1, dtype=np.float32)}, weights)
+    recipe = rcp.resolve(DIGITS, [("init", str(weights), ""), ("train.precision", "fp32", "")]).recipe
+    init = header.tensors_digest(weights)
+    with_recipe(
+        make_run(
+            tmp_path,
+            name="mine",
+            init={"digest": init},
+            config="0" * 16,
+            fingerprint=runs.run_fingerprint(recipe, "digits-digest", init),
+            recipe_digest=runs.text_digest(rcp.dump_yaml(recipe)),
+        ),
+        recipe,
+    )
+    if change == "the weights":
+        save_file({"a": np.ones(1, dtype=np.float32)}, weights)
+    monkeypatch.setattr(cache, "known_data", lambda *given: None)
+    today = Today(lambda _: "other" if change == "the data" else "digits-digest")
+    found = runs.find_runs(tmp_path)
+    named = Cell(arm="x", task="pretrain", seed=0, run="mine")
+    folder = tmp_path / "runs" / "mine" if change == "nothing" else None
+    assert find_run(recipe, found, today) == folder
+    assert [RunSearch(found, today).find(recipe, before) for before in (None, named)] == [folder, folder]
+    assert [(what[: len(change)], names) for what, names in today.changed.items()] == (
+        [] if change == "nothing" else [(change, {"mine"})]
+    )
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fresh
 import pytest
 from conftest import SMALL_MODEL, Done, only_run, run_here
 from safetensors.torch import load_file
@@ -192,3 +193,14 @@ def test_the_first_evaluation_is_the_one_of_training() -> None:
         key, value = parse_override(text)
         with pytest.raises(UserError, match="evaluation"):
             resolve(recipe_file("digit-stuff", "finetune-seg"), [(key, value, "--set")])
+
+
+def test_any_number_of_processes_evaluates_a_run_of_micro_batches(small_classifier: Path, tmp_path: Path) -> None:
+    """Two micro-batches of one image, which two processes could not train."""
+    data, out = small_classifier / "data", tmp_path / "results"
+    line = ["pretrain", "--recipe", "digits", *SMALL_MODEL, "--batch-size", "2", "--accumulate", "2", "--epochs", "1"]
+    run_here(*line, "--workers", "0", "--set", "data.mixup=0", "--set", "data.cutmix=0", "--data", data, "--out", out)
+    folder = only_run(out)
+    scores = runs.read_record(folder / "run.json").metrics
+    fresh.run_two("evaluate", folder)
+    assert runs.read_record(folder / "run.json").metrics == scores

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -202,3 +203,14 @@ def test_decay_rules() -> None:
     groups = optim.build_optimizer(net, name="adamw", args={}, lr=1, weight_decay=0.05, no_decay="1d").param_groups
     decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert decayed == {id(p): 0.05 if n == "conv.weight" else 0.0 for n, p in net.named_parameters()}
+
+
+def test_what_a_model_of_timm_spares_is_not_decayed_wherever_it_stands() -> None:
+    swin = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 2, 4, 8))
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1)
+    net = nn.ModuleDict({"backbone": nn.ModuleDict({"model": swin}), "other": vit})
+    groups = optim.build_optimizer(net, name="adamw", args={}, lr=1, weight_decay=0.05, no_decay="norm").param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    free = {name for name, p in net.named_parameters() if id(p) not in decayed and "norm" not in name}
+    tables = {f"backbone.model.layers.{i}.blocks.0.attn.relative_position_bias_table" for i in range(4)}
+    assert free == tables | {"other.pos_embed", "other.cls_token"}

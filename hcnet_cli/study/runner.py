@@ -22,6 +22,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, duration, err, launch, notice, warn
 from hcnet_cli.files import write_text, writing
+from hcnet_cli.finished import FINISHED
 from hcnet_cli.grouping import Run
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.analysis import fix
@@ -321,8 +322,9 @@ class StudyProcess:
         text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace"))
         found = runs.find_runs(self.settings.results)
         folder = find_run(self.recipe(cell), found, self.today)
-        if folder is None:  # on the same data under another path the program ends by naming the finished run
-            folder = next((path for path, _ in found[0] if path.name in text), None)
+        if folder is None and code == 0:  # on the same data under another path the program names the finished run
+            told = text.partition(FINISHED)[2].partition("\n")[0]
+            folder = next((path for path, _ in found[0] if path.name in told), None)
         info = dict(found[0]).get(folder) if folder else None
         cell.run = folder.name if folder else ""
         cell.fingerprint = info.fingerprint if info else ""
