@@ -415,6 +415,8 @@ def git_state() -> tuple[str, bool]:
         top = Path(git("rev-parse", "--show-toplevel").strip())
         if not (top / "hcnet_cli").is_dir():  # an environment that lies inside someone else's repository
             return "", False
-        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--untracked-files=no").strip())
+        code = (":/hcnet_cli", ":/recipes")  # what else is in the repository changes no number
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *code).strip()
+        return git("rev-parse", "HEAD").strip(), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return "", False

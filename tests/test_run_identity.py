@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,3 +264,19 @@ def test_data_that_change_while_a_run_trains_are_named_in_its_record(
     note = runs.read_record(only_run(tmp_path / "results") / "run.json").data.notes[-1]
     assert "changed while the run mine trained" in note
     assert note in hcnet("report", "--results", tmp_path / "results", "--format", "markdown").out
+
+
+def test_only_a_change_of_the_code_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    for name in ("hcnet_cli/runs.py", "recipes/a.yaml", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "hcnet_cli" / "runs.py"))
+    for name, changed in (("README.md", False), ("recipes/a.yaml", True)):
+        (tmp_path / name).write_text("2")
+        assert runs.git_state()[1] == changed
