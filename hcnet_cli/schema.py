@@ -250,7 +250,8 @@ class Optim(Part):
     no_decay: Literal["1d", "norm"] = field(
         "1d",
         "Parameters without weight decay. `1d`: biases and all with one dimension (Swin on ImageNet); `norm`: those "
-        "with `norm` in their name (Swin's detection and segmentation, where biases decay).",
+        "with `norm` in their name (Swin's detection and segmentation, where biases decay). Never those that the model "
+        "spares itself, by timm's `no_weight_decay()`.",
     )
 
     @model_validator(mode="before")
@@ -354,7 +355,7 @@ class Train(Part):
     )
     eval_every: Duration = field(1, "Interval between evaluations.", unit="schedule.unit")
     eval_batch_size: BatchSize | None = field(
-        None, "Images at a time in evaluation; null: as in training.", example=64, fingerprint="never"
+        None, "Images at a time in evaluation; null: a micro-batch of training.", example=64, fingerprint="never"
     )
     save_every: float = field(
         10.0,
