@@ -249,6 +249,28 @@ def test_exif_rotation_is_applied_and_checked(root):
     assert image[:, :12].min() > image[:, 18:].max()
 
 
+@pytest.mark.parametrize("size", [(20, 20), (20, 30)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_label_is_turned_as_its_own_exif_data_says(root, orientation, size):
+    """With the same orientation in both files each pixel keeps its class, also where the sizes would not show it."""
+    grey = np.random.RandomState(orientation).randint(1, 4, size).astype(np.uint8)
+    palette = Image.fromarray(grey, mode="P")
+    palette.putpalette(list(range(12)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for split, count in (("training", 4), ("validation", 2)):
+        for i in range(count):
+            image, label = (root / kind / split / f"{split}_{i}" for kind in ("images", "annotations"))
+            image.with_suffix(".jpg").unlink()
+            Image.fromarray(80 * grey).save(image.with_suffix(".png"), exif=exif)
+            palette.save(label.with_suffix(".png"), exif=exif)
+    folder = open_folder(root)
+    for split in scene_parsing.SPLITS:
+        image, classes = folder.read(split, 0)
+        assert image.shape[:2] == (size if orientation < 5 else size[::-1])
+        assert (image[..., 0] == 80 * (classes + 1)).all()
+
+
 # --- geometry -------------------------------------------------------------------------------------------------
 
 

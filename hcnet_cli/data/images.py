@@ -123,14 +123,19 @@ def read_image(
             image = _in_8_bits(values, bits or 16)
             image.info["exif"] = file.info.get("exif")
         if size is None or size == _shown_size(file) or size != stored:
-            with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, OSError):  # damaged EXIF data
-                ImageOps.exif_transpose(image, in_place=True)
+            turn(image)
         if size is not None and size != (image.height, image.width):
             raise _other_size(path, stored, size)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")  # converting RGB to RGB would copy it
+
+
+def turn(image: Image.Image) -> None:
+    """Turns an image as its EXIF data says, in place. Values change their places alone."""
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, OSError):  # damaged EXIF data
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _deep_values(path: Source, file: Image.Image) -> NDArray[np.integer] | None:

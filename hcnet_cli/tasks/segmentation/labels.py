@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from hcnet_cli import dist
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.decoding import timed
-from hcnet_cli.data.images import UnusableImageError, opened, shown_size
+from hcnet_cli.data.images import UnusableImageError, opened, shown_size, turn
 from hcnet_cli.data.problems import Report, refuse
 from hcnet_cli.files import write_text
 from hcnet_cli.schema import MAX_PIXELS
 
 Pixels = NDArray[np.uint8]
 Paths = Mapping[str, NDArray[np.str_]]  # of each split
-SCAN_VERSION = 3  # part of the cache's key: raise it when a scan checks more
+SCAN_VERSION = 4  # part of the cache's key: raise it when a scan checks more
 ANNOUNCED_FROM = 1000  # labels: a scan of more takes long enough to be announced
 
 
@@ -79,9 +79,13 @@ def read_label(path: str, table: LabelTable, max_pixels: int = MAX_PIXELS) -> Pi
 
 
 def _read_values(path: str, max_pixels: int) -> tuple[Pixels, str]:
-    """([H, W], "grey" | "palette"); of a palette image the indices. Raises UserError for other kinds."""
+    """([H, W], "grey" | "palette"); of a palette image the indices. Raises UserError for other kinds.
+
+    A label with EXIF data of its own is turned as an image is.
+    """
     with opened(path, max_pixels, formats=("PNG",)) as image:  # JPEG, under another name, would blur the numbers
         mode = image.mode
+        turn(image)
         pixels = np.asarray(image)
     if mode.startswith("I"):
         raise UserError(f"{path} is a 16-bit label: save labels with 8 bits, class numbers below 255.")
@@ -206,6 +210,6 @@ def _scan_one(image_path: str, label_path: str, max_pixels: int) -> tuple[str, N
         if (height, width) != pixels.shape:
             return UserError(
                 f"{label_path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, its image {width} x {height}.",
-                hint="The image's size is taken after the rotation its EXIF data asks for.",
+                hint="Both sizes are taken after the rotation that the file's own EXIF data asks for.",
             )
     return mode, np.bincount(pixels.ravel(), minlength=256)
