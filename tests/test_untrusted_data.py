@@ -49,17 +49,22 @@ def png(values: NDArray[Any], size: tuple[int, int] | None = None, bits: int = 1
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
-def colour_tiff(values: NDArray[np.uint16]) -> bytes:
-    """A TIFF file of [H, W, 3], 16 bits, which Pillow reads and does not write."""
-    height, width, _ = values.shape
+def tiff(values: NDArray[Any], photometric: int = 1) -> bytes:
+    """A TIFF file spelled out: [H, W] or [H, W, 3] of 16 or 32 bits, with sign where the numbers have one.
+
+    Pillow reads and does not write such files. `photometric`: 0 where white is zero, 1 where black is, 2 for colours.
+    """
+    values = values.reshape(*values.shape[:2], -1)
+    height, width, channels = values.shape
+    bits, kind = 8 * values.itemsize, 2 if values.dtype.kind == "i" else 1
     entries = [  # tag, type (3: short, 4: long), count, value
-        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 140),
-        (277, 3, 1, 3), (278, 4, 1, height), (279, 4, 1, values.nbytes), (284, 3, 1, 1),
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits if channels == 1 else 146), (259, 3, 1, 1),
+        (262, 3, 1, photometric), (273, 4, 1, 152), (277, 3, 1, channels), (278, 4, 1, height),
+        (279, 4, 1, values.nbytes), (284, 3, 1, 1), (339, 3, 1, kind),
     ]  # fmt: skip
-    ifd = struct.pack("<H", 10) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
-    return (
-        (b"II*\0" + struct.pack("<I", 8) + ifd).ljust(134, b"\0") + struct.pack("<HHH", 16, 16, 16) + values.tobytes()
-    )
+    ifd = struct.pack("<H", 11) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    head = (b"II*\0" + struct.pack("<I", 8) + ifd).ljust(146, b"\0")
+    return head + struct.pack("<HHH", bits, bits, bits) + values.tobytes()
 
 
 @pytest.mark.parametrize("form", ["EPS", "PDF", "ICNS", "JPEG2000", "TGA", "PCX"])
@@ -137,11 +142,32 @@ def test_colours_of_12_bits_are_as_light_as_they_are(kind: str, channels: int, t
 
 def test_colour_tiffs_of_16_bits_are_refused(tmp_path: Path) -> None:
     values = np.random.RandomState(0).randint(0, 4096, (40, 40, 3)).astype(np.uint16)
-    (tmp_path / "a.tif").write_bytes(colour_tiff(values))
+    (tmp_path / "a.tif").write_bytes(tiff(values, photometric=2))
     with Image.open(tmp_path / "a.tif") as plain:
         np.testing.assert_array_equal(np.asarray(plain), values >> 8)  # nearly black
     with pytest.raises(UnusableImageError, match=r"a\.tif cannot be used: it is a colour TIFF of more than 8 bits"):
         read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+def test_numbers_below_zero_are_refused(dtype: Any, tmp_path: Path, hcnet: Hcnet) -> None:
+    """As CT has them. In 8 bits all of them would be black, which nothing would say."""
+    values = np.random.RandomState(0).randint(-1024, 3000, (40, 40)).astype(dtype)
+    values[0, 0] = -1024
+    root = classes(tmp_path / "data")
+    file = root / "train/a/ct.tif"
+    file.write_bytes(tiff(values))
+    with Image.open(file) as plain:
+        np.testing.assert_array_equal(np.asarray(plain), values)
+    with pytest.raises(UnusableImageError, match=r"ct\.tif cannot be used: its pixels go down to -1024, .* 16-bit PNG"):
+        read_image(file)
+    done = hcnet("check", root)
+    assert done.code == 1
+    assert "WRONG: train images that cannot be used (1): train/a/ct.tif (its pixels go down to -1024" in " ".join(
+        done.out.split()
+    )
+    file.write_bytes(tiff(values.clip(0)))
+    np.testing.assert_array_equal(np.asarray(read_image(file, bits=12))[..., 0], values.clip(0) >> 4)
 
 
 @pytest.mark.parametrize("kind", MAKERS)

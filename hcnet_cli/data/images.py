@@ -141,11 +141,19 @@ def turn(image: Image.Image) -> None:
 def _deep_values(path: Source, file: Image.Image) -> NDArray[np.integer] | None:
     """The numbers of an image of more than 8 bits, [H, W] or [H, W, C]; None for any other.
 
+    UnusableImageError for numbers below 0: which of them is black is not known, and 8 bits would clip them all.
     Pillow drops the lower bytes of a 16-bit PNG in colour, and with them all of a 12-bit image's dark half. Its decoder
     gives them where it is told another order of the bytes.
     """
     if file.mode.startswith("I"):
-        return np.asarray(file)
+        values = np.asarray(file)
+        if values.min() < 0:
+            raise UnusableImageError(
+                str(path),
+                f"its pixels go down to {values.min()}, and numbers below 0 would all be black; map the range that "
+                "matters to 0 .. 65535 and save a 16-bit PNG",
+            )
+        return values
     layout = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""  # type: ignore[attr-defined]
     if layout in ("RGB;16B", "RGBA;16B"):
         high, low = _decoded_as(path, layout), _decoded_as(path, layout.replace("16B", "16L"))
