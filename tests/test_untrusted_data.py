@@ -170,6 +170,16 @@ def test_numbers_below_zero_are_refused(dtype: Any, tmp_path: Path, hcnet: Hcnet
     np.testing.assert_array_equal(np.asarray(read_image(file, bits=12))[..., 0], values.clip(0) >> 4)
 
 
+def test_a_tiff_of_16_bits_where_white_is_zero_is_no_negative(tmp_path: Path) -> None:
+    """Pillow inverts such files of 8 bits alone. The measured bits are those of the inverted numbers."""
+    values = np.random.RandomState(0).randint(0, 4096, (40, 40)).astype(np.uint16)
+    root = classes(tmp_path / "data")
+    file = root / "train/a/x-ray.tif"
+    file.write_bytes(tiff(65535 - values, photometric=0))
+    assert opened(root).info.bits == 12
+    np.testing.assert_array_equal(np.asarray(read_image(file, bits=12))[..., 0], values >> 4)
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_hot_pixel_does_not_decide_how_bright_the_data_are(kind: str, tmp_path: Path) -> None:
     def pixels(seed: int) -> NDArray[Any]:

@@ -34,6 +34,7 @@ CACHE_MAGIC = b"hcnet identity 2\n"
 DIGEST = 16  # bytes
 RECORD = struct.Struct(f"<{DIGEST}s{DIGEST}sq")  # key, content, peak
 STAT = struct.Struct("<qqqQ")  # size, times of modification and of change, inode
+PEAK_RULE = b"\0white is zero"  # of the cached peak of a TIFF file: what it did not follow in earlier versions
 HEAD = 64  # bytes of a file that tell its format
 THREADS = min(32, 4 * (os.cpu_count() or 1))  # reading waits for the disk more than for the processor
 CHUNK = 256  # files handed to a thread at a time
@@ -167,7 +168,8 @@ class _Reader:
                 path, tar = member, member.tar
                 size, touched = member.size, max(tar.mtime_ns, tar.ctime_ns)
                 numbers = STAT.pack(size, tar.mtime_ns, tar.ctime_ns, tar.inode) + struct.pack("<q", member.offset)
-            key = hashlib.blake2b(numbers + name, digest_size=DIGEST).digest()
+            rule = PEAK_RULE if name.lower().endswith((b".tif", b".tiff")) else b""
+            key = hashlib.blake2b(numbers + name + rule, digest_size=DIGEST).digest()
             known = self.known.get(key)
             if known is not None and not self.verify:
                 self.fresh[key] = known

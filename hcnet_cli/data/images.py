@@ -153,7 +153,8 @@ def _deep_values(path: Source, file: Image.Image) -> NDArray[np.integer] | None:
                 f"its pixels go down to {values.min()}, and numbers below 0 would all be black; map the range that "
                 "matters to 0 .. 65535 and save a 16-bit PNG",
             )
-        return values
+        white_is_zero = file.format == "TIFF" and file.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+        return 65535 - values if white_is_zero else values  # Pillow inverts those of 8 bits alone
     layout = str(file.tile[0][3]) if file.format == "PNG" and file.tile else ""  # type: ignore[attr-defined]
     if layout in ("RGB;16B", "RGBA;16B"):
         high, low = _decoded_as(path, layout), _decoded_as(path, layout.replace("16B", "16L"))
