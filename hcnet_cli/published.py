@@ -117,6 +117,12 @@ def _number(text: str, name: str, place: str) -> float:
     if not 0 <= value <= highest:
         limit = "between 0 and 100 (per cent)" if name in METRICS else f"a positive number up to {highest:,.0f}"
         raise UserError(f'{place}: "{name}" is {text[:40]}, not {limit}.')
+    if name in METRICS and 0 < value <= 1:
+        percent = f"{100 * value:.10g}"
+        raise UserError(
+            f'{place}: "{name}" is {text[:40]}, which looks like a fraction; results are in per cent.',
+            hint=f"Write {percent} for {percent} %.",
+        )
     if name == "img_size" and not value.is_integer():
         raise UserError(f'{place}: "{name}" is {text[:40]}, not a number of pixels.')
     return int(value) if name == "img_size" else value

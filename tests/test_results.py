@@ -379,6 +379,8 @@ def test_a_users_rows_are_added(tmp_path):
         (HEADER + GOOD.replace("83.9", "83,9"), "has 8 cells, the header 7"),
         (HEADER + GOOD.replace("83.9", "eighty"), 'line 2: "top1" is "eighty", not a number'),
         (HEADER + GOOD.replace("83.9", "8390"), "not between 0 and 100 (per cent)"),
+        (HEADER + GOOD.replace("83.9", "0.839"), '"top1" is 0.839, which looks like a fraction'),
+        (HEADER + GOOD.replace("83.9", "1"), '"top1" is 1, which looks like a fraction'),
         (HEADER + GOOD.replace("83.9", "nan"), "not between 0 and 100 (per cent)"),
         (HEADER + GOOD.replace("50", "-50"), "not a positive number"),
         (HEADER + GOOD.replace("83.9", ""), "no result in it"),
