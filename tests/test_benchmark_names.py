@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from timm.data import ImageNetInfo
 
 from hcnet_cli import results
 from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.classification import shards
 from hcnet_cli.tasks.classification.image_folder import scan
 from hcnet_cli.tasks.classification.imagenet import is_imagenet, part_of_imagenet
 from hcnet_cli.tasks.detection.categories import COCO_CATEGORIES
@@ -55,6 +57,30 @@ def test_a_part_of_imagenet_says_which(tmp_path: Path) -> None:
     assert "2 of 1,000 classes, 4 of 1,281,167 training and 2 of 50,000 validation images" in index.notes[0]
     assert part_of_imagenet(SYNSETS, 1000, 50_000)
     assert not part_of_imagenet(["cat", *SYNSETS[:3]], 1000, 50_000)
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("imagenet-1k", "imagenet-1k-data"),
+        ("ImageNet 1k", "imagenet-1k-data"),
+        ("imagenet-1k-t", "imagenet-1k-data-t"),
+        ("imagenet-1k-dataset", "imagenet-1k-data-dataset"),
+        ("imagenet-1k-part-2c-4", "imagenet-1k-part-2c-4"),
+        ("imagenet-1k-data", "imagenet-1k-data"),
+        ("coco", "coco-data"),
+        ("ade20k", "ade20k-data"),
+        ("../flowers", "flowers"),
+    ],
+)
+def test_a_name_that_shards_or_a_folder_have_is_no_benchmarks(written: str, name: str, tmp_path: Path) -> None:
+    """Whoever writes the name by hand into _info.json has not earned it either."""
+    shards.write(classes(tmp_path / "flowers"), tmp_path / "shards", 10**6)
+    info = json.loads((tmp_path / "shards/_info.json").read_text())
+    assert scan(tmp_path / "shards").name == info["name"] == "flowers"
+    (tmp_path / "shards/_info.json").write_text(json.dumps({**info, "name": written}))
+    assert scan(tmp_path / "shards").name == name
+    assert scan(classes(tmp_path / "folders" / written)).name == name
 
 
 @pytest.mark.parametrize("data", ["imagenet-1k-part-100c-130000", "imagenet-1k-data"])

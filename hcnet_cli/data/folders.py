@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcnet_cli.console import UserError
+from hcnet_cli.tasks import TASKS
 
 
 class Packed:
@@ -53,8 +54,24 @@ def dataset_name(root: Path, benchmark: str, is_benchmark: bool) -> str:
     """
     if is_benchmark:
         return benchmark
-    name = re.sub(r"[^a-z0-9]+", "-", root.resolve().name.lower()).strip("-") or "data"
+    name = _plain(root.resolve().name)
     return f"{name}-data" if name == benchmark else name
+
+
+def own_name(text: str, benchmark: str) -> str:
+    """The name of a data set that is no benchmark, where its results or weights must not pass for those of one.
+
+    No task's benchmark has it, and none that begins with `benchmark`: runs are called TASK-DATA-MODEL. "part-" and
+    "data" behind the benchmark's name say that it is not meant (see grouping.py).
+    """
+    name = _plain(text)
+    if name in {spec.benchmark for spec in TASKS.values()}:
+        return f"{name}-data"
+    return re.sub(rf"^{re.escape(benchmark)}-(?!part-|data(-|$))", f"{benchmark}-data-", name)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "data"
 
 
 LeftOut = dict[str, list[str]]  # why files or objects of a data folder are not used -> their names

@@ -25,7 +25,7 @@ from hcnet_cli import rng
 from hcnet_cli.console import UserError, did_you_mean, warn
 from hcnet_cli.data import archive
 from hcnet_cli.data.audit import Audit, Item
-from hcnet_cli.data.folders import LeftOut, Packed, counted, dataset_name, reading_folder, subfolders, walk
+from hcnet_cli.data.folders import LeftOut, Packed, counted, own_name, reading_folder, subfolders, walk
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import first_usable, read_image
 from hcnet_cli.data.loader import SampleRequest, Shards
@@ -153,7 +153,7 @@ def scan(
     archives.require_unchanged(identity.digest)
     train, val = files["train"], files["val"]
     whole = is_imagenet(classes, len(train), len(val), identity.num_distinct)
-    name = archives.name or dataset_name(root, BENCHMARK, whole)
+    name = BENCHMARK if whole else own_name(archives.name or root.resolve().name, BENCHMARK)
     notes = [] if trust == "content" else [NAMES_NOTE]
     if not whole and (part := part_of_imagenet(classes, len(train), len(val))):
         name = f"{BENCHMARK}-part-{len(classes)}c-{len(train)}"
@@ -422,7 +422,9 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
         reading = config.model_dump(include=READING)
         index = scan(root, **reading, verify=True, report=problems.append, splits=needed(config))
     if index is None:
-        return Audit(dataset_name(root, BENCHMARK, False), root, "image folder", "images", [], {}, problems=problems)
+        return Audit(
+            own_name(root.resolve().name, BENCHMARK), root, "image folder", "images", [], {}, problems=problems
+        )
     if config.folds is not None:
         with reported(problems.append):
             fold(index, 0, config.folds)
