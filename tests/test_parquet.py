@@ -153,7 +153,8 @@ def test_other_tasks_read_folders_alone(task: str, file: str, tmp_path: Path, hc
         ([({"bytes": None, "path": "a.png"}, 0), (image(1), 0)], None, "Row 0 of"),
         ([(image(1), 0), (image(1), -1)], None, "Row 1 of"),
         ([(image(1), None), (image(1), 2)], None, "names no class"),
-        ([(image(1), "../up")], None, "names no class"),
+        ([(image(1), "../up")], None, "is of the class '../up': classes become folders"),
+        ([(image(1), "n/a")], None, "is of the class 'n/a': classes become folders"),
         ([], {"image": [encoded(1)]}, "has no column of labels: image"),
         ([], {"image": [encoded(1)], "x": [1], "y": [2]}, "2 columns that may be labels: x, y"),
         ([], {"image": [encoded(1)], "mask": [encoded(1)], "label": [2]}, "2 columns that may be images"),
@@ -168,6 +169,26 @@ def test_bad_tables(tmp_path: Path, hcnet: Hcnet, rows: Any, columns: Any, messa
     assert message in made.err
     assert (tmp_path / "out").exists() == (not message)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path, hcnet: Hcnet) -> None:
+    """They would become one class in silence."""
+    for split in ("train", "val"):
+        write(tmp_path / "d" / f"{split}.parquet", [(image(i), i) for i in range(3)], ["cup", "dog", "cup"])
+    made = hcnet("shards", tmp_path / "d", tmp_path / "out")
+    assert made.code == 2
+    assert 'train.parquet are both called "cup": they would become one class.' in made.err
+    assert "The labels 0 and 2 of" in made.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_refusals_name_the_folder_that_was_given(tmp_path: Path, hcnet: Hcnet) -> None:
+    """Not the temporary one in which the tars are made."""
+    for split, label in (("train", 0), ("val", 1)):
+        write(tmp_path / "d" / f"{split}.parquet", [(image(label), label)], NAMES)
+    made = hcnet("shards", tmp_path / "d", tmp_path / "out")
+    assert made.code == 2
+    assert f'{tmp_path}/d/val has a class ("dog") that {tmp_path}/d/train lacks' in made.err
 
 
 def test_damaged_and_missing_files(pets: Path, tmp_path: Path, hcnet: Hcnet) -> None:

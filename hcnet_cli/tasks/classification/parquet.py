@@ -15,6 +15,7 @@ import re
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,10 @@ def as_tars(root: Path, out: Path) -> Iterator[Path]:
             made.mkdir()
             for split, files in splits.items():
                 _unpack(files, made / f"{split}.tar")
-        yield made
+        try:
+            yield made
+        except UserError as error:  # the temporary folder is gone when it is read
+            raise UserError(*(text.replace(str(made), str(root)) for text in (str(error), error.hint))) from None
 
 
 def _unpack(files: Sequence[Path], into: Path) -> None:
@@ -139,7 +143,15 @@ def _columns(file: pq.ParquetFile, path: Path) -> tuple[str, str, Sequence[str]]
         raise UserError(
             f'The column "{labels[0]}" of {path} has the type {kinds[labels[0]]}: a label is a whole number or a name.'
         )
-    return images[0], labels[0], named.get(labels[0], ())
+    names = named.get(labels[0], ())
+    if len(set(names)) < len(names):
+        repeated = Counter(names).most_common(1)[0][0]
+        numbers = [str(number) for number, name in enumerate(names) if name == repeated]
+        raise UserError(
+            f'The labels {" and ".join(numbers)} of {path} are both called "{repeated}": they would become one class.',
+            hint="Give each class a name of its own, in the features of the data set.",
+        )
+    return images[0], labels[0], names
 
 
 def _is_label(kind: Any) -> bool:
@@ -178,7 +190,13 @@ def _row(image: Any, label: Any, names: Sequence[str], where: str) -> tuple[byte
     if isinstance(label, int) and names:
         label = names[label] if 0 <= label < len(names) else None
     label = str(label) if isinstance(label, str) or (isinstance(label, int) and label >= 0) else ""
-    if not label or "/" in label or label.startswith(".") or "\0" in label:
+    if not label:
         raise UserError(f"{where} names no class.", hint=KNOWN)
+    if "/" in label or label.startswith(".") or "\0" in label:
+        raise UserError(
+            f"{where} is of the class {ascii(label)[:60]}: classes become folders, whose names hold no slash and "
+            "start with no dot.",
+            hint="Rename the class.",
+        )
     name = os.path.basename(str(name or "")).lstrip(".")
     return content, name if is_image(os.fsencode(name)) else "", label
