@@ -282,6 +282,9 @@ def device(entry: tarfile.TarInfo) -> None:
         ({"1.png": b"x"}, None, "no class is known of 1.png"),
         ({"1.png": b"x", "1.cls": b""}, None, "1.cls names no class"),
         ({"1.png": b"x", "1.json": b"[1"}, None, "1.json names no class"),
+        ({"1.png": b"x", "1.cls": b"-1"}, None, "1.cls names no class"),
+        ({"1.png": b"x", "1.json": b'{"label": -1}'}, None, "1.json names no class"),
+        ({"a/1.png": b"x", "a/1.cls": b"0", "a/2.png": b"y"}, None, "a/2.png has no .cls or .json beside it, and 1 of"),
         ({"1.png": b"x", "1.jpg": b"x", "1.cls": b"0"}, None, "two images of the key 1"),
         ({"a/1.png": b"x", "./a/1.png": b"y"}, None, "a/1.png twice"),
     ],
@@ -301,6 +304,17 @@ def test_a_truncated_tar(tmp_path: Path, kept: int) -> None:
     os.truncate(tar, kept)
     with pytest.raises(UserError, match="is truncated or damaged"):
         archive.read(archive.find(tmp_path), "train")
+
+
+def test_classes_that_some_tars_of_a_split_write_and_others_do_not(tmp_path: Path) -> None:
+    """Twice: the second time from the cached lists."""
+    write_tar(tmp_path / "train-0.tar", {"a/1.png": encoded(0), "a/1.cls": b"0"})
+    write_tar(tmp_path / "train-1.tar", {"a/2.png": encoded(1)})
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"train-1\.tar: a/2\.png has no \.cls or \.json beside it, and 1 of the 2 "
+        ):
+            archive.read(archive.find(tmp_path), "train")
 
 
 def test_a_sample_in_two_tars(tmp_path: Path) -> None:

@@ -161,12 +161,16 @@ def _require_no_gap(tars: Sequence[Path]) -> None:
 
 
 class Sample(NamedTuple):
-    """An image in a tar: its class, its name below the folder of the class, and where it lies."""
+    """An image in a tar: its class, its name below the folder of the class, and where it lies.
+
+    `written`: 1 where a .cls or .json beside it says the class, else 0.
+    """
 
     label: bytes
     name: bytes
     offset: int
     size: int
+    written: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,13 +228,23 @@ def read(archives: Archives, split: str) -> Contents:
 def _read(paths: Sequence[Path], own: bool, classes: Sequence[str]) -> Contents:
     tars = tuple(Tar.of(path) for path in paths)
     found: list[tuple[bytes, bytes, int, int, int]] = []
+    written: list[int] = []
     last = time.monotonic()
     with status_line() as tell:
         for number, tar in enumerate(tars):
-            found += [(label, name, number, offset, size) for label, name, offset, size in _samples(tar, own)]
+            samples = _samples(tar, own)
+            found += [(one.label, one.name, number, one.offset, one.size) for one in samples]
+            written += [one.written for one in samples]
             if time.monotonic() - last > STATUS_SECONDS:
                 last = time.monotonic()
                 tell(f"Listing tars: {number + 1:,} of {len(tars):,}")
+    if 0 < sum(written) < len(found):
+        label, name, number, *_ = found[written.index(0)]
+        raise UserError(
+            f"{tars[number].path}: {os.fsdecode(label + b'/' + name)} has no .cls or .json beside it, and "
+            f"{sum(written):,} of the {len(found):,} images of its split have one.",
+            hint="A class is written beside every image of a split, or is the folder of every image.",
+        )
     labels = _in_order({os.fsdecode(sample[0]) for sample in found}, classes)
     place = {os.fsencode(label): number for number, label in enumerate(labels)}
     found.sort(key=lambda sample: (place[sample[0]], sample[1]))
@@ -276,8 +290,8 @@ def _samples(tar: Tar, own: bool) -> list[Sample]:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cache) as temporary, open(temporary, "wb") as out:
             texts = [text for sample in samples for text in sample[:2]]
-            pairs = np.array([sample[2:] for sample in samples], dtype=np.int64).reshape(-1, 2)
-            np.savez(out, texts=np.frombuffer(b"\0".join(texts), dtype=np.uint8), numbers=pairs)
+            triples = np.array([sample[2:] for sample in samples], dtype=np.int64).reshape(-1, 3)
+            np.savez(out, texts=np.frombuffer(b"\0".join(texts), dtype=np.uint8), numbers=triples)
     return samples
 
 
@@ -381,12 +395,12 @@ def _sorted_out(files: Iterator[_File], file: BinaryIO, path: str, own: bool) ->
                 f"{path}: no class is known of {os.fsdecode(image.name)}.",
                 hint="KEY.jpg goes with KEY.cls or KEY.json, or lies in the folder of its class.",
             )
-        samples.append(Sample(label, name, image.offset, image.size))
+        samples.append(Sample(label, name, image.offset, image.size, int(not own and own_key in labels)))
     return samples
 
 
 def _label(content: bytes, extension: bytes) -> bytes | None:
-    """The class that a .cls or .json file names; None for one that names none."""
+    """The class that a .cls or .json file names; None for one that names none, as a number below 0 does."""
     try:
         value: Any = content.decode().strip()
         if extension == b"json":
@@ -395,7 +409,9 @@ def _label(content: bytes, extension: bytes) -> bytes | None:
         value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     except (ValueError, AttributeError, RecursionError):
         return None
-    return value.encode() if isinstance(value, str) and value and "\0" not in value else None
+    if not isinstance(value, str) or not value or "\0" in value or re.fullmatch(r"-\d+", value):
+        return None
+    return value.encode()
 
 
 # --- names in WebDataset's form ---------------------------------------------------------------------------------------
