@@ -21,8 +21,10 @@ from hcnet_cli.data import embedded
 from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.inputs import task_of
 from hcnet_cli.tasks import TASKS
+from hcnet_cli.tasks.detection.annotations import read_annotations
 from hcnet_cli.tasks.detection.coco import CocoDataset
 from hcnet_cli.tasks.detection.folder import load_split
+from hcnet_cli.tasks.detection.misplaced import wrong_areas
 from hcnet_cli.tasks.spec import Spec
 
 Hcnet = Callable[..., Done]
@@ -216,6 +218,60 @@ def test_corners_without_masks_are_said(tmp_path: Path, hcnet: Hcnet, capfd: pyt
     capfd.readouterr()
     small_data.opened(root)
     assert "100% of 4 boxes are partly far outside their image, the first is that of" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("area", [1, 81 / 4096, 1_000_000])
+def test_areas_that_cannot_be_are_said(
+    area: float, tmp_path: Path, hcnet: Hcnet, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By `hcnet check` and before training: AP by size goes by them. Those of training decide nothing."""
+
+    def change(split: str, content: dict[str, Any]) -> None:
+        for entry in content["annotations"]:
+            entry["area"] = area
+
+    root = small_data.coco(tmp_path / "c", change=change)
+    found = findings(hcnet, root, "--set", "head.with_masks=false", code=1)
+    (what,) = [what for what in found if " areas " in what]
+    assert what.startswith("val areas that cannot be those of their boxes, 2 of 2: AP of small,")
+    capfd.readouterr()
+    small_data.opened(root)
+    said = " ".join(capfd.readouterr().err.split())
+    assert 'instances_val2017.json: 100% of 2 values of "area" cannot be those of their boxes, the first is' in said
+
+
+@pytest.mark.parametrize(
+    ("bbox", "area"),
+    [
+        ([4, 4, 30, 30], 30),  # a thin diagonal object
+        ([4, 4, 9, 9], 100),  # pixels that the box touches
+        ([4, 4, 9, 9], None),
+        ([4, 4, 30, 0.5], 15),
+    ],
+)
+def test_areas_that_can_be(bbox: list[float], area: float | None, tmp_path: Path) -> None:
+    def change(split: str, content: dict[str, Any]) -> None:
+        content["annotations"][0].update(bbox=bbox, area=area)
+        content["annotations"][1].update(iscrowd=1, area=0.1)
+
+    root = small_data.coco(tmp_path / "c", change=change)
+    found = read_annotations(root / "annotations/instances_val2017.json", masks=False, scoring=True)
+    assert wrong_areas(found).ids == []
+
+
+def test_annotations_that_are_there_twice_are_said(tmp_path: Path, hcnet: Hcnet) -> None:
+    """The same image, class and box under another id is a miss in validation, whatever a model predicts."""
+
+    def change(split: str, content: dict[str, Any]) -> None:
+        first = content["annotations"][0]
+        content["annotations"] += [{**first, "id": 98}, {**first, "id": 99}, {**first, "id": 97, "category_id": 2}]
+
+    root = small_data.coco(tmp_path / "c", change=change)
+    found = findings(hcnet, root, "--set", "head.with_masks=false", code=1)
+    for split in ("train", "val"):
+        finding = found[f"{split} annotations that repeat another of the same image, class, box and mask"]
+        assert finding["files"] == [["annotation id 1", "annotation id 98", "annotation id 99"]]
+        assert finding["wrong"] == (split == "val")
 
 
 def test_problems_of_one_cause_are_one_line() -> None:

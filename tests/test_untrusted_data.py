@@ -310,6 +310,7 @@ def test_run_lengths_are_those_of_pycocotools(height: int, width: int, seed: int
         ("annotations", {"bbox": [0, 0, 1e30, 9]}, "bbox of annotation id 1 lies far outside its image"),
         ("annotations", {"bbox": [0, 0, 10**400, 9]}, "bbox of annotation id 1 is not"),
         ("annotations", {"area": float("nan")}, '"area" of annotation id 1 is nan, not a number'),
+        ("annotations", {"area": -5}, '"area" of annotation id 1 is -5, not a number from 0 up'),
         ("annotations", {"area": 10**400}, '"area" of annotation id 1 is 1000.*, not a number'),
         ("annotations", {"iscrowd": {}}, '"iscrowd" of annotation id 1 is {}, neither 0 nor 1'),
     ],

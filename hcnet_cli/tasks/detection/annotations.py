@@ -41,6 +41,7 @@ NO_MASKS_HINT = "Add --no-masks to train Faster R-CNN, without masks."
 class Truth:
     """The objects that predictions are scored against, crowds included, in the file's order and with its numbers."""
 
+    ids: NDArray[np.int64]  # [S], of the annotations
     images: NDArray[np.int64]  # [S] image of the file
     labels: NDArray[np.int64]  # [S]
     boxes: NDArray[np.float64]  # [S, 4] x, y, width, height
@@ -245,6 +246,7 @@ def read_annotations(file: Path, *, masks: bool = True, scoring: bool = False, r
 
 def _truth(scored: list[_Object], masks: bool) -> Truth:
     return Truth(
+        ids=np.array([one.id for one in scored], dtype=np.int64),
         images=np.array([one.image for one in scored], dtype=np.int64),
         labels=np.array([one.label for one in scored], dtype=np.int64),
         boxes=np.array([one.bbox for one in scored], dtype=np.float64).reshape(-1, 4),
@@ -423,9 +425,9 @@ def _area(entry: dict[str, Any], bbox: list[float], file: Path) -> float:
     if entry.get("area") is None:
         return bbox[2] * bbox[3]
     area = _number(entry["area"])
-    if area is None or not math.isfinite(area):
+    if area is None or not 0 <= area < math.inf:
         raise UserError(
-            f'{file}: "area" of annotation id {entry["id"]} is {reprlib.repr(entry["area"])}, not a number.'
+            f'{file}: "area" of annotation id {entry["id"]} is {reprlib.repr(entry["area"])}, not a number from 0 up.'
         )
     return area
 

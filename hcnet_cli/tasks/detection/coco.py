@@ -34,7 +34,7 @@ from hcnet_cli.tasks.detection import spec
 from hcnet_cli.tasks.detection.annotations import NO_BOX, NO_MASKS_HINT, NO_POLYGON, Annotations
 from hcnet_cli.tasks.detection.folder import check_sizes, open_folder
 from hcnet_cli.tasks.detection.geometry import Scene, crop, flip, random_window, resize
-from hcnet_cli.tasks.detection.misplaced import BOXES, FEW, misplaced
+from hcnet_cli.tasks.detection.misplaced import AREAS, BOXES, FEW, misplaced, repeated, wrong_areas
 
 MOST_COMPARED = 2000  # boxes with their masks, of a split, before training; `hcnet check` compares all
 
@@ -209,6 +209,11 @@ def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path, seed: int) -> 
                 f"{found.file}: {len(off.ids) / off.seen:.0%} of {off.seen:,} boxes are {off.how}, the first is that "
                 f"of annotation id {off.ids[0]}. {BOXES}"
             )
+    if (off := wrong_areas(val)).many:
+        warn(
+            f'{val.file}: {len(off.ids) / off.seen:.0%} of {off.seen:,} values of "area" {off.how}, the first is '
+            f"that of annotation id {off.ids[0]}. {AREAS}"
+        )
     if folder.linked:
         notice(f"{root}: {len(folder.linked):,} images are links out of the folder, the first is {folder.linked[0]}.")
     given = config.model_dump(exclude={"format", "path", "trust"}) | {"bits": folder.identity.bits}
@@ -304,3 +309,12 @@ def _note_objects(made: Audit, split: str, found: Annotations) -> None:
     off = misplaced(found)
     what = f"{split} boxes {off.how}, {len(off.ids):,} of {off.seen:,}"
     note(f"{what}: {BOXES}" if off.many else what, off.ids, wrong=off.many)
+    if found.truth is not None:
+        off = wrong_areas(found)
+        what = f"{split} areas that {off.how}, {len(off.ids):,} of {off.seen:,}"
+        note(f"{what}: {AREAS}" if off.many else what, off.ids, wrong=off.many)
+    copies = repeated(found)
+    extra = sum(map(len, copies)) - len(copies)
+    what = f"{split} annotations that repeat another of the same image, class, box and mask"
+    same = [[f"annotation id {i}" for i in ids] for ids in copies]
+    made.note(what, same, wrong=split == "val" and extra > FEW * len(found.ids))

@@ -26,7 +26,7 @@ from hcnet_cli.data.folders import Packed
 from hcnet_cli.files import open_regular, replacing
 from hcnet_cli.tasks.detection.annotations import Annotations, Truth, read_annotations
 
-VERSION = 2  # raise it when `read_annotations` makes something else of the same file
+VERSION = 3  # raise it when `read_annotations` makes something else of the same file
 DTYPES = {"I64": np.int64, "I32": np.int32, "F64": np.float64, "F32": np.float32, "BOOL": np.bool_, "U8": np.uint8}
 CHUNK = 2**20  # bytes hashed at a time
 
