@@ -72,6 +72,22 @@ def test_validation_objects_that_cannot_be_scored_are_counted(tmp_path: Path) ->
     }
 
 
+def test_links_to_folders_above_the_class_are_not_followed(tmp_path: Path) -> None:
+    """Not once either: the class would get the images of all others. Nor above a folder that a link leads to."""
+    root = classes(tmp_path / "d")
+    before = opened(root).info
+    away = tmp_path / "away/inner"
+    away.mkdir(parents=True)
+    shutil.copy(min((root / "train/a").iterdir()), away)
+    (root / "train/a/more").symlink_to(away)
+    (away / "up").symlink_to("..")
+    for number, target in enumerate(("..", "../..", root / "train")):
+        (root / f"train/a/up{number}").symlink_to(target)
+    found = opened(root).info
+    assert found.num_train == before.num_train + 1
+    assert found.left_out == {"links to a folder above": 4}
+
+
 @pytest.mark.parametrize("kind", ["classes", "scenes"])
 def test_linked_folders_are_followed_and_circles_are_not(kind: str, tmp_path: Path) -> None:
     root = MAKERS[kind](tmp_path / kind)

@@ -99,7 +99,7 @@ def walk(folder: bytes, wanted: Callable[[bytes], bool], other: str, left_out: L
     not wanted, under the reason `other`.
     """
     names: list[bytes] = []
-    pending: list[tuple[bytes, tuple[tuple[int, int], ...]]] = [(b"", ())]
+    pending: list[tuple[bytes, frozenset[tuple[int, int]]]] = [(b"", _above(folder))]
 
     def leave_out(reason: str, name: bytes) -> None:
         left_out.setdefault(reason, []).append(os.fsdecode(os.path.join(folder, name)))
@@ -113,17 +113,28 @@ def walk(folder: bytes, wanted: Callable[[bytes], bool], other: str, left_out: L
                 if entry.name.startswith(b"."):
                     leave_out("hidden files and folders", name)
                 elif entry.is_dir():
-                    inside = (*above, (here.st_dev, here.st_ino))
-                    target = entry.stat() if entry.is_symlink() else None
-                    if target and (target.st_dev, target.st_ino) in inside:
+                    inside = above | {(here.st_dev, here.st_ino)}
+                    if not entry.is_symlink():
+                        pending.append((name + b"/", inside))
+                    elif ((target := entry.stat()).st_dev, target.st_ino) in inside:
                         leave_out("links to a folder above", name)
                     else:
-                        pending.append((name + b"/", inside))
+                        pending.append((name + b"/", inside | _above(entry.path)))
                 elif wanted(entry.name) and (entry.is_file() or _is_broken_link(entry)):
                     names.append(name)
                 else:
                     leave_out(other, name)
     return sorted(names)
+
+
+def _above(folder: bytes) -> frozenset[tuple[int, int]]:
+    """Device and inode of every folder above one, as its path says and where links lead."""
+    found = {
+        parent
+        for path in (os.path.abspath(folder), os.path.realpath(folder))
+        for parent in Path(os.fsdecode(path)).parents
+    }
+    return frozenset((stat.st_dev, stat.st_ino) for stat in map(os.stat, found))
 
 
 def _is_broken_link(entry: os.DirEntry[bytes]) -> bool:
