@@ -140,6 +140,22 @@ def test_colours_of_12_bits_are_as_light_as_they_are(kind: str, channels: int, t
     np.testing.assert_array_equal(np.asarray(read_image(file, (40, 40), bits=16)), colours >> 8)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_clear_colour_of_16_bits_lies_on_white(channels: int, tmp_path: Path) -> None:
+    """As one of 8 bits does. A pixel that is the colour but for its lower bits is shown."""
+    values = np.full((4, 4, channels), 4000, dtype=np.uint16)
+    values[0, 0] = 1000
+    values[0, 1, 0] = 4001
+    content = png(values)
+    colour = struct.pack(">" + "H" * channels, *[4000] * channels)
+    chunk = struct.pack(">I", len(colour)) + b"tRNS" + colour + struct.pack(">I", zlib.crc32(b"tRNS" + colour))
+    (tmp_path / "a.png").write_bytes(content.replace(content[33:], chunk + content[33:]))
+    seen = np.asarray(read_image(tmp_path / "a.png", bits=12))
+    assert seen[0, 0].tolist() == [1000 >> 4] * 3
+    assert seen[0, 1].tolist() == [4001 >> 4] * 3
+    assert (seen[1:] == 255).all()
+
+
 def test_colour_tiffs_of_16_bits_are_refused(tmp_path: Path) -> None:
     values = np.random.RandomState(0).randint(0, 4096, (40, 40, 3)).astype(np.uint16)
     (tmp_path / "a.tif").write_bytes(tiff(values, photometric=2))

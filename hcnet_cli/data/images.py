@@ -121,6 +121,9 @@ def read_image(
         image: Image.Image = file
         if values is not None:
             image = _in_8_bits(values, bits or 16)
+            if (clear := file.info.get("transparency")) is not None:  # a colour, which is compared in all its bits
+                shown = values != clear if values.ndim == 2 else (values != clear).any(axis=2)
+                image.putalpha(Image.fromarray(np.uint8(255) * shown))
             image.info["exif"] = file.info.get("exif")
         if size is None or size == _shown_size(file) or size != stored:
             turn(image)
