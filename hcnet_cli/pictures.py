@@ -77,8 +77,9 @@ def _printable(text: str) -> str:
 
 
 def _plain(part: str) -> str:
-    """A part of a path that can stand in a file name everywhere."""
-    return re.sub(r'[\\/:*?"<>|]', "_", _printable(part)).encode()[:80].decode(errors="ignore")
+    """A part of a path that can stand in a file name everywhere. Bytes that are no UTF-8 are escapes in it."""
+    text = part.encode(errors="backslashreplace").decode()
+    return re.sub(r'[\\/:*?"<>|]', "_", _printable(text)).encode()[:80].decode(errors="ignore") or "image"
 
 
 def file_names(images: Sequence[str]) -> list[str]:

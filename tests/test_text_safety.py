@@ -340,6 +340,7 @@ def test_pictures_take_any_name(name: str) -> None:
     (file,) = pictures.file_names([name or "x"])
     assert not obeyed(file)
     assert "/" not in file
+    assert not file.startswith(".")
     assert len(file.encode()) < 255
 
 
