@@ -491,6 +491,18 @@ def test_a_photo_of_12_bits_is_not_black(tmp_path: Path) -> None:
     assert torch.equal(deep[0][0], plain[0][0])
 
 
+def test_images_have_the_size_of_the_evaluation(folder_of_images: Path) -> None:
+    """evaluation.val.img_size, where it is another than training's."""
+    values = {"data.path": str(folder_of_images), "data.img_size": 32, "evaluation.val.img_size": 48}
+    file = rcp.recipe_file("digits", "pretrain")
+    resolved = rcp.resolve(file, [(key, value, "test") for key, value in values.items()])
+    info = Mock(**{"data.bits": None})
+    picture = next((folder_of_images / "val" / "green").iterdir())
+    (one,), _ = explaining._one_image(resolved.recipe, info, picture)
+    several, _ = explaining._validation_images(resolved.recipe, info)
+    assert {tuple(image.shape) for image in (one, *several)} == {(3, 48, 48)}
+
+
 def test_a_place_that_cannot_be_written(drawn: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):

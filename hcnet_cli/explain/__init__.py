@@ -42,7 +42,7 @@ from hcnet_cli.report.escape import in_markdown, to_json
 from hcnet_cli.runs import RunFolder, RunInfo, with_weights
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.tasks.classification import augment
-from hcnet_cli.tasks.classification.spec import ImageFolder
+from hcnet_cli.tasks.classification.spec import ClassificationEvaluation, ImageFolder
 from hcnet_cli.weights import load_into
 
 MAX_IMAGES = 16
@@ -168,7 +168,9 @@ def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
 def _validation_images(recipe: Recipe, info: RunInfo) -> tuple[list[Tensor], str]:
     """Up to MAX_IMAGES images [3, H, W] as evaluation sees them, evenly spread over the validation images."""
     try:
-        data = build.open_data(recipe)
+        data: Any = build.open_data(recipe)
+        if isinstance(recipe.data, ImageFolder):
+            data.val = data.val.with_transform(_transform(recipe))
         chosen = np.linspace(0, len(data.val) - 1, min(MAX_IMAGES, len(data.val))).round()
         items = [data.val[SampleRequest(int(index), 0, 0)] for index in chosen]
     except UserError as error:
@@ -197,6 +199,18 @@ def _normalised(config: ImageFolder, items: list[dict[str, Any]]) -> list[Tensor
     return list(augment.Normalise(config.mean, config.std)(augment.collate(items)))
 
 
+def _transform(recipe: Recipe) -> augment.Transform:
+    """What a classifier's evaluation makes of an image, in the size of the first entry of `evaluation`."""
+    config, entry = recipe.data, next(iter(recipe.evaluation.values()))
+    assert isinstance(config, ImageFolder)
+    assert isinstance(entry, ClassificationEvaluation)
+    return augment.eval_transform(
+        img_size=entry.img_size or config.img_size,
+        crop_pct=entry.crop_pct or config.crop_pct,
+        interpolation=config.interpolation,
+    )
+
+
 def _one_image(recipe: Recipe, info: RunInfo, file: Path) -> tuple[list[Tensor], str]:
     """The image in `file` as the run's evaluation would see it: [3, H, W]. Of more than 8 bits where the run's are not:
     with as many as it uses.
@@ -208,7 +222,6 @@ def _one_image(recipe: Recipe, info: RunInfo, file: Path) -> tuple[list[Tensor],
     except UnusableImageError as error:
         raise UserError(str(error)) from None
     if isinstance(config, ImageFolder):
-        transform = augment.eval_transform(**config.model_dump(include={"img_size", "crop_pct", "interpolation"}))
-        return _normalised(config, [transform(image)]), file.name
+        return _normalised(config, [_transform(recipe)(image)]), file.name
     size = rescale((image.height, image.width), config.img_scale)
     return [normalise(resize(to_tensor(image), size), config.mean, config.std)], file.name
