@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Done
 from PIL import Image
@@ -96,16 +97,28 @@ def test_a_class_outside_of_the_best_counts_as_the_last_of_them() -> None:
     assert compare._lead(a, "z") + compare._lead(b, "x") == (5 - 3) + (4 - 1)
 
 
-def test_the_picture_shows_the_images(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    (data / "val" / "cat").mkdir(parents=True)
-    Image.new("RGB", (32, 16), (250, 10, 10)).save(data / "val" / "cat" / "5.png")
+def test_the_picture_shows_the_images_as_they_were_evaluated(hcnet: Callable[..., Done], tmp_path: Path) -> None:
+    """Turned as EXIF data say, and with the bits of the run; one that is gone is blank."""
+    (tmp_path / "data/val/cat").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    halves = np.zeros((30, 30, 3), dtype=np.uint8)
+    halves[:15] = 250, 10, 10
+    halves[15:] = 10, 10, 250
+    Image.fromarray(halves).save(tmp_path / "data/val/cat/5.png", exif=exif)
+    Image.fromarray(np.full((30, 30), 3200, dtype=np.uint16)).save(tmp_path / "data/val/cat/4.png")
     first, second = two_runs(tmp_path)
-    predictions = [read_predictions(folder / compare.FILE) for folder in (first, second)]
-    name = "val/cat/5.png"
-    picture = compare.draw(data, [(name, predictions[0][name], predictions[1][name])], 4)
-    colours = {colour for _, colour in picture.getcolors(1 << 20) or []}
-    assert (250, 10, 10) in colours
+    record = runs.read_record(first / "run.json")
+    data = record.data.model_copy(update={"path": str(tmp_path / "data"), "bits": 12})
+    runs.RunFolder(first).write(record.model_copy(update={"data": data}))
+    assert hcnet("report", "--compare", first, second, "--output", tmp_path / "a.png").code == 0
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert (pixels == 200).all(axis=2).sum() > 400
+    red, blue = (
+        np.flatnonzero((pixels == colour).all(axis=(2)).any(axis=1)) for colour in ([250, 10, 10], [10, 10, 250])
+    )
+    assert blue.max() < red.min()
 
 
 def test_two_networks_with_the_same_answers(tmp_path: Path) -> None:

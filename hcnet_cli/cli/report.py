@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hcnet_cli.console import UserError, notice, out, warn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DEFAULT_PORT = 8787  # of the page that --watch serves
 
@@ -126,13 +129,19 @@ def report(
         studies, _ = tables(where)
 
 
+def _read_image(file: Path, bits: int | None) -> Image:
+    from hcnet_cli.data.images import read_image
+
+    return read_image(file, bits=bits)
+
+
 def _compare(first: Path, second: Path, output: Path | None) -> None:
     from hcnet_cli.files import check_output, replacing, writing
     from hcnet_cli.report.compare import compare_runs
 
     if output is not None and output.suffix.lower() != ".png":
         raise UserError(f"{output} cannot be the picture of a comparison.", hint="Its name must end in .png.")
-    lines, picture = compare_runs(first, second)
+    lines, picture = compare_runs(first, second, None if output is None else _read_image)
     for line in lines:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     if picture is not None and output is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +12,12 @@ from PIL import Image
 
 from hcnet_cli import pictures
 from hcnet_cli.console import UserError
-from hcnet_cli.files import read_bytes, read_text
+from hcnet_cli.files import read_text
 from hcnet_cli.runs import RunFolder, RunInfo, contradiction
 from hcnet_cli.statistics import SIGNIFICANT, compare_images
 
 FILE = Path("final") / "predictions.csv"
 LIMIT = 1 << 30  # bytes of a file of predictions
-IMAGE_LIMIT = 1 << 28  # bytes of an image
 SHOWN = 24  # images in the picture
 COLUMNS = 6
 RIGHT, WRONG = (0, 110, 50), (176, 32, 32)
@@ -40,11 +39,13 @@ class Prediction(NamedTuple):
 
 
 Predictions = Mapping[str, Prediction]  # by the image's name
+Read = Callable[[Path, int | None], Image.Image]  # file, bits of values of more than 8 -> image
 
 
-def compare_runs(first: Path, second: Path) -> tuple[list[str], Image.Image | None]:
+def compare_runs(first: Path, second: Path, read: Read | None = None) -> tuple[list[str], Image.Image | None]:
     """Lines of text, and a picture of the images on which the two differ most; None where they give the same answers.
 
+    `read(file, bits)` gives an image, its values of more than 8 bits reduced as in the run; without it none is shown.
     UserError for a run and itself, and for runs that have other validation images or no predictions.
     """
     if first.resolve() == second.resolve():
@@ -61,9 +62,11 @@ def compare_runs(first: Path, second: Path) -> tuple[list[str], Image.Image | No
         raise UserError(f"{first / FILE} and {second / FILE} are not of the same images and labels.")
     lines = describe((first.name, second.name), ours, theirs)
     names = most_different(ours, theirs)
-    root = Path(infos[0].data.path)
-    picture = draw(root, [(name, ours[name], theirs[name]) for name in names[:SHOWN]], len(names)) if names else None
-    return lines, picture
+    if not names:
+        return lines, None
+    where = infos[0].data
+    images = {name: _open(Path(where.path) / name, where.bits, read) for name in names[:SHOWN]}
+    return lines, draw([(name, ours[name], theirs[name]) for name in names[:SHOWN]], images, len(names))
 
 
 def _read_info(folder: Path) -> RunInfo:
@@ -156,20 +159,25 @@ def _lead(one: Prediction, other: str) -> float:
     return one.scores[one.answer] - one.scores.get(other, min(one.scores.values()))
 
 
-def draw(root: Path, images: Sequence[tuple[str, Prediction, Prediction]], differing: int) -> Image.Image:
+def draw(
+    answers: Sequence[tuple[str, Prediction, Prediction]], images: Mapping[str, Image.Image | None], differing: int
+) -> Image.Image:
     """The images with their labels and both answers; `differing`: how many there are in all."""
     tiles = []
-    for name, a, b in images:
+    for name, a, b in answers:
         lines = [(f"{Path(name).name}: {a.label}", pictures.INK)]
         lines += [(f"{letter}: {one.answer}", RIGHT if one.right else WRONG) for letter, one in (("A", a), ("B", b))]
-        tiles.append(pictures.tile(_open(root / name), lines))
-    return pictures.grid(tiles, COLUMNS, f"{len(images)} of {differing} images with different answers; labels in black")
+        tiles.append(pictures.tile(images[name], lines))
+    return pictures.grid(
+        tiles, COLUMNS, f"{len(answers)} of {differing} images with different answers; labels in black"
+    )
 
 
-def _open(path: Path) -> Image.Image | None:
+def _open(path: Path, bits: int | None, read: Read | None) -> Image.Image | None:
     """The image, or None where it is gone: the data may lie elsewhere by now."""
+    if read is None:
+        return None
     try:
-        with Image.open(io.BytesIO(read_bytes(path, IMAGE_LIMIT))) as image:
-            return image.convert("RGB")
-    except (UserError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return read(path, bits)
+    except UserError:
         return None
