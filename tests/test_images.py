@@ -203,6 +203,20 @@ def test_the_annotated_size_decides_whether_exif_is_followed(tmp_path: Path) -> 
     assert (np.asarray(read_image(file, (40, 40))) == np.rot90(pixels[:, :40], -1)).all()
 
 
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiffs_are_turned_as_other_files(orientation: int, compression: str | None, deep: bool, tmp_path: Path) -> None:
+    """Pillow turns them itself, and mixes up the pixels of an uncompressed one that it maps into memory."""
+    image = Image.fromarray(DEEP if deep else GREY)
+    image.save(tmp_path / "a.png", exif=turned(orientation))
+    image.save(tmp_path / "a.tif", exif=turned(orientation), compression=compression)
+    expected = np.asarray(read_image(tmp_path / "a.png"))
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.tif")), expected)
+    assert shown_size(tmp_path / "a.tif") == expected.shape[:2]
+    check_size(tmp_path / "a.tif", (expected.shape[0], expected.shape[1]))
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(None, "No such file or directory"), (b"", "it is not an image"), (b"text", "it is not an image")],

@@ -73,6 +73,8 @@ def opened(path: Source, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] 
         with Image.open(_readable(path), formats=formats) as file:
             if reason := _refusal(file, max_pixels):
                 raise UnusableImageError(str(path), reason)
+            if file.format == "TIFF":
+                file.filename = ""  # else Pillow maps the file in its turned size, which mixes up the pixels
             yield file
     except (MemoryError, UserError):
         raise
@@ -239,7 +241,8 @@ def is_turned(path: Source, max_pixels: int = MAX_PIXELS) -> bool:
 
 
 def _shown_size(file: Image.Image) -> Size:
-    return (file.width, file.height) if _orientation(file) >= 5 else (file.height, file.width)
+    turned = _orientation(file) >= 5 and file.format != "TIFF"  # of which Pillow gives the turned size
+    return (file.width, file.height) if turned else (file.height, file.width)
 
 
 def _orientation(file: Image.Image) -> int:
