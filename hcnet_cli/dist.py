@@ -15,6 +15,7 @@ from torch import Tensor
 from hcnet_cli.console import LAUNCH_HINT, UserError, launch
 
 T = TypeVar("T")
+_waits = True  # False inside `without_waiting`
 
 
 def rank() -> int:
@@ -69,8 +70,24 @@ def processes() -> int:
     return td.get_world_size() if is_distributed() else 1
 
 
+@contextlib.contextmanager
+def without_waiting() -> Iterator[None]:
+    """Inside, `all_reduce_sum` takes this process's values for those of every process and waits for none.
+
+    For forward and backward passes that other processes do not make, or not as often.
+    """
+    global _waits
+    _waits = False
+    try:
+        yield
+    finally:
+        _waits = True
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of x over processes (x itself on one process)."""
+    if not _waits:
+        return x * processes()
     if is_distributed():
         x = x.clone()
         td.all_reduce(x)

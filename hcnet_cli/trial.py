@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hcnet_cli import dist, engine, profile
 from hcnet_cli.console import RunFailed, UserError
@@ -65,9 +66,10 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
             torch.cuda.reset_peak_memory_stats(device)
         begun = time.perf_counter()
         counting = contextlib.nullcontext() if saved else torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-        with counting, engine.autocast(recipe.train.precision, device):
-            losses = task(to_device(batch, device))
-        torch.stack([loss.float() for loss in losses.values()]).sum().backward()
+        with alone(task, device):
+            with counting, engine.autocast(recipe.train.precision, device):
+                losses = task(to_device(batch, device))
+            torch.stack([loss.float() for loss in losses.values()]).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
             peaks[size] = torch.cuda.max_memory_allocated(device)
@@ -99,6 +101,23 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
     finally:
         task.zero_grad(set_to_none=True)
     return found if found.memory else Trial(found.seconds, per_image=activations)
+
+
+@contextlib.contextmanager
+def alone(task: nn.Module, device: torch.device) -> Iterator[None]:
+    """Batch norm inside has the statistics of this process's images: each process decides by its own clock and memory
+    how many steps it tries, and a plan is made by the main process only. On a CPU, SyncBatchNorm refuses several
+    processes without waiting for them.
+    """
+    synced = [m for m in task.modules() if isinstance(m, nn.SyncBatchNorm) and device.type == "cuda"]
+    for module in synced:
+        module.forward = functools.partial(nn.modules.batchnorm._BatchNorm.forward, module)  # type: ignore[method-assign]
+    try:
+        with dist.without_waiting():
+            yield
+    finally:
+        for module in synced:
+            del module.forward
 
 
 def _with_memory(seconds: float, peaks: Mapping[int, int], most: int, recipe: Recipe, task: Task) -> Trial:

@@ -19,7 +19,7 @@ import torch
 from conftest import SMALL_MODEL, Hcnet, only_run
 from PIL import Image
 
-from hcnet_cli import build, engine, plan, rehearsal, runs
+from hcnet_cli import build, engine, plan, rehearsal, runs, trial
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
 from hcnet_cli.tasks import TASKS
@@ -421,3 +421,32 @@ def test_what_fails_on_one_of_two_processes_ends_both_with_the_same_sentence(tmp
     assert first == second
     assert "A training step fails" in first
     assert "ZeroDivisionError: of process 1" in first
+
+
+def test_processes_may_differ_in_the_steps_they_try(tmp_path: Path) -> None:
+    """Each has its own clock and memory. The batch norm of UPerNet must not wait for steps that another leaves out."""
+    script = Path(__file__).parent / "trial_of_two_processes.py"
+    command = SEGMENT[: SEGMENT.index("--batch-size")] + SEGMENT[SEGMENT.index("--batch-size") + 2 :]
+    data = scenes(tmp_path / "data")
+    fresh.run_two(script, *command, "--batch-size", "4", "--data", data, "--out", tmp_path / "out")
+    record = runs.read_record(only_run(tmp_path / "out") / "run.json")
+    assert (record.status, record.processes) == ("finished", 2)
+
+
+def test_one_of_two_processes_plans_alone(tmp_path: Path) -> None:
+    """With one image each: only together they have statistics of the pooled 1 x 1 maps."""
+    fresh.run_two(*SEGMENT, "--data", scenes(tmp_path / "data"), "--out", tmp_path / "out", "--dry-run")
+
+
+def test_a_trial_on_a_gpu_leaves_out_what_sync_batch_norm_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exchanging(*_: object) -> torch.Tensor:
+        raise AssertionError("it waits for other processes")
+
+    model = torch.nn.Sequential(torch.nn.SyncBatchNorm(3))
+    x = torch.randn(4, 3, 2, 2)
+    expected = torch.nn.BatchNorm2d(3)(x)
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", exchanging)
+    with trial.alone(model, torch.device("cuda")):
+        assert torch.equal(model(x), expected)
+    with pytest.raises(AssertionError, match="waits"):
+        model(x)
