@@ -23,6 +23,7 @@ from hcnet_cli import checkpoint, engine, optim
 from hcnet_cli.console import RunFailed, UserError
 from hcnet_cli.data.loader import EvalLoader, TrainLoader, epoch_batches
 from hcnet_cli.engine import Evaluation, Job, State
+from hcnet_cli.engine.step import NonFiniteGuard
 from hcnet_cli.rng import derive, keyed_uniform, seeded
 from hcnet_cli.runs import RunFolder, read_log
 
@@ -307,6 +308,47 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(what: str, name
     assert [one["file"] for one in batch["samples"]] == [f"point {one['sample']}" for one in batch["samples"]]
     kept = load_file(tmp_path / "failure" / "weights.safetensors")
     assert all(torch.equal(kept[name], value) for name, value in good.task.model.state_dict().items())
+
+
+def looked_at_log_steps(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the guard on a CPU what it is for a GPU."""
+    real = NonFiniteGuard.__init__
+
+    def init(guard: NonFiniteGuard, *arguments: Any) -> None:
+        real(guard, *arguments)
+        guard.checked_every_step = False
+
+    monkeypatch.setattr(NonFiniteGuard, "__init__", init)
+    job.log_every = 10
+
+
+class InfiniteThenStopped(Regression):
+    """The loss of step 2 is infinite; the signal comes in step 3, before a line is logged."""
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        losses = super().forward(batch)
+        if self.seen == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {name: loss + (float("inf") if self.seen == 3 else 0) for name, loss in losses.items()}
+
+
+def test_a_signal_does_not_save_past_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(InfiniteThenStopped(), ema=False)
+    looked_at_log_steps(job, monkeypatch)
+    with pytest.raises(RunFailed, match=r"The loss of step 2 is not finite .*; the weights were left as they were"):
+        engine.fit(job, RunFolder(tmp_path), State(), lambda _: None)
+    assert not (tmp_path / "last").exists()
+
+
+def test_in_fp16_the_sentence_counts_the_steps_after_a_loss_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(InfiniteThenStopped(), ema=False)
+    job.precision = "fp16"
+    looked_at_log_steps(job, monkeypatch)
+    with pytest.raises(RunFailed, match="it was left out, but 1 more was made before it was noticed"):
+        engine.fit(job, RunFolder(tmp_path), State(), lambda _: None)
+    assert json.loads((tmp_path / "failure" / "failure.json").read_text())["later_steps"] == 1
 
 
 def test_a_loss_that_one_of_two_processes_sees_stops_both(tmp_path: Path) -> None:

@@ -35,13 +35,19 @@ def report_non_finite(
 ) -> NoReturn:
     """Writes failure/ (weights, losses, samples and files of the step) and raises RunFailed, on every process."""
     step, parts = guard.found()
+    # in fp16 the scaler leaves out this step alone; else no step after it moves the weights
+    later_steps = steps_done - step - 1 if job.precision == "fp16" else 0
     shares = dist.gather([batch for keys in recent if keys.step == step for batch in keys.batches])
     if dist.is_main():
-        _write(step, parts, shares, job, folder, steps_done)
+        _write(step, parts, shares, job, folder, later_steps)
     what = "gradient" if all(map(math.isfinite, parts.values())) else "loss"
     shown = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+    left = "the weights were left as they were before it"
+    if later_steps:
+        more = "1 more was" if later_steps == 1 else f"{later_steps} more were"
+        left = f"it was left out, but {more} made before it was noticed"
     raise RunFailed(
-        f"The {what} of step {step} is not finite ({shown}); the weights were left as they were before it.",
+        f"The {what} of step {step} is not finite ({shown}); {left}.",
         hint=f"`hcnet replay {shlex.quote(str(folder.path))}` names the module and the images. A lower --lr or "
         "--precision fp32 often helps; the same command resumes from the last checkpoint.",
     )
@@ -53,7 +59,7 @@ def _write(
     shares: Sequence[Sequence[tuple[int, list[int], list[int]]]],
     job: Job,
     folder: RunFolder,
-    steps_done: int,
+    later_steps: int,
 ) -> None:
     state = job.task.model.state_dict()
     failure = Failure(
@@ -61,7 +67,7 @@ def _write(
         seed=job.seed,
         precision=job.precision,
         losses={name: str(value) for name, value in parts.items()},
-        later_steps=steps_done - step - 1 if job.precision == "fp16" else 0,
+        later_steps=later_steps,
         weights=digest(state),
         batches=[
             MicroBatch(

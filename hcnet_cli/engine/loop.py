@@ -274,8 +274,9 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             state.step += 1
             evaluating = state.step == job.total_steps or state.step % job.eval_every == 0
             logging = evaluating or state.step % job.log_every == 0
-            with profiler.part("optimizer"):
-                failed = (logging or guard.checked_every_step) and guard.on_any_process()
+            stopping = agreement(at_once=logging)
+            with profiler.part("optimizer"):  # a checkpoint must not forget that a step was not finite
+                failed = (logging or stopping or guard.checked_every_step) and guard.on_any_process()
             if failed:
                 report_non_finite(guard, recent, job, folder, state.step)
             seconds = time.monotonic() - begun
@@ -283,7 +284,6 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             window.add_time(seconds, waited)
             state.seconds += seconds
             state.waited += waited
-            stopping = agreement(at_once=logging)
             if logging:
                 entry = window.read(job.batch_size)
                 window = Window(job.device)
