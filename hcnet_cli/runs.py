@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -200,10 +201,11 @@ class RunFolder:
         return any((self.path / name).exists() for name in ("last", "previous", "best.safetensors"))
 
     def append(self, **entry: Any) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; null for a number that is not finite, which JSON cannot hold."""
         self.require_lock()
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         with writing(self.log_file), self.log_file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(entry) + "\n")
+            log.write(json.dumps(plain) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`: the run goes on from there and will log it again."""

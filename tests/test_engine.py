@@ -24,6 +24,7 @@ from hcnet_cli.console import RunFailed, UserError
 from hcnet_cli.data.loader import EvalLoader, TrainLoader, epoch_batches
 from hcnet_cli.engine import Evaluation, Job, State
 from hcnet_cli.engine.step import NonFiniteGuard
+from hcnet_cli.plain_json import read_json
 from hcnet_cli.rng import derive, keyed_uniform, seeded
 from hcnet_cli.runs import RunFolder, read_log
 
@@ -349,6 +350,36 @@ def test_in_fp16_the_sentence_counts_the_steps_after_a_loss_that_is_not_finite(
     with pytest.raises(RunFailed, match="it was left out, but 1 more was made before it was noticed"):
         engine.fit(job, RunFolder(tmp_path), State(), lambda _: None)
     assert json.loads((tmp_path / "failure" / "failure.json").read_text())["later_steps"] == 1
+
+
+class Overflowing(Regression):
+    """The gradient of step 3 is not finite: fp16 leaves out the step."""
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        losses = super().forward(batch)
+        if batch["step_key"] == derive(3, "step", 3):
+            losses["loss_l1"].register_hook(lambda gradient: gradient * float("inf"))
+        return losses
+
+
+def test_a_norm_that_is_not_finite_is_kept_in_the_log_and_in_the_window(tmp_path: Path) -> None:
+    """The run stops right after such a step and goes on as if it had not."""
+
+    def fp16(folder: Path, task: Regression) -> tuple[int, list[dict[str, Any]]]:
+        folder.mkdir(exist_ok=True)
+        job = make_job(task)
+        job.precision, job.log_every = "fp16", 5
+        state = engine.restore(job, folder)
+        RunFolder(folder).rewind(state.step)
+        stopped = engine.fit(job, RunFolder(folder), state, lambda _: None)
+        return stopped, [{k: v for k, v in e.items() if k not in TIMES} for e in read_log(folder / "metrics.jsonl")]
+
+    _, whole = fp16(tmp_path / "whole", Overflowing())
+    assert [e["grad_norm"] is None for e in whole if "lr" in e] == [True, False, False]
+    stop = Overflowing(lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
+    assert fp16(tmp_path / "parts", stop)[0] == signal.SIGTERM
+    assert read_json(tmp_path / "parts" / "last" / "state.json")["state"]["window"]["sums"]["grad_norm"] == "nan"
+    assert fp16(tmp_path / "parts", Overflowing()) == (0, whole)
 
 
 def test_a_loss_that_one_of_two_processes_sees_stops_both(tmp_path: Path) -> None:

@@ -99,12 +99,14 @@ class Agreement:
 
 
 class Window:
-    """Means since the last log line. Tensors stay on the device until `read`. `state` is kept in checkpoints."""
+    """Means since the last log line. Tensors stay on the device until `read`. `state` is kept in checkpoints, with
+    sums that are not finite as text, for JSON cannot hold them.
+    """
 
-    def __init__(self, device: torch.device, steps: int = 0, sums: Mapping[str, float] | None = None) -> None:
+    def __init__(self, device: torch.device, steps: int = 0, sums: Mapping[str, float | str] | None = None) -> None:
         self.device = device
         self.steps = steps
-        self.sums: dict[str, Tensor] = {n: torch.tensor(v, device=device) for n, v in (sums or {}).items()}
+        self.sums: dict[str, Tensor] = {n: torch.tensor(float(v), device=device) for n, v in (sums or {}).items()}
         self.timed_steps = 0  # steps since the window was made or restored
         self.seconds = 0.0
         self.waited = 0.0
@@ -121,7 +123,8 @@ class Window:
         self.waited += waited
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "sums": self._mean_over_processes()}
+        sums = self._mean_over_processes()
+        return {"steps": self.steps, "sums": {n: v if math.isfinite(v) else str(v) for n, v in sums.items()}}
 
     def read(self, batch_size: int) -> dict[str, float]:
         """Means over steps and processes, images/s of all processes, and the share of time spent waiting for data."""
