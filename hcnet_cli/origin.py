@@ -22,24 +22,25 @@ from hcnet_cli.weights import LoadReport
 OF_USE = re.compile(r"img_size|\w+_img_size|\w*drop\w*|num_classes")
 
 
+KINDS: dict[str, type] = {"model": str, "model_args": dict, "classes": list, "mean": list, "std": list}
+
+
 def about(path: Path) -> dict[str, Any]:
     """The metadata of a safetensors file, or of timm's config.json beside it in the same names; {} for other files."""
     if path.suffix != ".safetensors":
         return {}
     try:
         known = read_metadata(path)
-        if "classes" in known or not (path.parent / "config.json").is_file():
-            return known
-        config = read_json(path.parent / "config.json")
-        expected = config.get("pretrained_cfg") or {}
-        given = {
-            "model": config.get("architecture"),
-            "model_args": config.get("model_args"),
-            "classes": config.get("label_names"),
-            "mean": expected.get("mean"),
-            "std": expected.get("std"),
-        }
-        return known | {key: value for key, value in given.items() if value}
+        if "classes" not in known and (path.parent / "config.json").is_file():
+            config: Any = read_json(path.parent / "config.json")
+            normalised = config.get("pretrained_cfg") or {}
+            known |= {"model": config.get("architecture"), "model_args": config.get("model_args")}
+            known |= {
+                "classes": config.get("label_names"),
+                "mean": normalised.get("mean"),
+                "std": normalised.get("std"),
+            }
+        return {key: value for key, value in known.items() if isinstance(value, KINDS.get(key, object))}
     except (OSError, ValueError, AttributeError):  # UserError is a ValueError
         return {}
 

@@ -355,6 +355,10 @@ def test_the_classes_of_exported_weights_are_compared_too(tmp_path: Path, hcnet:
         refused = pretrain(hcnet, root, tmp_path / "e", "--eval-only", "--init", weights)
         assert refused.code == 2
         assert "is of other classes than the data" in refused.err
+    for hostile in ('{"label_names": 5, "pretrained_cfg": {"mean": "x"}}', '{"pretrained_cfg": [1]}', "[", "5"):
+        (exported / "config.json").write_text(hostile)
+        done = pretrain(hcnet, root, tmp_path / "e", "--eval-only", "--init", exported, "--dry-run")
+        assert done.code == 0, done.err
 
 
 def test_labels_are_scored_by_the_numbers_that_were_trained(tmp_path: Path, hcnet: Hcnet) -> None:

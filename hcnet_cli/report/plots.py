@@ -164,11 +164,8 @@ def curves(all_runs: Sequence[Run]) -> list[Curve]:
 def _short_name(run: Run, alike: Sequence[Run]) -> str:
     name = model_name(run.info)
     short = name.partition(", ")[0]
-    return (
-        short
-        if {model_name(r.info) for r in alike if model_name(r.info).partition(", ")[0] == short} == {name}
-        else name
-    )
+    of_this_name = {other for r in alike if (other := model_name(r.info)).partition(", ")[0] == short}
+    return short if of_this_name == {name} else name
 
 
 def _own_changes(run: Run, alike: Sequence[Run]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hcnet_cli.locks import Lock
 from hcnet_cli.plain_json import read_json
 from hcnet_cli.pretrained import weights_file
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.runs import RunInfo, run_fingerprint
+from hcnet_cli.runs import RunFolder, RunInfo, run_fingerprint
 from hcnet_cli.study.analysis import Analysis, Fixed, Points
 from hcnet_cli.tasks import TASKS
 
@@ -218,7 +218,7 @@ class Today:
 
     def __init__(self, read_data: Callable[[Recipe], str]) -> None:
         self.read_data = read_data  # for what this machine did not read before, or what changed since
-        self.digests: dict[str, str | None] = {}
+        self.digests: dict[str, str] = {}
         self.changed: dict[str, set[str]] = {}
 
     def allows(self, recipe: Recipe, folder: Path, info: RunInfo) -> bool:
@@ -235,7 +235,7 @@ class Today:
             self.changed.setdefault(what, set()).add(folder.name)
         return not what
 
-    def _data(self, recipe: Recipe) -> str | None:
+    def _data(self, recipe: Recipe) -> str:
         key = json.dumps([str(data_root(recipe)), data_section(recipe)], sort_keys=True)
         if key not in self.digests:
             known = cache.known_data(data_root(recipe), data_section(recipe))
@@ -243,12 +243,17 @@ class Today:
         return self.digests[key]
 
     def _init(self, recipe: Recipe) -> str | None:
-        """None where the weights cannot be looked at."""
+        """None where the weights cannot be looked at. A run's record says those of a run."""
+        if recipe.init == "none":
+            return ""
         try:
-            file = None if recipe.init == "none" else weights_file(recipe.init)
-            key = f"{file} {file.stat().st_mtime_ns}" if file else ""
+            folder = RunFolder(Path(os.path.expanduser(recipe.init)))
+            if folder.path.is_dir() and (info := folder.read()) and info.weights:
+                return info.weights
+            file = weights_file(recipe.init)
+            key = f"{file} {file.stat().st_mtime_ns}"
             if key not in self.digests:
-                self.digests[key] = tensors_digest(file) if file else ""
+                self.digests[key] = tensors_digest(file)
         except (UserError, ValueError, OSError):  # of an old format, or gone, which whoever needs them will say
             return None
         return self.digests[key]
