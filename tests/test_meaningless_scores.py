@@ -357,7 +357,7 @@ def test_the_classes_of_exported_weights_are_compared_too(tmp_path: Path, hcnet:
         assert "is of other classes than the data" in refused.err
     for hostile in ('{"label_names": 5, "pretrained_cfg": {"mean": "x"}}', '{"pretrained_cfg": [1]}', "[", "5"):
         (exported / "config.json").write_text(hostile)
-        done = pretrain(hcnet, root, tmp_path / "e", "--eval-only", "--init", exported, "--dry-run")
+        done = pretrain(hcnet, root, tmp_path / "e", "--eval-only", "--init", exported, "--name", f"e{len(hostile)}")
         assert done.code == 0, done.err
 
 
