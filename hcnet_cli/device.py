@@ -33,11 +33,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(NO_CUDA, hint=NO_CUDA_HINT)
-        if device.index not in (None, dist.local_rank()) and dist.world_size() > 1 and torch.cuda.device_count() > 1:
-            raise UserError(
-                f"--device {name} puts all processes on one GPU.",
-                hint="Leave the number out: each process takes a GPU of its own.",
-            )
         device = torch.device("cuda", device.index if device.index is not None else dist.local_rank())
         if device.index >= torch.cuda.device_count():
             raise UserError(f"There is no device {device}: PyTorch sees {torch.cuda.device_count()}.")

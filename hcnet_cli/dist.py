@@ -49,9 +49,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        # The others wait while the main process reads a large data set, or waits for another command's run. A process
-        # that is gone is noticed at once, by its closed connection.
-        td.init_process_group(backend, timeout=timedelta(days=7))
+        # the others wait while the main process scores
+        td.init_process_group(backend, timeout=timedelta(hours=2))
     except (ValueError, RuntimeError) as error:  # no MASTER_ADDR, no such host, a port that is taken
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"The {world_size()} processes cannot be joined: {reason}.", hint=LAUNCH_HINT) from None

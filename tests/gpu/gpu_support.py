@@ -19,8 +19,6 @@ from conftest import SMALL_MODEL
 from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.engine import Job, to_device
-from hcnet_cli.engine.profiler import Profiler
-from hcnet_cli.engine.step import Stepper
 
 NAME = os.environ.get("HCNET_TEST_DEVICE", "cuda")
 DEVICE = torch.device(NAME)
@@ -57,11 +55,6 @@ def make_job(data: Path, device: torch.device = DEVICE, **values: Any) -> Job:
     recipe = rcp.resolve(rcp.recipe_file("small", "pretrain"), [(key, given[key], "") for key in given]).recipe
     splits = build.open_data(recipe)
     return build.build_job(recipe, splits, build.build_task(recipe, splits), device)
-
-
-def stepper_of(job: Job) -> Stepper:
-    """What makes the steps of a job, without timing them."""
-    return Stepper(job, Profiler(job, Path(), 0))
 
 
 def batches_of(job: Job, count: int) -> list[dict[str, Any]]:
