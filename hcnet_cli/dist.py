@@ -15,7 +15,11 @@ from torch import Tensor
 from hcnet_cli.console import LAUNCH_HINT, UserError, launch
 
 T = TypeVar("T")
+# A gloo process notices at once that another one has ended: its connection closes. A limit is for processes that hang.
+EXCHANGE = timedelta(hours=2)  # of tensors, by nccl too, which notices nothing
+MAIN_WORK = timedelta(days=7)  # of what the others wait for: a run of another study, a large data set to read, scoring
 _waits = True  # False inside `without_waiting`
+_main_work: td.ProcessGroup | None = None  # all processes, with the limit MAIN_WORK; None: the group of `EXCHANGE`
 
 
 def rank() -> int:
@@ -49,14 +53,16 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        # the others wait while the main process scores
-        td.init_process_group(backend, timeout=timedelta(hours=2))
+        td.init_process_group(backend, timeout=EXCHANGE)
     except (ValueError, RuntimeError) as error:  # no MASTER_ADDR, no such host, a port that is taken
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"The {world_size()} processes cannot be joined: {reason}.", hint=LAUNCH_HINT) from None
+    global _main_work
+    _main_work = cast(td.ProcessGroup, td.new_group(backend="gloo", timeout=MAIN_WORK))
     try:
         yield
     finally:
+        _main_work = None
         td.destroy_process_group()
 
 
@@ -121,7 +127,7 @@ def broadcast(item: Any) -> Any:
     if not is_distributed():
         return item
     box = [item]
-    td.broadcast_object_list(box, src=0)
+    td.broadcast_object_list(box, src=0, group=_main_work)
     return box[0]
 
 

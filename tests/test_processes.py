@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 from conftest import SMALL_MODEL, Hcnet, environment
 
@@ -203,3 +204,9 @@ def test_standard_error_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatc
 def test_durations_are_said_as_people_say_them() -> None:
     said = [console.about(seconds) for seconds in (0.2, 40, 100, 700, 9000, 60000, 2 * 86400, 13.2 * 86400)]
     assert said == ["1 s", "40 s", "1.7 min", "12 min", "2.5 h", "17 h", "2 d", "13 d"]
+
+
+def test_the_others_wait_for_the_main_process_longer_than_an_exchange_may_take(tmp_path: Path) -> None:
+    """It may wait for another study's run, or read a large data set."""
+    fresh.run_two(Path(__file__).parent / "main_process_takes_long.py", tmp_path)
+    assert [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["done", "done"]
