@@ -16,8 +16,13 @@ def cores() -> int:
         found.append(limit)
     with contextlib.suppress(KeyError, ValueError):
         found.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
-    together = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, min(found) // max(1, int(together) if together.isdecimal() else 1))
+    return max(1, min(found) // processes_here())
+
+
+def processes_here() -> int:
+    """The processes that torchrun started on this machine; 1 without it."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(count) if count.isdecimal() else 1)
 
 
 def container_cores() -> int | None:

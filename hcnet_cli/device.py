@@ -10,7 +10,7 @@ import torch
 
 from hcnet_cli import dist
 from hcnet_cli.console import UserError, warn
-from hcnet_cli.cores import cores
+from hcnet_cli.cores import cores, processes_here
 from hcnet_cli.inputs import DEVICES, NO_CUDA, NO_CUDA_HINT
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and ARM processors, in /proc/cpuinfo
@@ -33,6 +33,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(NO_CUDA, hint=NO_CUDA_HINT)
+        if device.index is not None and processes_here() > 1:
+            raise UserError(
+                f"--device {name} would put the {processes_here()} processes of this machine on one GPU.",
+                hint="Use --device cuda: each process takes its own.",
+            )
         device = torch.device("cuda", device.index if device.index is not None else dist.local_rank())
         if device.index >= torch.cuda.device_count():
             raise UserError(f"There is no device {device}: PyTorch sees {torch.cuda.device_count()}.")

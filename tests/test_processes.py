@@ -12,9 +12,10 @@ from pathlib import Path
 
 import fresh
 import pytest
+import torch
 from conftest import SMALL_MODEL, Hcnet, environment
 
-from hcnet_cli import console, dist
+from hcnet_cli import console, dist, inputs
 from hcnet_cli.console import Progress, UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -210,3 +211,15 @@ def test_the_others_wait_for_the_main_process_longer_than_an_exchange_may_take(t
     """It may wait for another study's run, or read a large data set."""
     fresh.run_two(Path(__file__).parent / "main_process_takes_long.py", tmp_path)
     assert [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["done", "done"]
+
+
+def test_one_gpu_by_its_number_is_refused_for_several_processes(
+    hcnet: Hcnet, folder_of_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(inputs, "has_no_cuda", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    done = hcnet("pretrain", "--recipe", "small", "--data", folder_of_images, "--device", "cuda:0", "--out", tmp_path)
+    assert done.code == 2, done.err
+    assert "--device cuda:0 would put the 2 processes of this machine on one GPU." in done.err
