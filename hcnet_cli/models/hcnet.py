@@ -10,8 +10,8 @@ then refines the solution pointwise:
     refinement approximation   u'' = u' + drop_path(fc2(filters(gelu(fc1(norm(u'))))))
 
 Dimension letters: B batch, C channels, H x W feature map, K stencil size, R mlp ratio. Feature maps have the shape
-[B, C, H, W] and stay in memory as channels_last from the stem to the head, so that [B, H, W, C] is a view for which
-the 1x1 convolutions are plain matrix products. Faster forms of these layers are applied from outside
+[B, C, H, W]. On a CPU they stay in memory as channels_last from the stem to the head, so that [B, H, W, C] is a view
+for which the 1x1 convolutions are plain matrix products. Faster forms of these layers are applied from outside
 (hcnet_cli.kernels).
 """
 
@@ -109,7 +109,7 @@ class RefinementApproximation(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, u: Tensor) -> Tensor:
-        # The 1x1 convolutions are linear layers on [B, H, W, C], a view of channels_last: no copy, one matrix product.
+        # The 1x1 convolutions are linear layers on [B, H, W, C]: on a CPU a view, no copy, one matrix product.
         x = self.norm(u).permute(0, 2, 3, 1)  # [B, C, H, W] -> [B, H, W, C]
         x = self.contract(self.fc1(x))
         return x.permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, C, H, W]
@@ -156,7 +156,7 @@ class Stem(nn.Module):
         self.norm2 = norm_layer(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Every later map keeps channels_last. An image of one channel has both layouts, so its map is converted too.
+        # On a CPU later maps keep channels_last. An image of one channel has both layouts, so its map is converted too.
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))  # [B, 3, H, W] -> [B, C/2, H/2, W/2]
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.act(self.norm1(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # gelu is faster on contiguous memory
