@@ -19,6 +19,8 @@ from conftest import SMALL_MODEL
 from hcnet_cli import build
 from hcnet_cli import recipe as rcp
 from hcnet_cli.engine import Job, to_device
+from hcnet_cli.engine.profiler import Profiler
+from hcnet_cli.engine.step import Stepper
 
 NAME = os.environ.get("HCNET_TEST_DEVICE", "cuda")
 DEVICE = torch.device(NAME)
@@ -55,6 +57,10 @@ def make_job(data: Path, device: torch.device = DEVICE, **values: Any) -> Job:
     recipe = rcp.resolve(rcp.recipe_file("small", "pretrain"), [(key, given[key], "") for key in given]).recipe
     splits = build.open_data(recipe)
     return build.build_job(recipe, splits, build.build_task(recipe, splits), device)
+
+
+def make_stepper(job: Job) -> Stepper:
+    return Stepper(job, Profiler(job, Path(), 0))
 
 
 def batches_of(job: Job, count: int) -> list[dict[str, Any]]:

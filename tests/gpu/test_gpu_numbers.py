@@ -13,14 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import environment
-from gpu_support import DEVICE, batches_of, deterministic, make_job, needs_device
+from gpu_support import DEVICE, batches_of, deterministic, make_job, make_stepper, needs_device
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hcnet_cli import engine, kernels
 from hcnet_cli.bench.models import literal
 from hcnet_cli.console import RunFailed
-from hcnet_cli.engine.step import Stepper
 from hcnet_cli.models import HcNet
 from hcnet_cli.rng import seeded
 from hcnet_cli.runs import RunFolder
@@ -47,7 +46,7 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 def losses(data: Path, steps: int = 3, device: torch.device = DEVICE, **values: Any) -> list[float]:
     job = make_job(data, device, **values)
-    stepper = Stepper(job)
+    stepper = make_stepper(job)
     return [float(stepper.step(step, [batch])["loss"]) for step, batch in enumerate(batches_of(job, steps))]
 
 
@@ -64,7 +63,7 @@ def test_three_steps_in_every_precision_have_the_losses_of_fp32_on_a_cpu(
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_weights_gradients_and_the_optimizer_stay_in_fp32(precision: str, folder_of_images: Path) -> None:
     job = make_job(folder_of_images, train__precision=precision)
-    stepper = Stepper(job)
+    stepper = make_stepper(job)
     for step, batch in enumerate(batches_of(job, 2)):
         stepper.step(step, [batch])
     assert stepper.scaler.is_enabled() == (precision == "fp16")
@@ -76,7 +75,7 @@ def test_weights_gradients_and_the_optimizer_stay_in_fp32(precision: str, folder
 
 def test_a_step_that_overflows_in_fp16_is_left_out_and_the_scale_halved(folder_of_images: Path) -> None:
     job = make_job(folder_of_images, train__precision="fp16")
-    stepper = Stepper(job)
+    stepper = make_stepper(job)
     first, second = batches_of(job, 2)
     stepper.scaler.load_state_dict({**stepper.scaler.state_dict(), "scale": 2.0**40})
     before = weights_of(job.task.model)
@@ -107,7 +106,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight(
         engine.fit(job, RunFolder(tmp_path), engine.State(), lambda _: None)
     if precision != "fp16":  # the scaler leaves out the step; the steps after it, before the line is logged, move them
         assert_same(weights_of(job.task.model), seen[2])
-    assert (tmp_path / "nonfinite.json").exists()
+    assert (tmp_path / "failure" / "failure.json").exists()
     assert not (tmp_path / "last").exists()
 
 
@@ -117,14 +116,14 @@ def test_ddp_on_one_device_makes_the_steps_of_one_process(
     """A group of one process, nccl on CUDA: the same bits. Two processes on one device, gloo: the same to rounding."""
     alone = make_job(folder_of_images, train__accumulate=2)
     batches = batches_of(alone, 6)
-    stepper = Stepper(alone)
+    stepper = make_stepper(alone)
     for step in range(3):
         stepper.step(step, batches[2 * step : 2 * step + 2])
     grouped = make_job(folder_of_images, train__accumulate=2)
     backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        stepper = Stepper(grouped)
+        stepper = make_stepper(grouped)
         assert isinstance(stepper.net, nn.parallel.DistributedDataParallel)
         for step in range(3):
             stepper.step(step, batches[2 * step : 2 * step + 2])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL_MODEL, Hcnet, only_run, outcome
-from gpu_support import DEVICE, LENGTH, NAME, RUN, batches_of, deterministic, needs_cuda, needs_device
+from gpu_support import DEVICE, LENGTH, NAME, RUN, batches_of, deterministic, make_stepper, needs_cuda, needs_device
 from safetensors.torch import load_file
 from test_rehearsal import coco, scenes
 
@@ -86,7 +86,7 @@ def test_the_memory_of_the_plan_is_the_peak_of_training(precision: str, folder_o
     planned = trial.trial(recipe, data, task, DEVICE).memory
     assert planned is not None
     job = build.build_job(recipe, data, task, DEVICE)
-    stepper, batches = Stepper(job), batches_of(job, 3)
+    stepper, batches = make_stepper(job), batches_of(job, 3)
     torch.cuda.reset_peak_memory_stats(DEVICE)
     for step, batch in enumerate(batches):
         stepper.step(step, [batch])

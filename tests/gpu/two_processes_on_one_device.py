@@ -12,10 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from gpu_support import DEVICE, batches_of, make_job
+from gpu_support import DEVICE, batches_of, make_job, make_stepper
 from safetensors.torch import save_file
-
-from hcnet_cli.engine.step import Stepper
 
 if __name__ == "__main__":
     data, out = map(Path, sys.argv[1:])
@@ -24,7 +22,7 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     device = torch.device("cuda", 0) if DEVICE.type == "cuda" else DEVICE
     job = make_job(data, device)
-    stepper = Stepper(job)
+    stepper = make_stepper(job)
     for step, batch in enumerate(batches_of(job, 3)):
         stepper.step(step, [batch])
     if os.environ["RANK"] == "0":
