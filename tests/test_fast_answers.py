@@ -83,7 +83,7 @@ def test_mistakes_are_said_before_torch_is_loaded(tmp_path: Path) -> None:
         "bench --precision fp8": "fp32, bf16, fp16",
         "bench --output here.txt": "neither .md nor .json",
         "check empty": "It is empty.",
-        "pretrain --data flat": "for each of 2 classes: move them into flat/train, then some images of each class into",
+        "pretrain --data flat": "for each of 2 classes. Move the folders into flat/train",
         "finetune-det --data labelme": "It has a JSON file for each image, as LabelMe writes them",
         "finetune-det --data cvat": "annotations/instances_val2017.json.",
         "check cvat": "There is instances_default.json.",

@@ -195,7 +195,7 @@ pretrain --recipe imagenet --data images --batch-size 5 | a micro-batch of 5 is 
 pretrain --output nowhere | --out: Results folder
 ablate --disable gate --seed 3 | Seeds: --seeds 0,1,2.
 ablate --disable gate --init none | Weights: init, under runs in a study.
-ablate --disable gate --batch-size 8 | Use --set train.batch_size=...
+ablate --disable gate --lr 0.1 | Use --set optim.lr=...
 ablate --disable gate --jobs 0 | it takes numbers of at least 1.
 ablate --disable gate --set optim.lr=-1 | "optim.lr" cannot be -1
 ablate --disable gate --set train.seed=1 | cannot be set in an ablation
