@@ -16,7 +16,7 @@ def evaluate(
     run: Annotated[
         str,
         typer.Argument(
-            help="A finished run: its folder, its name under results/runs/, or the last eight characters of that.",
+            help=f"A finished run: {options.A_RUN}",
             autocompletion=complete.runs,
         ),
     ],

@@ -19,7 +19,7 @@ from hcnet_cli.track import TRACKERS
 Run = Annotated[
     str,
     typer.Argument(
-        help="A run: its folder, its name under results/runs/, or the last eight characters of that.",
+        help=f"A run: {options.A_RUN}",
         autocompletion=complete.runs,
     ),
 ]

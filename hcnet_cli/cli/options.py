@@ -16,6 +16,8 @@ def _number_or_word(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdecimal() else text
 
 
+A_RUN = "its folder, its name under results/runs/, or the last eight characters of that."  # what RUN may be
+
 Size = Annotated[
     str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.", autocompletion=complete.sizes)
 ]

@@ -23,7 +23,7 @@ def push(
     run: Annotated[
         str,
         typer.Argument(
-            help="A run with weights: its folder, its name under results/runs/, or the last eight characters of that.",
+            help=f"A run with weights: {options.A_RUN}",
             autocompletion=complete.runs,
         ),
     ],

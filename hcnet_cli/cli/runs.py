@@ -15,7 +15,7 @@ app = typer.Typer(help="List, show, remove and rename runs.", no_args_is_help=Tr
 Name = Annotated[
     str,
     typer.Argument(
-        help="A run: its folder, its name under results/runs/, or the last eight characters of that.",
+        help=f"A run: {options.A_RUN}",
         autocompletion=complete.runs,
     ),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -92,9 +92,12 @@ def _point(table: Table, row: Row, x: str, y: Column) -> Point | None:
 
 def short_label(table: Table, row: Row) -> str:
     """A measured model without its changed shape, unless another row is told apart by that alone."""
-    name = table.label(row).partition(", ")[0]
-    names = [table.label(other).partition(", ")[0] for other in table.rows]
-    return name if names.count(name) == 1 else table.label(row)
+    return _without_shape(table.label(row), [table.label(other) for other in table.rows])
+
+
+def _without_shape(name: str, names: Iterable[str]) -> str:
+    short = name.partition(", ")[0]
+    return name if any(other != name and other.partition(", ")[0] == short for other in names) else short
 
 
 def _series(table: Table, row: Row) -> str:
@@ -157,15 +160,9 @@ def curves(all_runs: Sequence[Run]) -> list[Curve]:
     made = []
     for run, metric, points in found:
         alike = [r for r, *_ in found if (r.info.data.name, r.info.task) == (run.info.data.name, run.info.task)]
-        made.append(Curve(run, _short_name(run, alike), metric, _own_changes(run, alike), points))
+        model = _without_shape(model_name(run.info), [model_name(r.info) for r in alike])
+        made.append(Curve(run, model, metric, _own_changes(run, alike), points))
     return sorted(made, key=lambda curve: (curve.run.state != "running", -curve.best))
-
-
-def _short_name(run: Run, alike: Sequence[Run]) -> str:
-    name = model_name(run.info)
-    short = name.partition(", ")[0]
-    of_this_name = {other for r in alike if (other := model_name(r.info)).partition(", ")[0] == short}
-    return short if of_this_name == {name} else name
 
 
 def _own_changes(run: Run, alike: Sequence[Run]) -> dict[str, Any]:
