@@ -321,7 +321,7 @@ def with_progress(info: RunInfo, state: engine.State) -> RunInfo:
             "train_seconds": round(state.seconds, 1),
             "train_images_per_second": round(images, 2) if images else None,
             "data_wait_share": round(state.waited / state.seconds, 4) if state.seconds else None,
-            "unreadable_images": state.unreadable,
+            "unreadable_images": len(state.unreadable_files),
         }
     )
 

@@ -38,6 +38,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 MICRO_BATCH = [0, 2, 4, 6, 7, 5, 3, 1]  # pairs are mixed with their mirror image, so the second halves are turned
 TIMES = ("images_per_second", "data_wait")
+UNREADABLE = (7, 11, 23)  # training points; another takes their place in a real data set
 
 
 class Points:
@@ -54,7 +55,8 @@ class Points:
         index, key, _ = request
         with seeded(key):
             noise = 0.1 * torch.randn(2) if key else torch.zeros(2)
-        return {"sample": index, "key": key, "image": self.x[index], "target": self.x[index] @ self.w + noise}
+        item = {"sample": index, "key": key, "image": self.x[index], "target": self.x[index] @ self.w + noise}
+        return item if not key or index not in UNREADABLE else {**item, "unreadable": f"point {index}"}
 
 
 class Fitted:
@@ -146,6 +148,7 @@ def outcome(folder: Path, state: State, job: Job) -> dict[str, Any]:
         **{f"{i} {k}": v for i, s in enumerate(job.optimizer.state.values()) for k, v in s.items()},
     }
     plain = {"log": log, "best": (state.best, state.best_step, state.metrics), "step": state.step}
+    plain["unreadable"] = state.unreadable_files
     return {**plain, "weights": (folder / "best.safetensors").read_bytes(), "tensors": tensors}
 
 
@@ -162,6 +165,7 @@ def never_interrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     stopped, state, job = run(folder, Regression())
     assert stopped == 0
     assert state.step == 12
+    assert state.unreadable_files == ["point 11", "point 23", "point 7"]
     return outcome(folder, state, job)
 
 
@@ -209,6 +213,12 @@ def test_a_damaged_last_checkpoint_costs_steps_not_results(tmp_path: Path, never
     (tmp_path / "last" / "model.safetensors").write_bytes(b"cut")
     _, state, job = run(tmp_path, Regression())
     assert_equal(outcome(tmp_path, state, job), dict(never_interrupted))
+
+
+def test_files_that_any_process_could_not_read_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hcnet_cli.dist.gather", lambda item: [item, ["point 11", "point 39"]])
+    _, state, _ = run(tmp_path, Regression())
+    assert state.unreadable_files == ["point 11", "point 23", "point 39", "point 7"]
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])

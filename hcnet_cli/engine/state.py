@@ -25,7 +25,7 @@ class State:
     weights: str = ""  # digest of the best weights
     seconds: float = 0.0  # training time, without evaluation
     waited: float = 0.0  # the part of it spent waiting for data
-    unreadable: int = 0
+    unreadable_files: list[str] = field(default_factory=list)  # of all processes: training images and why
     evaluation_due: bool = False  # the weights of `step` are still to be evaluated
     scaler: dict[str, Any] = field(default_factory=dict)
     window: dict[str, Any] = field(default_factory=dict)  # loss sums since the last log line
