@@ -16,7 +16,7 @@ TARGETS = (  # of links, no pages
     *("LICENSE", "results/published.csv", "hcnet_cli/statistics.py", "hcnet_cli/sizes.py"),
     "hcnet_cli/tasks/detection/mask_rcnn.py",
 )
-IMAGES = "docs/images/*"
+FILES = ("docs/images/*", "docs/site.css")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -29,7 +29,8 @@ def on_files(files: Files, config: Any) -> Files:
     ]
     made += [
         File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
-        for path in sorted(ROOT.glob(IMAGES))
+        for pattern in FILES
+        for path in sorted(ROOT.glob(pattern))
     ]
     return Files([*theme, *made, File.generated(config, "commands.md", content=commands())])
 

@@ -17,9 +17,10 @@ from urllib.parse import quote
 from hcnet_cli.console import visible
 from hcnet_cli.table import is_number
 
-# What GitHub's Markdown reads as more than a letter: anywhere, before what makes it a link or an entity, or first.
+# What GitHub's Markdown reads as more than a letter: anywhere, before what makes it a tag, a link or an entity, or first.
+# Nothing else is escaped: other Markdown shows the backslash of \< and \~.
 MARKDOWN = re.compile(
-    r"[|*<`~$\\]|\[(?=\^)|\](?=[(\[:])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|^#(?=#{0,5}(?:\s|$))|^>|^[-+=](?=[-+=\s]|$)|(?<=^\d)[.)](?=\s|$)"
+    r"[|*`$\\]|<(?=[A-Za-z/!?])|(?<=[^\s~])~|~(?=~)|\[(?=\^)|\](?=[(\[:])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|^#(?=#{0,5}(?:\s|$))|^>|^[-+=](?=[-+=\s]|$)|(?<=^\d)[.)](?=\s|$)"
 )
 MARKDOWN_LINK = re.compile(rf"{MARKDOWN.pattern}|[][]")
 ESCAPED = r"\\\g<0>"
