@@ -215,7 +215,9 @@ def test_a_damaged_last_checkpoint_costs_steps_not_results(tmp_path: Path, never
     assert_equal(outcome(tmp_path, state, job), dict(never_interrupted))
 
 
-def test_files_that_any_process_could_not_read_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_any_process_could_not_read_are_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hcnet_cli.dist.gather", lambda item: [item, ["point 11", "point 39"]])
     _, state, _ = run(tmp_path, Regression())
     assert state.unreadable_files == ["point 11", "point 23", "point 39", "point 7"]

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from hcnet_cli.console import visible
 from hcnet_cli.table import is_number
 
-# What GitHub's Markdown reads as more than a letter: anywhere, before what makes it a tag, a link or an entity, or first.
+# What GitHub's Markdown reads as more than a letter: anywhere, before what makes it a tag, link or entity, or first.
 # Nothing else is escaped: other Markdown shows the backslash of \< and \~.
 MARKDOWN = re.compile(
     r"[|*`$\\]|<(?=[A-Za-z/!?])|(?<=[^\s~])~|~(?=~)|\[(?=\^)|\](?=[(\[:])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|^#(?=#{0,5}(?:\s|$))|^>|^[-+=](?=[-+=\s]|$)|(?<=^\d)[.)](?=\s|$)"
