@@ -9,9 +9,11 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
 
-from hcnet_cli.pictures import shortened
+from hcnet_cli.pictures import one_line
 
 INK, MUTED, HOT, COOL = "#1f1b18", "#6a625a", "#c2410c", "#1d6fa5"
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of numbers that a line may cross
@@ -50,6 +52,21 @@ def drawn(width: float, height: float, draw: Any, columns: int = 1) -> bytes:
     return content.getvalue()
 
 
+def shortened(text: str, size: float, width: float) -> str:
+    """The text as one line, cut so that it is at most `width` points wide in letters of `size` points."""
+    font = FontProperties(family=COMMON["font.family"], size=size)
+
+    def fits(part: str) -> bool:
+        return float(text_to_path.get_text_width_height_descent(part, font, ismath=False)[0]) <= width
+
+    text = one_line(text)
+    if fits(text):
+        return text
+    while text and not fits(f"{text}…"):
+        text = text[:-1]
+    return f"{text}…"
+
+
 def class_bars(names: Sequence[str], values: Sequence[float], title: str, unit: str) -> bytes:
     """Values in per cent of classes, the best first, and their mean; a class without a value (NaN) is left out."""
     known = [(value, name) for name, value in zip(names, values, strict=True) if not np.isnan(value)]
@@ -60,7 +77,7 @@ def class_bars(names: Sequence[str], values: Sequence[float], title: str, unit: 
         numbers = [value for value, _ in ordered]
         mean = float(np.mean([value for value, _ in known])) if known else 0.0
         axes.barh(places, numbers, height=0.72, color=[HOT if v >= mean else "#e0a083" for v in numbers])
-        axes.set_yticks(places, [shortened(name, 13, 180) for _, name in ordered])
+        axes.set_yticks(places, [shortened(name, 9.5, 130) for _, name in ordered])
         for place, value in enumerate(numbers):
             axes.text(value + 0.8, place, f"{value:.1f}", va="center", fontsize=8.5, color=MUTED, bbox=GROUND)
         axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (3, 3)), zorder=1.5)
@@ -83,7 +100,8 @@ def reliability(axes: Any, bins: Sequence[tuple[float, float, float]], error: fl
     axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (4, 1.5)))
     for low, high, share in bins:
         axes.bar(100 * low, 100 * share, 100 * (high - low), align="edge", color=COOL, edgecolor="white", linewidth=0.6)
-    axes.text(3, 97, f"expected calibration error {100 * error:.2f} %", va="top", color=INK, bbox=GROUND)
+    title = f"expected calibration error {100 * error:.2f} %"
+    axes.set_title(title, loc="right", fontsize="medium", fontweight="normal", color=INK)
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="accuracy (%)")
 
 
@@ -96,7 +114,7 @@ def confusion(axes: Any, names: Sequence[str], counts: NDArray[Any], size: float
     drawn_as = "none" if len(names) <= MOST_CLASSES else "antialiased"  # whole cells, in a PDF too; of many their mean
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, interpolation=drawn_as)
     if len(names) <= MOST_NAMES:
-        labels = [shortened(name, 7, 60) for name in names]
+        labels = [shortened(name, size, 8 * size) for name in names]
         upright = max(map(len, labels)) <= 2
         axes.set_xticks(range(len(names)), labels, rotation=0 if upright else 90)
         axes.set_yticks(range(len(names)), labels)

@@ -95,7 +95,7 @@ def test_the_pictures_show_bars_and_cells() -> None:
     charts.reliability(axes, [(0.5, 1.0, 0.25)], 0.5)
     (bar,) = axes.patches
     assert (bar.get_x(), bar.get_width(), bar.get_height()) == (50, 50, 25)
-    assert axes.texts[0].get_text() == "expected calibration error 50.00 %"
+    assert axes.get_title("right") == "expected calibration error 50.00 %"
     axes = Figure().subplots()
     charts.confusion(axes, ["cat", "\u51b0"], np.array([[3, 0], [1, 3]]), 9.5)
     assert np.array_equal(axes.images[0].get_array(), [[100, 0], [25, 75]])

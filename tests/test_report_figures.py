@@ -10,7 +10,9 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from synthetic_runs import make_run
 
 from hcnet_cli import calibration, charts
@@ -200,3 +202,14 @@ def test_figures_stand_alone(hcnet, tmp_path: Path, more: list[str]) -> None:
     done = hcnet("report", "--results", tmp_path, "--figures", tmp_path / "f", *more)
     assert done.code == 2
     assert f"{more[0]} has no place beside it" in done.err
+
+
+def test_names_are_cut_by_the_letters_that_are_drawn() -> None:
+    """The DejaVu Sans of charts is wider than the font of pictures."""
+    name = charts.shortened("swin_tiny_patch4_window7_224, window_size=4+embed_dim=24 (schedule.length=3)", 7, 165)
+    figure = Figure(dpi=72)
+    text = figure.text(0, 0, name, fontsize=7, fontfamily="DejaVu Sans")
+    width = text.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width
+    assert name.endswith("…")
+    assert 155 < width <= 166
+    assert charts.shortened("short", 7, 165) == "short"

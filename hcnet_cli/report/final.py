@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hcnet_cli import calibration, charts
-from hcnet_cli.charts import COOL, HOT, INK, MUTED
+from hcnet_cli.charts import COOL, HOT, INK, MUTED, shortened
 from hcnet_cli.console import UserError, warn
-from hcnet_cli.pictures import shortened
 from hcnet_cli.plain_json import read_json
 
 SIZE = 7  # points, of the names

@@ -18,10 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hcnet_cli import charts
-from hcnet_cli.charts import COOL, HOT, INK, MUTED
+from hcnet_cli.charts import COOL, HOT, INK, MUTED, shortened
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.files import replacing, writing
-from hcnet_cli.pictures import shortened
 from hcnet_cli.report import figures, final, plots
 from hcnet_cli.results import Results
 from hcnet_cli.table import Table
@@ -154,7 +153,7 @@ def scatter(plot: plots.Scatter) -> Figure:
 
 def forest(arms: Sequence[tuple[str, float, float, float]], x_title: str) -> Figure:
     """Differences with their intervals; filled where the interval is without zero."""
-    names = [shortened(name, SIZE, 120) for name, *_ in arms]
+    names = [shortened(name, SIZE, 110) for name, *_ in arms]
     figure = Figure(figsize=(COLUMN, 0.55 + 0.2 * len(arms)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color=INK, linewidth=0.8, linestyle=DASHES[1], zorder=1)
