@@ -19,7 +19,7 @@ from hcnet_cli.engine import Task, to_device
 from hcnet_cli.recipe import Recipe
 
 QUICK_SECONDS = 2.0  # of the first step, below which it is made again for its time
-TRIAL_SECONDS = 0.3  # of a step, above which no larger batch is tried
+TRIAL_SECONDS = 3.0  # of all steps but the first, which no larger batch is to exceed
 NEARLY_FULL = 0.8  # of the device's memory, from which the micro-batch itself is tried
 MOST_OF_MEMORY = 0.9  # of it, that advice fills: allocations leave gaps
 
@@ -44,7 +44,7 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
     """Forward and backward passes of a few batches of real data. Rough.
 
     Starts with 2 images, twice where that is quick, for the first step takes longer; then grows, up to the micro-batch,
-    until a step takes TRIAL_SECONDS. On a GPU the memory of the whole micro-batch follows from the last two sizes; if
+    while TRIAL_SECONDS last: the time of a few images is mostly that of a step. On a GPU the memory of the whole micro-batch follows from the last two sizes; if
     it would nearly fill the device, the micro-batch itself is tried. UserError for parameters that are not trained, and
     for a micro-batch that does not fit, with the number of micro-batches that does.
     """
@@ -85,9 +85,11 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
         engine.check_unused(task)
         if seconds < QUICK_SECONDS:
             seconds = step(size)
-        while size < most and (seconds < TRIAL_SECONDS or len(peaks) == 1):
+        spent = seconds
+        while size < most and (spent + 4 * seconds < TRIAL_SECONDS or len(peaks) == 1):
             size = min(4 * size, most)
             seconds = step(size)
+            spent += seconds
         found = _with_memory(seconds / size, peaks, most, recipe, task)
         if found.memory and size < most and found.memory > NEARLY_FULL * device_memory(device):
             step(most)
