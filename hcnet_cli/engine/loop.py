@@ -126,18 +126,14 @@ class Window:
         sums = self._mean_over_processes()
         return {"steps": self.steps, "sums": {n: v if math.isfinite(v) else str(v) for n, v in sums.items()}}
 
-    def read(self, batch_size: int) -> dict[str, float]:
-        """Means over steps and processes, images/s of all processes, and the share of time spent waiting for data."""
-        return {
-            **{name: value / self.steps for name, value in self._mean_over_processes().items()},
-            "images_per_second": round(self.timed_steps * batch_size / self.seconds, 2),
-            "data_wait": round(self.waited / self.seconds, 4),
-        }
+    def read(self, batch_size: int, alone: bool = False) -> dict[str, float]:
+        """Means over steps and processes, images/s of all processes, and the share of time spent waiting for data.
 
-    def peek(self, batch_size: int) -> dict[str, float]:
-        """As `read`, with the losses of this process alone: no process waits for another."""
+        `alone`: means of this process; none waits for another.
+        """
+        sums = {name: value.item() for name, value in self.sums.items()} if alone else self._mean_over_processes()
         return {
-            **{name: value.item() / self.steps for name, value in self.sums.items()},
+            **{name: value / self.steps for name, value in sums.items()},
             "images_per_second": round(self.timed_steps * batch_size / self.seconds, 2),
             "data_wait": round(self.waited / self.seconds, 4),
         }
@@ -296,7 +292,7 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
                     folder.append(step=state.step, lr=job.lr_at(state.step - 1), **entry)
                 progress.step(state.step, entry | shown())
             elif progress.due and main:
-                progress.step(state.step, window.peek(job.batch_size) | shown())
+                progress.step(state.step, window.read(job.batch_size, alone=True) | shown())
             if evaluating:
                 state.evaluation_due = True
             if evaluating and not stopping:
