@@ -215,12 +215,11 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
     recent: deque[StepKeys] = deque(maxlen=1 if guard.checked_every_step else job.log_every)
     window = Window(job.device, **state.window)
     last_save = time.monotonic()
-    job.train.unreadable = list(state.unreadable_files)
     micro_batches = job.train.iterate(state.step)
     main = dist.is_main()
 
     def save_checkpoint() -> None:
-        of_all = dist.gather(job.train.unreadable)
+        of_all = [state.unreadable_files, *dist.gather(job.train.unreadable)]
         state.unreadable_files = sorted({file for files in of_all for file in files})
         state.scaler = stepper.scaler.state_dict()
         state.window = window.state()
