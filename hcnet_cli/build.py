@@ -45,6 +45,7 @@ from hcnet_cli.engine import Evaluation, Job, Predictor, Task
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
 from hcnet_cli.models import layers
+from hcnet_cli.plain_json import unicode
 from hcnet_cli.pretrained import weights_file
 from hcnet_cli.recipe import Recipe, recipes_dir, resolve
 from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
@@ -422,7 +423,7 @@ def weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
         "task": recipe.task,
         "seed": recipe.train.seed,
         "data": data.info.name,
-        "classes": list(data.class_names),
+        "classes": [unicode(name) for name in data.class_names],
         **({"ema_decay": recipe.train.ema_decay} if recipe.train.ema_decay is not None else {}),
         **({"bits": data.info.bits} if data.info.bits is not None else {}),
         **task_module(recipe).describe_input(recipe.data, next(iter(recipe.evaluation.values()))),
