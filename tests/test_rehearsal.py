@@ -234,6 +234,19 @@ def test_names_that_cannot_be_drawn_or_encoded_cost_no_run(hcnet: Hcnet, tmp_pat
     assert set(per_class) == {"b", "caf\udce9"}
 
 
+@pytest.mark.parametrize("task", ["pretrain", "finetune-seg"])
+def test_a_validation_file_that_is_no_image_is_found_before_step_1(task: str, hcnet: Hcnet, tmp_path: Path) -> None:
+    kind, name, command = {
+        "pretrain": ("classes", "val", CLASSIFY),
+        "finetune-seg": ("scenes", "images/validation", SEGMENT),
+    }[task]
+    root = small_data.MAKERS[kind](tmp_path / "data")
+    image = next(path for path in sorted((root / name).rglob("*")) if path.is_file())
+    image.write_text("<html>")
+    done = hcnet(*command, "--data", root, "--out", tmp_path / "out", "--dry-run")
+    assert (done.code, f"The image {image} cannot be used" in done.err) == (2, True), done.err
+
+
 def test_a_run_of_names_that_cannot_be_encoded_is_as_good_as_any(hcnet: Hcnet, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name, count in ((b"caf\xe9", 3), (b"b", 2), (b"c", 2)):

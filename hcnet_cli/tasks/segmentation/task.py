@@ -316,8 +316,7 @@ def scoring_task(
         raise UserError(
             f"Windows of {how['crop_size']} pixels (data.crop_size) every {how['stride']} pixels leave gaps in which "
             "nothing is predicted.",
-            hint=f"For example: --set evaluation.NAME.stride={max(8, how['crop_size'] * 2 // 3)}, with the evaluation's "
-            "name, such as ss",
+            hint=f"For example: --set evaluation.ss.stride={max(8, how['crop_size'] * 2 // 3)}",
         )
     return SegmentationTask(
         model,
