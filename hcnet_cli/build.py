@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +45,13 @@ from hcnet_cli.engine import Evaluation, Job, Predictor, Task
 from hcnet_cli.header import read_metadata
 from hcnet_cli.models import backbone as backbones
 from hcnet_cli.models import layers
+from hcnet_cli.plain_json import unicode
 from hcnet_cli.pretrained import weights_file
 from hcnet_cli.recipe import Recipe, recipes_dir, resolve
 from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
 from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Part
 from hcnet_cli.sizes import SIZES
-from hcnet_cli.weights import LoadReport, digest, load_into, read_weights
+from hcnet_cli.weights import LoadReport, digest, load_into, read_weights, special_kind
 
 
 class TaskModule(Protocol):
@@ -145,6 +147,21 @@ def build_task(recipe: Recipe, data: DataSplits) -> Task:
     if recipe.train.freeze != "none":
         layers.freeze(task.model, recipe.train.freeze)
     return task.to(memory_format=torch.channels_last)
+
+
+def check_trainable(task: Task) -> None:
+    """UserError for a model of which nothing is trained, or that holds what a checkpoint could not give back."""
+    if not any(parameter.requires_grad for parameter in task.model.parameters()):
+        raise UserError(
+            "No parameter of the model is trained: requires_grad is False in all of them.",
+            hint="--eval-only --init FILE scores weights as they are.",
+        )
+    for name, value in itertools.chain(task.model.named_parameters(), task.model.named_buffers()):
+        if kind := special_kind(value.detach()):
+            raise UserError(
+                f"The model's {name} is a {kind} tensor, which checkpoints do not hold: weights are plain numbers.",
+                hint="A complex parameter can be kept as pairs of real numbers: torch.view_as_complex(pairs).",
+            )
 
 
 def build_evaluations(
@@ -406,7 +423,7 @@ def weights_metadata(recipe: Recipe, data: DataSplits) -> dict[str, Any]:
         "task": recipe.task,
         "seed": recipe.train.seed,
         "data": data.info.name,
-        "classes": list(data.class_names),
+        "classes": [unicode(name) for name in data.class_names],
         **({"ema_decay": recipe.train.ema_decay} if recipe.train.ema_decay is not None else {}),
         **({"bits": data.info.bits} if data.info.bits is not None else {}),
         **task_module(recipe).describe_input(recipe.data, next(iter(recipe.evaluation.values()))),

@@ -66,7 +66,7 @@ def _contradictions(init: LoadReport, task: Task, recipe: Recipe, data: DataSpli
     theirs, ours = about(Path(init.source)), build.weights_metadata(recipe, data)
     whole = not build.lacking(init, task)
     if whole:
-        yield from _other_classes(init.source, theirs.get("classes") or (), data.class_names)
+        yield from _other_classes(init.source, theirs.get("classes") or (), ours["classes"])
     for key in ("mean", "std", "bits", *(["reduce_zero_label"] if whole else [])):
         if key in theirs and key in ours and not _equal(theirs[key], ours[key]):
             yield f"{init.source} was trained with {as_typed(f'data.{key}', theirs[key])}, here it is {ours[key]}"

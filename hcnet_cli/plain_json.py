@@ -42,6 +42,11 @@ def parse_json(text: str) -> Any:
     return data
 
 
+def unicode(text: str) -> str:
+    r"""Text that `parse_json` takes: an escape, such as \udce9, for each lone surrogate."""
+    return SURROGATE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def _check(data: Any, depth: int) -> None:
     if isinstance(data, dict | list):
         if not depth:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import os
@@ -10,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +35,36 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
     """Multiply-accumulates of `model(*inputs)` in evaluation: convolutions, linear layers and matrix products.
 
     Norms, pooling, biases and element-wise work are not counted, as in the tables of papers. Nothing is computed:
-    tensors among `inputs`, parameters and buffers are replaced by meta tensors, so any size takes milliseconds.
+    tensors among `inputs`, parameters and buffers are replaced by meta tensors, so any size takes milliseconds. Only a
+    model that needs values, or makes tensors of its own on another device, is computed, with zeros as inputs.
     """
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
-    state = {name: tensor.to("meta") for name, tensor in named}
-    meta_inputs = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in inputs)
-    with FlopCounterMode(display=False) as counter, evaluating(model), torch.no_grad():
-        torch.func.functional_call(model, state, meta_inputs)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return _count_macs(model, inputs, torch.device("meta"))
+        except Exception:  # whatever a model of the user's own raises
+            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+            return _count_macs(model, inputs, device)
+
+
+def _count_macs(model: nn.Module, inputs: Sequence[Any], device: torch.device) -> int:
+    moved = (torch.zeros_like(x, device=device) if isinstance(x, Tensor) else x for x in inputs)
+    twin = _copied(model, device)
+    with FlopCounterMode(display=False) as counter, evaluating(twin), torch.no_grad():
+        twin(*moved)
     return int(counter.get_total_flops()) // 2  # the counter's convention is two operations per multiply-accumulate
+
+
+def _copied(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on another device, without gradients. What it keeps between calls, such as a table of positions, is
+    its own: the model itself does not meet it.
+    """
+    attributes = itertools.chain(*(vars(module).values() for module in model.modules()))
+    tensors = itertools.chain(model.parameters(), model.buffers(), (x for x in attributes if isinstance(x, Tensor)))
+    copies: dict[int, Any] = {}
+    for tensor in tensors:
+        value = tensor.detach().to(device, copy=True)
+        copies[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(model, copies)
 
 
 def throughput(

@@ -113,6 +113,8 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
     optim.check_optimizer(recipe.optim.name, recipe.optim.args)
     data = reading.open_data(recipe)
     task = build.build_task(recipe, data)
+    if not options.eval_only:
+        build.check_trainable(task)
     recipe = recipe.model_copy(update={"init": dist.from_main(lambda: _find_init(recipe, options.results))})
     init = build.load_init(task, *build.read_init(recipe.init)) if recipe.init != "none" else None
     if init:

@@ -165,7 +165,7 @@ def plain_tensors(found: Mapping[Any, Any], num_bytes: int, path: Path) -> dict[
     for name, value in tensors.items():
         if not isinstance(name, str) or not name.isprintable() or len(name) > NAME_LENGTH:
             raise UserError(f"{path}: {visible(repr(name)[:LONGEST_SHOWN])} cannot be the name of a tensor.")
-        if kind := _special_kind(value):
+        if kind := special_kind(value):
             raise UserError(
                 f"{path}: {name} is a {kind} tensor; weights are plain numbers.",
                 hint="Name the original weights, before they were converted.",
@@ -176,7 +176,7 @@ def plain_tensors(found: Mapping[Any, Any], num_bytes: int, path: Path) -> dict[
     return {name: value.detach().resolve_neg().contiguous() for name, value in tensors.items()}
 
 
-def _special_kind(value: Tensor) -> str:
+def special_kind(value: Tensor) -> str:
     """In what a tensor differs from a plain one, as an adjective; "" for a plain one."""
     if value.is_nested:
         return "nested"

@@ -118,6 +118,30 @@ def test_both_backends_give_the_same_twelve_numbers(world) -> None:
     assert len(set(fast.values())) > 15
 
 
+@pytest.mark.parametrize("backend", ["faster-coco-eval", "pycocotools"])
+def test_ids_beyond_what_floating_point_numbers_tell_apart_change_no_number(
+    world, backend: str, tmp_path: Path
+) -> None:
+    file, pairs = world
+    truth = json.loads(file.read_text())
+    for image in truth["images"]:
+        image["id"] += 2**62
+    for category in truth["categories"]:
+        category["id"] += 2**62
+    for annotation in truth["annotations"]:
+        annotation["image_id"] += 2**62
+        annotation["category_id"] += 2**62
+    large = tmp_path / "large.json"
+    large.write_text(json.dumps(truth))
+    moved = [(prediction, {**target, "image_id": target["image_id"] + 2**62}) for prediction, target in pairs]
+    usual, shifted = scored(file, pairs, backend=backend), scored(large, moved, backend=backend)
+    assert shifted.compute() == usual.compute()
+    assert shifted.per_class == usual.per_class
+    assert [one["category_id"] - 2**62 for one in shifted.results_of("box")] == [
+        one["category_id"] for one in usual.results_of("box")
+    ]
+
+
 def test_saved_predictions_scored_by_pycocotools_alone_give_the_run_s_numbers(world, tmp_path: Path) -> None:
     evaluator = scored(*world)
     numbers = evaluator.compute()

@@ -313,6 +313,40 @@ FAMILIES = {  # whose weights -> what they are called
 }
 
 
+class Keeps(nn.Module):
+    """Keeps tables of positions from one call to the next; `draws`: and needs numbers that a meta tensor has not."""
+
+    def __init__(self, draws: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 4, 4), torch.nn.utils.weight_norm(nn.Linear(8, 5))
+        self.tables: dict[int, torch.Tensor] = {}
+        self.scale: torch.Tensor | None = None
+        self.draws = draws
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if x.shape[-1] not in self.tables:
+            self.tables[x.shape[-1]] = torch.arange(x.shape[-1], device=x.device)
+        if self.scale is None:
+            self.scale = torch.ones((), device=x.device)
+        x = (x + self.tables[x.shape[-1]]).mean((2, 3)) * self.scale
+        if self.draws:
+            x = x + torch.randn(8)
+            x = x if x.sum() > 0 else -x
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("draws", [False, True])
+def test_counting_leaves_the_model_and_random_numbers_as_they_were(draws: bool) -> None:
+    model, before = Keeps(draws), torch.get_rng_state()
+    assert count_macs(model, torch.empty(1, 3, 32, 32)) == 8 * 8 * 8 * 3 * 4 * 4 + 8 * 5
+    assert not model.tables
+    assert model.scale is None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
 def test_families_are_known_by_their_tensors() -> None:
     found = {}
     with torch.device("meta"):
@@ -479,9 +513,11 @@ MISTAKES = {
     "import.py:build": "import.py cannot be executed: ModuleNotFoundError: No module named 'nowhere' (line 2)",
     "exit.py:build": "exit.py cannot be executed: SystemExit: no (line 1)",
     "syntax.py:build": "syntax.py cannot be executed: SyntaxError",
-    "other.py:raises": "KeyError: 'dims' (line 2)",
+    "other.py:raises": "KeyError: 'dims' (line 3)",
     "other.py:number": "other.py:number returned int",
     "other.py:logits": "returned [1, 7] for one image",
+    "other.py:frozen": "No parameter of the model is trained",
+    "other.py:waves": "The model's 3.phase is a complex64 tensor",
     "convnext_tny": 'Did you mean "convnext_tiny"?',
     "hcnet_tiny": "--size t",
     "beside.py:build": "beside.py imports blocks.py, which lies beside it: a run keeps beside.py alone",
@@ -493,9 +529,18 @@ FILES = {
     "import.py": "import os\nimport nowhere\n",
     "exit.py": "raise SystemExit('no')\n",
     "syntax.py": "def build(:\n",
-    "other.py": "from torch import nn\ndef raises(num_classes): raise KeyError('dims')\n"
+    "other.py": "import torch\nfrom torch import nn\n"
+    "def raises(num_classes): raise KeyError('dims')\n"
     "def number(num_classes): return 3\n"
-    "def logits(num_classes): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 7))\n",
+    "def logits(num_classes): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 7))\n"
+    "def small(num_classes): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))\n"
+    "def frozen(num_classes): return small(num_classes).requires_grad_(False)\n"
+    "class Wave(nn.Module):\n"
+    "    def __init__(self):\n"
+    "        super().__init__()\n"
+    "        self.phase = nn.Parameter(torch.ones(1, dtype=torch.complex64))\n"
+    "    def forward(self, x): return (x * self.phase).real\n"
+    "def waves(num_classes): return small(num_classes).append(Wave())\n",
 }
 
 

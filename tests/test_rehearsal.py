@@ -234,6 +234,43 @@ def test_names_that_cannot_be_drawn_or_encoded_cost_no_run(hcnet: Hcnet, tmp_pat
     assert set(per_class) == {"b", "caf\udce9"}
 
 
+@pytest.mark.parametrize("task", ["pretrain", "finetune-seg"])
+def test_a_validation_file_that_is_no_image_is_found_before_step_1(task: str, hcnet: Hcnet, tmp_path: Path) -> None:
+    kind, name, command = {
+        "pretrain": ("classes", "val", CLASSIFY),
+        "finetune-seg": ("scenes", "images/validation", SEGMENT),
+    }[task]
+    root = small_data.MAKERS[kind](tmp_path / "data")
+    image = next(path for path in sorted((root / name).rglob("*")) if path.is_file())
+    image.write_text("<html>")
+    done = hcnet(*command, "--data", root, "--out", tmp_path / "out", "--dry-run")
+    assert (done.code, f"The image {image} cannot be used" in done.err) == (2, True), done.err
+
+
+def test_a_run_of_names_that_cannot_be_encoded_is_as_good_as_any(hcnet: Hcnet, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name, count in ((b"caf\xe9", 3), (b"b", 2), (b"c", 2)):
+            for n in range(count):
+                save(tmp_path / "c" / split / os.fsdecode(name) / f"{n}.png", noise(n + len(split), 16))
+    out = tmp_path / "out"
+    training = (*CLASSIFY, "--data", tmp_path / "c", "--out", out)
+    assert hcnet(*training).code == 0
+    run = only_run(out)
+    for command in (
+        ("report", "--results", out),
+        ("evaluate", run),
+        ("predict", run, tmp_path / "c" / "val", "--output", tmp_path / "p"),
+        ("card", run),
+        ("export", run, "--format", "timm", "--output", tmp_path / "timm"),
+        (*training, "--seed", "1", "--init", run),
+        (*training, "--eval-only"),
+    ):
+        done = hcnet(*command)
+        assert (done.code, "not Unicode" in done.out + done.err, "other classes" in done.err) == (0, False, False), done
+    lines = [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").read_text().splitlines()[1:]]
+    assert "caf\\udce9" in {name for line in lines for name in line.get("classes", [])}
+
+
 @pytest.mark.parametrize("broken", ["_draw", "save"])
 def test_a_picture_that_fails_is_a_warning_and_the_checkpoint_is_there(
     broken: str, hcnet: Hcnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

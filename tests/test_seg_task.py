@@ -184,6 +184,15 @@ def test_slide_equals_whole_when_the_image_is_one_window():
         assert torch.equal(one, two)
 
 
+def test_windows_that_leave_gaps_are_refused(hcnet, tmp_path):
+    given = ("finetune-seg", "--recipe", "small", "--data", "digit-stuff", "--init", "none", "--out", tmp_path)
+    done = hcnet(*given, "--eval-mode", "slide", "--dry-run")
+    assert (done.code, "Traceback" in done.err) == (2, False), done.err
+    assert "Windows of 256 pixels (data.crop_size) every 341 pixels leave gaps" in done.err
+    done = hcnet(*given, "--eval-mode", "slide", "--set", "evaluation.ss.stride=256", "--dry-run")
+    assert done.code == 0, done.err
+
+
 @torch.no_grad()
 def test_prediction_does_not_depend_on_the_batch():
     task = make_task(flip=True).eval()

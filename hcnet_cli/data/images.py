@@ -9,7 +9,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -232,6 +232,16 @@ def shown_size(path: Source, max_pixels: int = MAX_PIXELS) -> Size:
     """The size of an image as `read_image` gives it, from the file's header; UnusableImageError if there is none."""
     with opened(path, max_pixels) as file:
         return _shown_size(file)
+
+
+def check_headers(paths: Iterable[Source], max_pixels: int = MAX_PIXELS) -> None:
+    """Raises UnusableImageError for the first file that its header tells cannot be used.
+
+    An evaluation needs every image: this must not be found after hours of training.
+    """
+    for path in paths:
+        with opened(path, max_pixels):
+            pass
 
 
 def is_turned(path: Source, max_pixels: int = MAX_PIXELS) -> bool:

@@ -16,10 +16,10 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from hcnet_cli import pictures
+from hcnet_cli import dist, pictures
 from hcnet_cli.console import UserError
 from hcnet_cli.data.balance import class_counts, class_weights
-from hcnet_cli.data.images import to_picture
+from hcnet_cli.data.images import check_headers, to_picture
 from hcnet_cli.data.loader import Collate, RequestDataset
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
@@ -146,6 +146,9 @@ def build_task(
     model = backbone(data.info.num_classes)
     images = data.val
     assert isinstance(images, image_folder.ImageFolder)
+    if type(images) is image_folder.ImageFolder and images.files.members is None:  # in tars all bytes would be read
+        paths = map(images.sample_path, range(len(images)))
+        dist.from_main(lambda: check_headers(paths, config.max_pixels))
 
     normalise = Normalise(config.mean, config.std)
     weights = class_weights(head.class_weights, data)

@@ -115,8 +115,8 @@ class CocoAP:
             precision = np.asarray(evaluation.eval["precision"])  # IoU, recall, class, area, detections
             if kind == "box":
                 self.curves = precision_curves(precision[:, :, :, 0, -1])
-            for k, category_id in enumerate(evaluation.params.catIds):
-                own = per_class[self.class_names[self.category_ids.index(int(category_id))]]
+            for k, class_name in enumerate(self.class_names):
+                own = per_class[class_name]
                 for name, values in (("AP", precision[:, :, k, 0, -1]), ("AP50", precision[0, :, k, 0, -1])):
                     if (values > -1).any():
                         own[f"{kind}_{name}"] = 100 * float(values[values > -1].mean())
@@ -259,7 +259,11 @@ def worth_drawing(found: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]]
 
 
 def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, backend: Backend) -> Any:
-    """A summarised COCOeval of `results` against the ground truth; kind: "box" or "mask"."""
+    """A summarised COCOeval of `results` against the ground truth; kind: "box" or "mask".
+
+    Images and categories are numbered from 1 in the order of their ids: faster-coco-eval takes ids for floating-point
+    numbers, of which two are one from 2^53 on.
+    """
     coco: Any
     if backend == "faster-coco-eval":
         from faster_coco_eval import COCO, COCOeval_faster
@@ -280,15 +284,30 @@ def evaluate(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, ba
             indexed.createIndex()
             return indexed
 
-        # COCOeval writes into the annotations of both
-        annotations = [dict(entry) for entry in truth["annotations"] if kind == "box" or "segmentation" in entry]
-        ground_truth = index({**truth, "annotations": annotations})
-        found = ground_truth.loadRes(results) if results else index({**truth, "annotations": []})
+        images, categories = (_numbered(truth[name]) for name in ("images", "categories"))
+
+        def with_numbers(entry: dict[str, Any]) -> dict[str, Any]:  # a copy, since COCOeval writes into entries
+            own = {"image_id": images[entry["image_id"]], "category_id": categories[entry["category_id"]]}
+            return {**entry, **own}
+
+        annotations = [with_numbers(one) for one in truth["annotations"] if kind == "box" or "segmentation" in one]
+        lists: dict[str, Any] = {
+            "images": [{**one, "id": images[one["id"]]} for one in truth["images"]],
+            "categories": [{**one, "id": categories[one["id"]]} for one in truth["categories"]],
+        }
+        ground_truth = index({**lists, "annotations": annotations})
+        numbered = [with_numbers(one) for one in results]
+        found = ground_truth.loadRes(numbered) if numbered else index({**lists, "annotations": []})
         evaluation = cocoeval(ground_truth, found, IOU_TYPES[kind])
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation
+
+
+def _numbered(entries: Sequence[dict[str, Any]]) -> dict[int, int]:
+    """The number of each id, from 1 on in the order of the ids."""
+    return {one: n for n, one in enumerate(sorted(entry["id"] for entry in entries), start=1)}
 
 
 def _as_text(code: dict[str, Any]) -> dict[str, Any]:

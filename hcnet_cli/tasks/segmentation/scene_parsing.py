@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hcnet_cli import rng
+from hcnet_cli import dist, rng
 from hcnet_cli.cache import cache_dir
 from hcnet_cli.console import UserError, warn
 from hcnet_cli.data.audit import Audit, Item, distinct
 from hcnet_cli.data.folders import counted, dataset_name
-from hcnet_cli.data.images import first_usable, normalise, rescale
+from hcnet_cli.data.images import check_headers, first_usable, normalise, rescale
 from hcnet_cli.data.loader import SampleRequest
 from hcnet_cli.data.problems import Report, refuse, reported
 from hcnet_cli.data.splits import DataSplits
@@ -175,6 +175,7 @@ def _open(config: spec.SceneParsing, root: Path, verify: bool = False, report: R
 def open_data(config: spec.SceneParsing, head: Part, root: Path, seed: int) -> SceneSplits:
     """Pairs images with labels, reads every label once, and makes both data sets; UserError for what is wrong."""
     folder = _open(config, root)
+    dist.from_main(lambda: check_headers(folder.images["validation"].tolist(), config.max_pixels))
     for problem in folder.problems:
         warn(f"{root}: {problem}")
     shared: dict[str, Any] = {"img_scale": config.img_scale, "mean": config.mean, "std": config.std}

@@ -312,6 +312,12 @@ def scoring_task(
         "stride": entry.stride or first.stride or config.crop_size,
         "flip": config.hflip > 0 if entry.flip is None else entry.flip,  # digits are other signs in a mirror
     }
+    if how["mode"] == "slide" and how["stride"] > how["crop_size"]:
+        raise UserError(
+            f"Windows of {how['crop_size']} pixels (data.crop_size) every {how['stride']} pixels leave gaps in which "
+            "nothing is predicted.",
+            hint=f"For example: --set evaluation.ss.stride={max(8, how['crop_size'] * 2 // 3)}",
+        )
     return SegmentationTask(
         model,
         class_names,
