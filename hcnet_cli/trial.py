@@ -44,9 +44,10 @@ def trial(recipe: Recipe, data: DataSplits, task: Task, device: torch.device) ->
     """Forward and backward passes of a few batches of real data. Rough.
 
     Starts with 2 images, twice where that is quick, for the first step takes longer; then grows, up to the micro-batch,
-    while TRIAL_SECONDS last: the time of a few images is mostly that of a step. On a GPU the memory of the whole micro-batch follows from the last two sizes; if
-    it would nearly fill the device, the micro-batch itself is tried. UserError for parameters that are not trained, and
-    for a micro-batch that does not fit, with the number of micro-batches that does.
+    while TRIAL_SECONDS last: the time of a few images is mostly that of a step. On a GPU the memory of the whole
+    micro-batch follows from the last two sizes; if it would nearly fill the device, the micro-batch itself is tried.
+    UserError for parameters that are not trained, and for a micro-batch that does not fit, with the number of
+    micro-batches that does.
     """
     most = recipe.train.batch_size // (recipe.train.accumulate * dist.processes())
     task.to(device)

@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from hcnet_cli import rng
+from hcnet_cli.cache import cache_dir
 from hcnet_cli.console import UserError
 from hcnet_cli.data.decoding import timed
 from hcnet_cli.data.member import Member, Source
@@ -234,14 +235,21 @@ def shown_size(path: Source, max_pixels: int = MAX_PIXELS) -> Size:
         return _shown_size(file)
 
 
-def check_headers(paths: Iterable[Source], max_pixels: int = MAX_PIXELS) -> None:
+def check_headers(paths: Iterable[Source], max_pixels: int, digest: str) -> None:
     """Raises UnusableImageError for the first file that its header tells cannot be used.
 
-    An evaluation needs every image: this must not be found after hours of training.
+    An evaluation needs every image: this must not be found after hours of training. `digest`: of the data, whose files
+    are looked at once.
     """
+    seen = cache_dir() / "headers" / f"{digest}-{max_pixels}"
+    if seen.exists():
+        return
     for path in paths:
         with opened(path, max_pixels):
             pass
+    with contextlib.suppress(OSError):
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        seen.touch()
 
 
 def is_turned(path: Source, max_pixels: int = MAX_PIXELS) -> bool:

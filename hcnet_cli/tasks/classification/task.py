@@ -148,7 +148,7 @@ def build_task(
     assert isinstance(images, image_folder.ImageFolder)
     if type(images) is image_folder.ImageFolder and images.files.members is None:  # in tars all bytes would be read
         paths = map(images.sample_path, range(len(images)))
-        dist.from_main(lambda: check_headers(paths, config.max_pixels))
+        dist.from_main(lambda: check_headers(paths, config.max_pixels, data.info.digest))
 
     normalise = Normalise(config.mean, config.std)
     weights = class_weights(head.class_weights, data)

@@ -175,7 +175,7 @@ def _open(config: spec.SceneParsing, root: Path, verify: bool = False, report: R
 def open_data(config: spec.SceneParsing, head: Part, root: Path, seed: int) -> SceneSplits:
     """Pairs images with labels, reads every label once, and makes both data sets; UserError for what is wrong."""
     folder = _open(config, root)
-    dist.from_main(lambda: check_headers(folder.images["validation"].tolist(), config.max_pixels))
+    dist.from_main(lambda: check_headers(folder.images["validation"].tolist(), config.max_pixels, folder.digest))
     for problem in folder.problems:
         warn(f"{root}: {problem}")
     shared: dict[str, Any] = {"img_scale": config.img_scale, "mean": config.mean, "std": config.std}
