@@ -20,6 +20,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.data.audit import Audit, Item
 from hcnet_cli.data.images import (
     UnusableImageError,
+    check_headers,
     check_size,
     first_usable,
     is_turned,
@@ -325,3 +326,14 @@ def test_pixels_become_normalised_tensors() -> None:
     found = normalise(image, IMAGENET_MEAN, IMAGENET_STD)
     assert found[:, 2, 4].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     assert resize(image, (6, 2)).shape == (3, 6, 2)
+
+
+def test_headers_are_looked_at_once_for_a_state_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCNET_CACHE", str(tmp_path / "cache"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    check_headers([tmp_path / "good.png"], 1000, "v2-a")
+    check_headers([tmp_path / "bad.png"], 1000, "v2-a")  # not looked at
+    for max_pixels, digest in ((1000, "v2-b"), (999, "v2-a"), (1000, "v2-b")):
+        with pytest.raises(UnusableImageError, match=r"bad\.png"):
+            check_headers([tmp_path / "bad.png"], max_pixels, digest)
