@@ -94,6 +94,16 @@ def test_mistakes_are_said_before_torch_is_loaded(tmp_path: Path) -> None:
         assert words in " ".join(said.split()), command
 
 
+def test_check_waits_for_torch_alone(folder_of_images: Path) -> None:
+    """Not for timm and torchvision, which take longer."""
+    program = (
+        f"import sys\nsys.argv = ['hcnet', 'check', {str(folder_of_images)!r}]\nfrom hcnet_cli.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    print({'timm', 'torchvision'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.stderr.endswith("set()\n"), done.stderr
+
+
 def test_a_terminal_is_told_that_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is not."""
     for terminal, words in ((True, "Loading PyTorch ..."), (False, "")):

@@ -38,7 +38,6 @@ from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import MAX_PIXELS, Part
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification import spec
-from hcnet_cli.tasks.classification.augment import collate, eval_transform, train_transform
 from hcnet_cli.tasks.classification.folds import NOTE, deal
 from hcnet_cli.tasks.classification.imagenet import is_imagenet, part_of_imagenet
 
@@ -366,6 +365,8 @@ def splits(config: spec.ImageFolder, index: Index, seed: int, images: type[Image
 
     `images`: the class that finds the files. UserError for images that make no folds.
     """
+    from hcnet_cli.tasks.classification import augment  # timm, torchvision: seconds that hcnet check need not wait
+
     shards, digest = None, index.digest
     if config.folds is not None:
         index, digest = fold(index, seed % config.folds, config.folds), f"{digest}-{config.folds}-folds"
@@ -376,7 +377,7 @@ def splits(config: spec.ImageFolder, index: Index, seed: int, images: type[Image
         *("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment"),
         *("re_prob", "re_mode", "re_count", "mean"),
     }
-    train = train_transform(**shared, **config.model_dump(include=names))
+    train = augment.train_transform(**shared, **config.model_dump(include=names))
     if config.order == "shards":
         if config.folds is not None:
             raise UserError("The order of shards does not go with data.folds: each fold would be another order.")
@@ -401,11 +402,11 @@ def splits(config: spec.ImageFolder, index: Index, seed: int, images: type[Image
             notes=list(index.notes),
         ),
         train=images(index, "train", train, config.max_pixels),
-        val=images(index, "val", eval_transform(**shared, crop_pct=config.crop_pct), config.max_pixels),
+        val=images(index, "val", augment.eval_transform(**shared, crop_pct=config.crop_pct), config.max_pixels),
         class_names=list(index.classes),
         img_size=(config.img_size, config.img_size),
-        collate=collate,
-        val_collate=collate,
+        collate=augment.collate,
+        val_collate=augment.collate,
         class_counts=np.bincount(index.train.labels, minlength=len(index.classes)),
         shards=shards,
     )
@@ -422,9 +423,8 @@ def audit(config: spec.ImageFolder, head: Part, root: Path) -> Audit:
         reading = config.model_dump(include=READING)
         index = scan(root, **reading, verify=True, report=problems.append, splits=needed(config))
     if index is None:
-        return Audit(
-            own_name(root.resolve().name, BENCHMARK), root, "image folder", "images", [], {}, problems=problems
-        )
+        name = own_name(root.resolve().name, BENCHMARK)
+        return Audit(name, root, "image folder", "images", [], {}, problems=problems)
     if config.folds is not None:
         with reported(problems.append):
             fold(index, 0, config.folds)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from timm.data import ImageNetInfo
-
 NUM_TRAIN, NUM_VAL = 1_281_167, 50_000  # images of ImageNet-1K
 MIN_DISTINCT = 0.99  # of its files have different contents; some hundred pictures are there twice
 SYNSET = re.compile(r"n\d{8}")
@@ -34,4 +32,6 @@ def part_of_imagenet(classes: Sequence[str], num_train: int, num_val: int) -> st
 
 def synsets() -> list[str]:
     """The class ids of ImageNet-1K, sorted, as timm lists them."""
+    from timm.data import ImageNetInfo  # seconds, which other data need not wait
+
     return list(ImageNetInfo().label_names())
