@@ -391,7 +391,8 @@ class Progress:
             part = f"{' ·' if number else ''} {name} {metrics[name]:.2f}"
             if name == self.metric and before is not None:
                 change = metrics[name] - before
-                part += f" ({change:+.2f}, the best)" if change > 0 else f" ({change:+.2f} from the best)"
+                said = f"{change:+.2f}, the best" if change > 0 else f"{change:+.2f} from the best"
+                part += f" ({said})" if change else " (equal to the best, and kept in its place)"
             if number and len(line + part) > 80:
                 break
             line += part

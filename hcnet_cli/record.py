@@ -134,6 +134,7 @@ class InitInfo(TypedDict, total=False):
     reinitialised: list[str]
     missing: list[str]
     unexpected: list[str]
+    resampled: list[str]
     config: str
     seed: int | None
 

@@ -205,7 +205,9 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 @dataclass
 class LoadReport:
-    """What became of each tensor: loaded, re-initialised (other shape), missing in the file, or not needed here."""
+    """What became of each tensor: loaded (some in another shape: position tables of other images or windows),
+    re-initialised (other shape), missing in the file, or not needed here.
+    """
 
     source: str
     digest: str  # of the tensors in the file
@@ -216,10 +218,12 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     config: str = ""  # of the run that made the weights (RunInfo.config), where they say
     seed: int | None = None  # of that run
+    resampled: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"Weights from {self.source}: {self.loaded} of {self.total} tensors loaded."]
         for what, names in (
+            ("resampled to other images or windows", self.resampled),
             ("re-initialised (shape differs)", self.reinitialised),
             ("missing in the file", self.missing),
             ("not needed here", self.unexpected),
@@ -265,11 +269,12 @@ def load_into(
     wrappers add are stripped where that makes a name known. UserError when fewer than MIN_MATCHED of the model's
     parameters find a tensor of their shape, as numbers go.
     """
+    own = model.state_dict()
+    shapes = {name: value.shape for name, value in strip_prefixes(state, own).items()}
     try:
         state = remap(dict(state))
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-    own = model.state_dict()
     named = strip_prefixes(state, own)
     check_dtypes(named, own, source)
     fits = {name for name, value in named.items() if name in own and value.shape == own[name].shape}
@@ -281,6 +286,7 @@ def load_into(
         reinitialised=sorted(name for name in named if name in own and name not in fits),
         missing=sorted(name for name in own if name not in named),
         unexpected=sorted(name for name in named if name not in own),
+        resampled=sorted(name for name in fits if shapes.get(name, named[name].shape) != named[name].shape),
     )
     matched = sum(own[name].numel() for name in fits) / max(1, sum(value.numel() for value in own.values()))
     if matched < MIN_MATCHED:

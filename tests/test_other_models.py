@@ -31,6 +31,7 @@ from hcnet_cli.tasks.detection import task as detection
 from hcnet_cli.tasks.detection.mask_rcnn import MaskRCNN
 from hcnet_cli.tasks.segmentation import task as segmentation
 from hcnet_cli.tasks.segmentation.upernet import UPerNet
+from hcnet_cli.weights import load_into
 
 MY_NET = """
 from dataclasses import dataclass
@@ -347,6 +348,24 @@ def test_counting_leaves_the_model_and_random_numbers_as_they_were(draws: bool) 
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
+@pytest.mark.parametrize(
+    ("name", "side", "unseen"),
+    [("vit_tiny_patch16_224", 40, 8), ("vit_tiny_patch16_224", 48, 0), ("mixer_s32_224", 48, 16), ("resnet10t", 33, 0)],
+)
+def test_rows_that_a_model_does_not_see_are_named(
+    name: str, side: int, unseen: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = {"depth": 1} if name.startswith("vit") else {}
+    model = backbone.create(name, 3, args, img_size=side)
+    said = " ".join(capfd.readouterr().err.split())
+    assert (f"the last {unseen} of {side} rows and columns change nothing" in said) == bool(unseen)
+    assert (f"--set data.img_size={side - unseen}" in said) == bool(unseen)
+    image = torch.rand(1, 3, side, side, requires_grad=True)
+    made = model.eval().forward_features(image)
+    (made * torch.rand_like(made)).sum().backward()
+    assert int((image.grad.abs().sum((0, 1, 2)) == 0).sum()) == unseen  # the columns without a gradient
+
+
 def test_families_are_known_by_their_tensors() -> None:
     found = {}
     with torch.device("meta"):
@@ -376,6 +395,10 @@ def test_weights_of_another_image_size_are_resampled_as_timm_does(here: Path) ->
     translated = foreign.translation(large, small.state_dict())(small.state_dict())
     expected = timm.layers.resample_abs_pos_embed(small.pos_embed, (8, 8), num_prefix_tokens=1)
     torch.testing.assert_close(translated["pos_embed"], expected)
+    report = load_into(large, small.state_dict(), "small", foreign.translation(large, small.state_dict()))
+    assert report.resampled == ["pos_embed"]
+    assert "resampled to other images or windows: pos_embed" in str(report)
+    assert not load_into(small, small.state_dict(), "small").resampled
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -516,6 +539,8 @@ MISTAKES = {
     "other.py:raises": "KeyError: 'dims' (line 3)",
     "other.py:number": "other.py:number returned int",
     "other.py:logits": "returned [1, 7] for one image",
+    "other.py:Draws": "other.py:Draws answers otherwise when it is asked again",
+    "other.py:Mixes": "other.py:Mixes answers otherwise for an image alone than for the same image in a batch",
     "other.py:frozen": "No parameter of the model is trained",
     "other.py:waves": "The model's 3.phase is a complex64 tensor",
     "convnext_tny": 'Did you mean "convnext_tiny"?',
@@ -534,6 +559,13 @@ FILES = {
     "def number(num_classes): return 3\n"
     "def logits(num_classes): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 7))\n"
     "def small(num_classes): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))\n"
+    "class Draws(nn.Module):\n"
+    "    def __init__(self, num_classes):\n"
+    "        super().__init__()\n"
+    "        self.inner = small(num_classes)\n"
+    "    def forward(self, x): return self.inner(x + torch.rand_like(x))\n"
+    "class Mixes(Draws):\n"
+    "    def forward(self, x): return self.inner(x) - self.inner(x).mean(0)\n"
     "def frozen(num_classes): return small(num_classes).requires_grad_(False)\n"
     "class Wave(nn.Module):\n"
     "    def __init__(self):\n"

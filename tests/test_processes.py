@@ -183,11 +183,13 @@ def test_each_evaluation_says_the_change_since_the_best(capfd: pytest.CaptureFix
     progress.evaluated(10, numbers, None)
     progress.evaluated(20, {"box_AP": 14.0}, 12.5)
     progress.evaluated(30, {"box_AP": 13.0}, 14.0)
-    first, better, worse = capfd.readouterr().err.splitlines()
+    progress.evaluated(40, {"box_AP": 14.0}, 14.0)
+    first, better, worse, equal = capfd.readouterr().err.splitlines()
     assert first.startswith("step 10 · evaluated: box_AP 12.50 · box_AP50 12.50")
     assert len(first) <= 80
     assert better == "step 20 · evaluated: box_AP 14.00 (+1.50, the best)"
     assert worse == "step 30 · evaluated: box_AP 13.00 (-1.00 from the best)"
+    assert equal == "step 40 · evaluated: box_AP 14.00 (equal to the best, and kept in its place)"
 
 
 def test_standard_error_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

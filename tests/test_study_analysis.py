@@ -16,7 +16,7 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli import runs, statistics
 from hcnet_cli.console import UserError
 from hcnet_cli.report import render
-from hcnet_cli.study import analysis, design, planning
+from hcnet_cli.study import analysis, design, planning, words
 from hcnet_cli.study import table as study_table
 from hcnet_cli.study.analysis import Analysis, Fixed
 from hcnet_cli.study.design import Study
@@ -227,3 +227,9 @@ def test_a_record_with_another_analysis_than_it_can_have_is_a_line(
     tables, (line,) = study_table.tables([tmp_path])
     assert tables == []
     assert words in line
+
+
+@pytest.mark.parametrize(("sizes", "said"), [((1.5, 1.62), False), ((0.101, 11.18), True), ((), False)])
+def test_arms_of_unlike_size_are_named(sizes: tuple[float, ...], said: bool) -> None:
+    notes = words.unlike_sizes({f"arm {i}": {"params_m": size} for i, size in enumerate(sizes)})
+    assert notes == (["The arms differ in size: arm 0 0.101 M, arm 1 11.2 M parameters."] if said else [])

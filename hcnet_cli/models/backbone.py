@@ -7,10 +7,12 @@ other models.
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hcnet_cli import model_names, own_model
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import UserError, notice, warn
 from hcnet_cli.models import own
 from hcnet_cli.models.drop_path import Draws, keyed_drop_path
 from hcnet_cli.models.simple_pyramid import SimplePyramid
@@ -34,6 +36,7 @@ SUITABLE = (
 SIZE_HINT = "Choose a size that its patches and windows divide: --set data.img_size=N"
 # Images of any size; Swin's windows shift in every stage, whatever size it is built for, as in Swin's own code.
 ANY_SIZE = {"dynamic_img_size": True, "always_partition": True}
+BATCH_ROUNDING = 0.01  # of the largest output: what other images in the batch may change by rounding
 TRIED = (64, 96)  # height and width of the image on which the maps are tried: its sides differ and need no padding
 
 
@@ -158,13 +161,34 @@ def create(
     if num_classes:
         if img_size:
             _try_classifier(name, model, num_classes, img_size)
+            with _evaluating(model):
+                _warn_of_unseen(name, model, img_size)
+                if file:
+                    _check_each_alone(name, model, (img_size, img_size))
         return model
     maker: Any = getattr(model, "forward_intermediates", None)
     if maker is not None and takes_noise(maker):
         return model  # HcNet, and what is made of it
     maps = FeatureMaps(name, model)
     _try_maps(name, maps, freeze_unused=file is None)
+    if file:
+        with _evaluating(maps):
+            _check_each_alone(
+                name, lambda x: torch.cat([m.flatten(1) for m in maps.forward_intermediates(x)], 1), TRIED
+            )
     return maps
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode inside, without gradients."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        model.train(training)
 
 
 def size_argument(name: str, img_size: int | None) -> dict[str, int]:
@@ -209,6 +233,49 @@ def _try_classifier(name: str, model: nn.Module, num_classes: int, side: int) ->
         )
     if draws.rows:
         model.drop_path_draws = draws  # type: ignore[assignment]
+
+
+def _warn_of_unseen(name: str, model: nn.Module, side: int) -> None:
+    """Says where the last rows and columns of an image change nothing in what the model makes of it."""
+    answer: Any = getattr(model, "forward_features", model)  # a head may be all zeros
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    before = answer(image)
+
+    def matter(count: int) -> bool:
+        other = image.clone()
+        other[..., side - count :, :] = 1 - image[..., side - count :, :]
+        other[..., side - count :] = 1 - image[..., side - count :]
+        return not torch.equal(answer(other), before)
+
+    if not isinstance(before, Tensor) or matter(1) or not matter(side):
+        return
+    unseen = bisect.bisect_left(range(1, side), True, key=matter)
+    warn(
+        f"{name} does not see the whole image: the last {unseen} of {side} rows and columns change nothing, for its "
+        "patches do not divide the side."
+    )
+    notice(f"A size that it sees whole: --set data.img_size={side - unseen}")
+
+
+def _check_each_alone(name: str, answer: Callable[[Tensor], Tensor], size: Sequence[int]) -> None:
+    """UserError for a model in evaluation whose answer for an image of size [H, W] is another when asked again, or with
+    another image in the batch: its score would be one of many.
+    """
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    alone, again, among = answer(images[:1]), answer(images[:1]), answer(images)[:1]
+    if not alone.isfinite().all() or not among.isfinite().all():
+        return
+    if not torch.equal(alone, again):
+        raise UserError(
+            f"{name} answers otherwise when it is asked again: it draws random numbers in evaluation too.",
+            hint="Draw them in training alone: if self.training.",
+        )
+    if (alone - among).abs().max() > BATCH_ROUNDING * max(alone.abs().max(), among.abs().max()):
+        raise UserError(
+            f"{name} answers otherwise for an image alone than for the same image in a batch: its score would depend "
+            "on the batch size.",
+            hint="Use what concerns the whole batch in training alone: if self.training.",
+        )
 
 
 def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:

@@ -24,6 +24,7 @@ from hcnet_cli.study.record import StudyRecord
 from hcnet_cli.table import Value, is_number, joined
 from hcnet_cli.tasks.spec import Metric
 
+LIKE_SIZES = 1.1  # times the parameters, up to which arms are of one size
 WHOLE = 100.0  # points: no two scores in per cent differ by more
 BETTER, WORSE, EQUIVALENT, UNRESOLVED = "better", "worse", "equivalent", "unresolved"
 
@@ -181,6 +182,7 @@ def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str
             f"{min(early)} to {max(early)} steps."
         )
     notes.append(f"{'; '.join(f'{arm}: {_changes(changed)}' for arm, changed in record.arms.items() if changed)}.")
+    notes += unlike_sizes(values)
     inputs = joined([i.macs_input for i in infos if i.task == record.tasks[0]])
     notes.append(
         "MACs: multiply-adds of convolutions, linear layers and matrix products"
@@ -202,6 +204,14 @@ def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str
         f"{f' on {machines}' if machines else ''}: {command(record.argv) or record.name}"
     )
     return notes
+
+
+def unlike_sizes(values: Mapping[str, Mapping[str, Value]]) -> list[str]:
+    """The arms' parameters, where one has more than LIKE_SIZES times those of another."""
+    sizes = {arm: size for arm, row in values.items() if is_number(size := row.get("params_m"))}
+    if not sizes or max(sizes.values()) <= LIKE_SIZES * min(sizes.values()):
+        return []
+    return [f"The arms differ in size: {', '.join(f'{arm} {size:.3g} M' for arm, size in sizes.items())} parameters."]
 
 
 def _changes(changed: Mapping[str, Any]) -> str:
