@@ -437,6 +437,51 @@ def test_the_backbone_inside_a_detector_and_a_segmenter(task: str, tmp_path: Pat
     assert one["stages"][0]["receptive_field"]["image"] == [64, 96]
 
 
+OWN = """
+from hcnet_cli.models import HcNet
+from hcnet_cli.models.backbone import create
+
+
+class Mine(HcNet):
+    def __init__(self, num_classes, **rest):
+        super().__init__(num_classes=num_classes, depths=(1, 2, 1, 1), dims=(8, 8, 16, 16), **rest)
+
+
+def other(num_classes):
+    return create("convnext_atto", num_classes, {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}).model
+"""
+
+
+def own_run(folder: Path, function: str, data: Path) -> str:
+    """A run as make_run's, of the user's own model OWN; returns what --model names."""
+    make_run(folder, "finetune-det", data)
+    (folder / "model.py").write_text(OWN)
+    overrides = [("model.name", f"{folder}/model.py:{function}", ""), ("data.path", str(data), "")]
+    recipe = rcp.resolve(rcp.recipe_file("digit-scenes", "finetune-det"), overrides).recipe
+    (folder / "recipe.yaml").write_text(rcp.dump_yaml(recipe))
+    info = RunFolder(folder).require()
+    info.size, info.model, info.model_file, info.variant = "", function, recipe.model.digest, ""
+    RunFolder(folder).write(info)
+    return recipe.model.name
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_hcnet_in_a_file_of_the_user_s_own(tmp_path: Path, scenes: Path, hcnet: Callable[..., Done]) -> None:
+    """A subclass has heat layers; its file runs only if it is named; other models of the file are refused."""
+    run = tmp_path / "run"
+    named = own_run(run, "Mine", scenes)
+    refused = hcnet("explain", run)
+    assert (refused.code, f"--model {named}" in refused.err) == (2, True), refused.err
+    done = hcnet("explain", run, "--model", named)
+    assert done.code == 0, done.err
+    found = numbers(run)
+    assert found["model"].startswith("Mine · finetune-det")
+    assert [(b["stage"], b["block"]) for b in found["blocks"]] == [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)]
+    named = own_run(tmp_path / "other", "other", scenes)
+    with pytest.raises(UserError, match="only HcNet has heat layers"):
+        load(tmp_path / "other", named)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
