@@ -44,6 +44,7 @@ from hcnet_cli.explain.pictures import draw
 from hcnet_cli.models import HcNet
 from hcnet_cli.pictures import one_line
 from hcnet_cli.runs import DataInfo, RunFolder, RunInfo
+from hcnet_cli.weights import load_into
 
 DEPTHS, DIMS = (1, 2, 1, 1), (8, 8, 16, 16)
 PICTURES = ["1-stencils.png", "2-rates.png", "3-transfer.png", "4-spread.png"]
@@ -436,6 +437,51 @@ def test_the_backbone_inside_a_detector_and_a_segmenter(task: str, tmp_path: Pat
     assert one["stages"][0]["receptive_field"]["image"] == [64, 96]
 
 
+OWN = """
+from hcnet_cli.models import HcNet
+from hcnet_cli.models.backbone import create
+
+
+class Mine(HcNet):
+    def __init__(self, num_classes, **rest):
+        super().__init__(num_classes=num_classes, depths=(1, 2, 1, 1), dims=(8, 8, 16, 16), **rest)
+
+
+def other(num_classes):
+    return create("convnext_atto", num_classes, {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}).model
+"""
+
+
+def own_run(folder: Path, function: str, data: Path) -> str:
+    """A run as make_run's, of the user's own model OWN; returns what --model names."""
+    make_run(folder, "finetune-det", data)
+    (folder / "model.py").write_text(OWN)
+    overrides = [("model.name", f"{folder}/model.py:{function}", ""), ("data.path", str(data), "")]
+    recipe = rcp.resolve(rcp.recipe_file("digit-scenes", "finetune-det"), overrides).recipe
+    (folder / "recipe.yaml").write_text(rcp.dump_yaml(recipe))
+    info = RunFolder(folder).require()
+    info.size, info.model, info.model_file, info.variant = "", function, recipe.model.digest, ""
+    RunFolder(folder).write(info)
+    return recipe.model.name
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_hcnet_in_a_file_of_the_user_s_own(tmp_path: Path, scenes: Path, hcnet: Callable[..., Done]) -> None:
+    """A subclass has heat layers; its file runs only if it is named; other models of the file are refused."""
+    run = tmp_path / "run"
+    named = own_run(run, "Mine", scenes)
+    refused = hcnet("explain", run)
+    assert (refused.code, f"--model {named}" in refused.err) == (2, True), refused.err
+    done = hcnet("explain", run, "--model", named)
+    assert done.code == 0, done.err
+    found = numbers(run)
+    assert found["model"].startswith("Mine · finetune-det")
+    assert [(b["stage"], b["block"]) for b in found["blocks"]] == [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)]
+    named = own_run(tmp_path / "other", "other", scenes)
+    with pytest.raises(UserError, match="only HcNet has heat layers"):
+        load(tmp_path / "other", named)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -515,6 +561,31 @@ def test_a_label_is_drawn_whatever_it_holds(name: str) -> None:
     sheet = pictures.Sheet(0.5, "title", "subtitle")
     sheet.text(0, 0, one_line(name))
     sheet.figure.savefig(io.BytesIO(), format="png", dpi=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": [1, 2, 1, 2], "embed_dim": 8, "num_heads": [1, 1, 1, 1]}),
+        ("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 12, "num_heads": 1}),
+    ],
+)
+def test_maps_of_a_classifier_are_those_of_the_size_it_was_trained_at(name: str, args: dict[str, Any]) -> None:
+    """Windows as small as its maps, tables for its patches, padded as in training; images of other sizes fit too."""
+    recipe = rcp.resolve(
+        rcp.recipe_file("digits", "pretrain"),
+        [("model.name", name, ""), ("model.args", args, ""), ("data.img_size", 48, "")],
+    ).recipe
+    trained: Any = build.build_backbone(recipe, 3).eval()
+    maps: Any = build.build_backbone(recipe, 0).eval()
+    report = load_into(maps.model, trained.state_dict(), "trained")
+    assert [key for key in (*report.missing, *report.reinitialised) if not key.startswith("norm")] == []
+    maps.pyramid = None
+    image = torch.randn(1, 3, 48, 48)
+    found = maps.forward_intermediates(image)
+    theirs = trained.forward_intermediates(image, intermediates_only=True)
+    torch.testing.assert_close(found, theirs[-len(found) :])
+    assert maps.forward_intermediates(torch.randn(1, 3, 96, 128))[0].shape[2:] in {(24, 32), (6, 8)}
 
 
 def test_receptive_fields_of_two_backbones_side_by_side(

@@ -120,7 +120,7 @@ def explain(
         from hcnet_cli import explain as explaining
 
     if len(runs) == 1:
-        made = explaining.explain(runs[0], image, out_dir)
+        made = explaining.explain(runs[0], image, out_dir, model)
     else:
         assert out_dir is not None
         made = explaining.compare(runs, image, out_dir, model)

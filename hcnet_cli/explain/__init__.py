@@ -39,7 +39,7 @@ from hcnet_cli.models.backbone import FeatureMaps
 from hcnet_cli.pictures import enlarged, panel, sheet
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.report.escape import in_markdown, to_json
-from hcnet_cli.runs import RunFolder, RunInfo, with_weights
+from hcnet_cli.runs import RunFolder, RunInfo, with_paths, with_weights
 from hcnet_cli.sizes import SIZES
 from hcnet_cli.tasks.classification import augment
 from hcnet_cli.tasks.classification.spec import ClassificationEvaluation, ImageFolder
@@ -48,13 +48,14 @@ from hcnet_cli.weights import load_into
 MAX_IMAGES = 16
 
 
-def explain(run: Path, image: Path | None = None, out: Path | None = None) -> list[Path]:
+def explain(run: Path, image: Path | None = None, out: Path | None = None, model: str | None = None) -> list[Path]:
     """Writes pictures of the run's best weights, captions.md and explain.json to `out` (RUN/explain).
 
     Rates and receptive fields are measured on up to MAX_IMAGES validation images of the run's data, or on `image`. Of a
-    model without conduction only the receptive fields are drawn. UserError: no run, no weights, no data, no image.
+    model without conduction only the receptive fields are drawn. `model`: FILE.py:FUNCTION of a run whose model a file
+    of the user's own makes. UserError: no run, no weights, no HcNet, no data, no image.
     """
-    info, recipe, backbone = load(run)
+    info, recipe, backbone = load(run, model)
     images, source = _one_image(recipe, info, image) if image else _validation_images(recipe, info)
     folder = out or run / "explain"
     with writing(folder):
@@ -65,7 +66,8 @@ def explain(run: Path, image: Path | None = None, out: Path | None = None) -> li
     fields = receptive_field(lambda x: backbone.forward_intermediates(x, intermediates_only=True), windows(images))
     found = {"disabled": list(backbone.disable), **measure(steps, fields)}
     variant = f" ({info.variant})" if info.variant else ""
-    label = f"{SIZES[info.size].timm_name}{variant} · {info.task} on {info.data.name} · measured on {source}"
+    name = recipe.model.label if recipe.model.name else SIZES[info.size].timm_name
+    label = f"{name}{variant} · {info.task} on {info.data.name} · measured on {source}"
     texts = captions(found)
     sections = [f"\n## {name[2:].capitalize()}\n\n![{name}]({name}.png)\n\n{text}\n" for name, text in texts.items()]
     about = {"run": run.resolve().name, "model": label, "step": info.best_step, "images": len(images)}
@@ -138,17 +140,21 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, (float, np.floating)) else value
 
 
-def load(run: Path) -> tuple[RunInfo, Recipe, HcNet]:
-    """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data are not needed."""
+def load(run: Path, model: str | None = None) -> tuple[RunInfo, Recipe, HcNet]:
+    """Record, recipe and backbone (best weights, evaluation mode) of a run of any task. Its data are not needed.
+
+    `model`: FILE.py:FUNCTION, without which a file of the user's own does not run.
+    """
     folder = RunFolder(run)
     info = folder.require_weights()
-    recipe = rcp.resolve(folder.recipe_file).recipe
-    if recipe.model.name:
+    recipe = with_paths(folder, rcp.resolve(folder.recipe_file).recipe, model, None)
+    known_other = recipe.model.name and not recipe.model.digest  # a model of timm need not be built to be refused
+    backbone: Any = None if known_other else build.build_backbone(recipe, 0)
+    if not isinstance(backbone, HcNet):
         raise UserError(
             f"{run} is of {recipe.model.name}: only HcNet has heat layers to explain.",
             hint="Receptive fields of any model: hcnet explain RUN RUN --out FOLDER",
         )
-    backbone: Any = build.build_backbone(recipe, 0)
     report = load_into(backbone, build.read_init(str(run))[1], str(folder.best))
     lacking = [name for name in (*report.missing, *report.reinitialised) if not name.startswith("norm.")]
     if lacking:  # apart from the classifier's final norm, which nothing here uses

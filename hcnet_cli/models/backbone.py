@@ -45,9 +45,11 @@ class FeatureMaps(nn.Module):
 
     A model whose maps all have one stride, such as a vision transformer, gets a SimplePyramid. Images are padded with
     zeros at the right and bottom to multiples of 32, which windows and patches need, and the maps are cropped.
+    Of a classifier trained on images of `side` x `side` the maps of such images are its own: neither they nor its
+    windows are padded otherwise than in training.
     """
 
-    def __init__(self, name: str, model: Any) -> None:
+    def __init__(self, name: str, model: Any, side: int | None = None) -> None:
         super().__init__()
         info = list(getattr(model, "feature_info", None) or [])
         strides = [level["reduction"] for level in info]
@@ -70,7 +72,9 @@ class FeatureMaps(nn.Module):
             raise _refused(name, f"has maps at stride{'s' * (len(set(strides)) > 1)} {at}")
         if hasattr(model, "prune_intermediate_layers"):
             model.prune_intermediate_layers(self.kept, prune_norm=True, prune_head=True)
-        pad_before_shifting(model)
+        if side is None:
+            pad_before_shifting(model)
+        self.side = side
         takes = inspect.signature(model.forward_intermediates).parameters
         self.format = {"output_fmt": "NCHW"} if "output_fmt" in takes else {}
         self.model = model
@@ -95,7 +99,8 @@ class FeatureMaps(nn.Module):
         assert intermediates_only
         self.draws.noise = noise
         height, width = x.shape[2:]
-        padded = F.pad(x, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
+        own_size = height == width == self.side
+        padded = x if own_size else F.pad(x, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
         maps = self.model.forward_intermediates(padded, indices=self.kept, intermediates_only=True, **self.format)
         if self.pyramid is not None:
             maps = self.pyramid(maps[-1])
@@ -128,10 +133,11 @@ def create(
 
     Args:
         name: Of timm, or FILE.py:FUNCTION.
-        num_classes: 0 for a backbone for detection and segmentation, which takes images of any size.
+        num_classes: 0 for feature maps of images of any size, as detection and segmentation need them.
         args: Arguments of the model.
         drop_path_rate: Goes to models that take it.
-        img_size: Height and width of the images of a classifier; goes to models that are built for one size.
+        img_size: Height and width of the images of a classifier; goes to models that are built for one size. With
+            num_classes=0 the maps are that classifier's.
         digest: Of the file of the user's own, where a recipe has it.
 
     UserError for an unknown name, for arguments that the model does not take, and where a trial image of zeros shows
@@ -144,17 +150,18 @@ def create(
         make = own.load_function(name, digest)
     elif timm.is_model(name):
         make = functools.partial(timm.create_model, name)
-        optional |= size_argument(name, img_size) if num_classes else ANY_SIZE
+        sized = size_argument(name, img_size)
+        optional |= sized if num_classes else {**ANY_SIZE, "always_partition": not sized, **sized}
     else:
         raise model_names.unknown_model(name)
     try:
         model = _call(make, {"num_classes": num_classes, **args}, optional)
     except (Exception, SystemExit) as error:
         reason = own.describe_error(error, file)
-        sized = f" for images of {img_size} x {img_size}" if "img_size" in optional else ""
+        size = f" for images of {img_size} x {img_size}" if "img_size" in optional else ""
         raise UserError(
-            f"The model {name} cannot be built{f' with {dict(args)}' if args else ''}{sized}: {reason}.",
-            hint=SIZE_HINT if sized else "",
+            f"The model {name} cannot be built{f' with {dict(args)}' if args else ''}{size}: {reason}.",
+            hint=SIZE_HINT if size else "",
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} returned {type(model).__name__}, not a torch.nn.Module.")
@@ -169,7 +176,7 @@ def create(
     maker: Any = getattr(model, "forward_intermediates", None)
     if maker is not None and takes_noise(maker):
         return model  # HcNet, and what is made of it
-    maps = FeatureMaps(name, model)
+    maps = FeatureMaps(name, model, img_size)
     _try_maps(name, maps, freeze_unused=file is None)
     if file:
         with _evaluating(maps):
