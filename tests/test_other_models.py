@@ -247,6 +247,15 @@ def test_a_family_that_cannot_carry_a_head_is_refused(name: str, reason: str) ->
     assert "convnext" in str(refused.value.hint)
 
 
+def test_it_is_refused_before_its_pretraining_is_asked_for(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    """Whoever obeyed would train for hours for nothing."""
+    given = ("--data", data["finetune-seg"], *TASKS["finetune-seg"], "--dry-run")
+    done = hcnet("finetune-seg", "--model", "mixer_s32_224", *given)
+    assert (done.code, "does not take images of any size" in done.err, "pretrain run" in done.err) == (2, True, False)
+    done = hcnet("finetune-seg", "--model", "my_net.py:build", *given)
+    assert (done.code, "no finished pretrain run of model build" in done.err) == (2, True), done.err
+
+
 # --- figures of the papers --------------------------------------------------------------------------------------------
 
 
