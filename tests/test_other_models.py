@@ -574,6 +574,15 @@ def test_further_mistakes(data: dict[str, Path], here: Path, hcnet: Hcnet) -> No
         assert (done.code, words in done.err) == (2, True), done.err
 
 
+def test_a_file_without_maps_is_told_where_to_read_of_them(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    (here / "my_net.py").write_text(MY_NET.replace("forward_intermediates", "maps"))
+    done = hcnet(*arguments("finetune-seg", "my_net.py:build", data, "--init", "none", "--dry-run"))
+    assert (done.code, "offers no feature maps" in done.err, "convnext" in done.err) == (2, True, False), done.err
+    assert "docs/extending.md" in done.err
+    page = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+    assert "forward_intermediates" in page.partition("\n## A backbone\n")[2].partition("\n## ")[0]
+
+
 def test_maps_that_are_not_those_promised() -> None:
     class Wrong(nn.Module):
         def __init__(self) -> None:

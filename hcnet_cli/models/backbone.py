@@ -31,6 +31,7 @@ SUITABLE = (
     "Those that can: hcnet's sizes, convnext, swin, pvt_v2, focalnet, davit, twins, mambaout, resnet, efficientnet, "
     "vit and others. `pretrain` takes any."
 )
+OWN_MAPS = 'docs/extending.md, under "A backbone", has a file whose model offers maps. `pretrain` takes any model.'
 SIZE_HINT = "Choose a size that its patches and windows divide: --set data.img_size=N"
 # Images of any size; Swin's windows shift in every stage, whatever size it is built for, as in Swin's own code.
 ANY_SIZE = {"dynamic_img_size": True, "always_partition": True}
@@ -109,7 +110,14 @@ class FeatureMaps(nn.Module):
 
 
 def _refused(name: str, reason: str) -> UserError:
-    return UserError(f"The model {name} {reason}; detection and segmentation need 4, 8, 16 and 32.", hint=SUITABLE)
+    return UserError(
+        f"The model {name} {reason}; detection and segmentation need 4, 8, 16 and 32.", hint=_what_can(name)
+    )
+
+
+def _what_can(name: str) -> str:
+    """For a model whose maps do not do: where to read what a file is to offer, or which models of timm do."""
+    return OWN_MAPS if own_model.is_own(name) else SUITABLE
 
 
 def create(
@@ -224,7 +232,7 @@ def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:
         raise UserError(
             f"The model {name} does not take images of any size, as detection and segmentation need "
             f"({own.describe_error(error)}).",
-            hint=SUITABLE,
+            hint=_what_can(name),
         ) from error
     finally:
         backbone.train()
@@ -236,7 +244,7 @@ def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:
         raise UserError(
             f"The model {name} returned maps of {found} for an image of {TRIED[0]} x {TRIED[1]}; its feature_info "
             f"promises {expected} (channels, height, width).",
-            hint=SUITABLE,
+            hint=_what_can(name),
         )
     backbone.draws = draws
     for parameter in backbone.parameters():
