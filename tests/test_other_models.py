@@ -44,7 +44,7 @@ class Shape:
 
 
 class MyNet(nn.Module):
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, width=8):
         super().__init__()
         dims = Shape().dims
         self.stages = nn.ModuleList(
@@ -569,6 +569,8 @@ def test_further_mistakes(data: dict[str, Path], here: Path, hcnet: Hcnet) -> No
         (("--model", "resnet18", "--size", "t"), "--size is for HcNet, --model for other models"),
         (("--size", "t", "--set", "model.name=resnet18"), "--set model.name for other models"),
         (("--model", "resnet18", "--set", "model.args.depth=3"), "unexpected keyword argument 'depth'"),
+        (("--model", "resnet18", "--set", "model.args.chanels=[8,8,8,8]"), 'Did you mean "channels"?'),
+        (("--model", "my_net.py:MyNet", "--set", "model.args.widht=8"), 'Did you mean "width"?'),
     ):
         done = hcnet("pretrain", *given, *TASKS["pretrain"], "--data", data["pretrain"])
         assert (done.code, words in done.err) == (2, True), done.err

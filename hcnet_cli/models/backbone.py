@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hcnet_cli import model_names, own_model
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import UserError, did_you_mean, notice
 from hcnet_cli.models import own
 from hcnet_cli.models.drop_path import Draws, keyed_drop_path
 from hcnet_cli.models.simple_pyramid import SimplePyramid
@@ -145,21 +147,22 @@ def create(
     optional: dict[str, Any] = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     file = own_model.split(name)[0] if own_model.is_own(name) else None
     make: Callable[..., Any]
+    defined: Callable[..., Any]  # where the names of its arguments are looked up
     if file:
-        make = own.load_function(name, digest)
+        make = defined = own.load_function(name, digest)
     elif timm.is_model(name):
-        make = functools.partial(timm.create_model, name)
+        make, defined = functools.partial(timm.create_model, name), timm.model_entrypoint(name)
         optional |= size_argument(name, img_size) if num_classes else ANY_SIZE
     else:
         raise model_names.unknown_model(name)
     try:
         model = _call(make, {"num_classes": num_classes, **args}, optional)
     except (Exception, SystemExit) as error:
-        reason = own.describe_error(error, file)
+        reason, meant = own.describe_error(error, file), _meant_argument(error, defined)
         sized = f" for images of {img_size} x {img_size}" if "img_size" in optional else ""
         raise UserError(
-            f"The model {name} cannot be built{f' with {dict(args)}' if args else ''}{sized}: {reason}.",
-            hint=SIZE_HINT if sized else "",
+            f"The model {name} cannot be built{f' with {dict(args)}' if args else ''}{sized}: {reason}.{meant}",
+            hint=SIZE_HINT if sized and not meant else "",
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} returned {type(model).__name__}, not a torch.nn.Module.")
@@ -194,6 +197,13 @@ def _call(make: Callable[..., Any], given: Mapping[str, Any], optional: Mapping[
             del taken[unknown[0]]
             if unknown[0] == "drop_path_rate":
                 notice("The model has no drop path: model.drop_path_rate is not used.")
+
+
+def _meant_argument(error: BaseException, function: Callable[..., Any]) -> str:
+    """' Did you mean "x"?' for an argument that a class or function of the same module does not take, or ""."""
+    found = re.match(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    taking = getattr(sys.modules.get(function.__module__), found[1], None) if found else None
+    return did_you_mean(found[2], inspect.signature(taking).parameters) if found and callable(taking) else ""
 
 
 def _try_classifier(name: str, model: nn.Module, num_classes: int, side: int) -> None:
