@@ -36,7 +36,8 @@ def check_inputs(recipe: Recipe, results: Path) -> None:
             )
     elif recipe.init not in ("auto", "none"):
         weights_file(recipe.init)
-    elif recipe.init == "auto" and recipe.data.path not in EMBEDDED:
+    elif recipe.init == "auto" and not recipe.model.name and recipe.data.path not in EMBEDDED:
+        # another model is built first: whether it can carry the head at all comes before "pretrain it first"
         find_init(recipe, results)
 
 

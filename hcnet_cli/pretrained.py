@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.schema import SHAPE_FIELDS
 from hcnet_cli.tasks import TASKS
-from hcnet_cli.values import place_typed
+from hcnet_cli.values import as_typed, place_typed
 
 TIMM = "timm"  # as `init`: the weights that timm has for the model, which `--pretrained` asks for
 
@@ -45,10 +47,18 @@ def explain_missing_pretraining(recipe: Recipe, results: Path) -> tuple[str, str
     label = recipe.model.label + (f" ({shape})" if shape else "")
     source = recipe.spec.starts_from
     flag = f"--model {shlex.quote(recipe.model.name)}" if recipe.model.name else f"--size {recipe.model.size}"
-    place, more = place_typed(results, "--out"), " with the same --set options" if shape else ""
-    command = f"hcnet {source} {flag}{place}{more}"
+    options = "".join(f" {as_typed(key, value)}" for key, value in _shape(recipe).items())
+    command = f"hcnet {source} {flag}{options}{place_typed(results, '--out')}"
     kind = "model" if recipe.model.name else "size"
     return f"There is no finished {source} run of {kind} {label} under {results}", command
+
+
+def _shape(recipe: Recipe) -> dict[str, Any]:
+    """The fields of the model, and their values, that `recipe.variant` tells of."""
+    model = recipe.model
+    fields = {f"model.{name}": getattr(model, name) for name in ("disable", *SHAPE_FIELDS)}
+    given = {key: value for key, value in fields.items() if value not in (None, ())}
+    return given | {f"model.args.{name}": value for name, value in model.args.items()}
 
 
 def find_init(recipe: Recipe, results: Path) -> str:

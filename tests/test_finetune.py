@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -204,6 +205,29 @@ def test_init_auto_without_a_run_is_an_error_on_your_own_data_and_a_notice_on_th
     assert "starting from scratch" in done.err
     assert "init none auto" in " ".join(done.out.split())  # the value, and that it was looked for
     assert re.search(r"[1-9] MiB activations an image", " ".join(done.out.split()))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--size", "pico", "--set", "model.disable=[gate]", "--set", "model.dims=[8,16,24,32]"),
+        (*("--model", "resnet18", "--set", "model.args.layers=[1,1,1,1]"), "--set", "model.args.act_layer=gelu"),
+    ],
+)
+def test_the_pretraining_that_is_advised_can_be_typed(
+    given: tuple[str, ...], hcnet: Hcnet, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """It makes the model that was asked for."""
+    out = tmp_path / "my results"
+    common = ("--recipe", "digit-stuff", "--data", data["finetune-seg"], "--out", out)
+    done = hcnet("finetune-seg", *given, *common, "--dry-run")
+    assert done.code == 2
+    (command,) = re.findall("Run `(.*?)` first", done.err)
+    typed = shlex.split(command)
+    assert typed[:2] == ["hcnet", "pretrain"]
+    assert {*given, str(out)} <= set(typed)
+    done = hcnet(*typed[1:], "--dry-run")
+    assert done.code == 0, done.err
 
 
 def test_several_scales_are_evaluated_beside_and_shown_apart(

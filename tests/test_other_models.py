@@ -45,7 +45,7 @@ class Shape:
 
 
 class MyNet(nn.Module):
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, width=8):
         super().__init__()
         dims = Shape().dims
         self.stages = nn.ModuleList(
@@ -246,6 +246,15 @@ def test_a_family_that_cannot_carry_a_head_is_refused(name: str, reason: str) ->
     with pytest.raises(UserError, match=reason) as refused:
         backbone.create(name, 0, {})
     assert "convnext" in str(refused.value.hint)
+
+
+def test_it_is_refused_before_its_pretraining_is_asked_for(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    """Whoever obeyed would train for hours for nothing."""
+    given = ("--data", data["finetune-seg"], *TASKS["finetune-seg"], "--dry-run")
+    done = hcnet("finetune-seg", "--model", "mixer_s32_224", *given)
+    assert (done.code, "does not take images of any size" in done.err, "pretrain run" in done.err) == (2, True, False)
+    done = hcnet("finetune-seg", "--model", "my_net.py:build", *given)
+    assert (done.code, "no finished pretrain run of model build" in done.err) == (2, True), done.err
 
 
 # --- figures of the papers --------------------------------------------------------------------------------------------
@@ -592,9 +601,20 @@ def test_further_mistakes(data: dict[str, Path], here: Path, hcnet: Hcnet) -> No
         (("--model", "resnet18", "--size", "t"), "--size is for HcNet, --model for other models"),
         (("--size", "t", "--set", "model.name=resnet18"), "--set model.name for other models"),
         (("--model", "resnet18", "--set", "model.args.depth=3"), "unexpected keyword argument 'depth'"),
+        (("--model", "resnet18", "--set", "model.args.chanels=[8,8,8,8]"), 'Did you mean "channels"?'),
+        (("--model", "my_net.py:MyNet", "--set", "model.args.widht=8"), 'Did you mean "width"?'),
     ):
         done = hcnet("pretrain", *given, *TASKS["pretrain"], "--data", data["pretrain"])
         assert (done.code, words in done.err) == (2, True), done.err
+
+
+def test_a_file_without_maps_is_told_where_to_read_of_them(data: dict[str, Path], here: Path, hcnet: Hcnet) -> None:
+    (here / "my_net.py").write_text(MY_NET.replace("forward_intermediates", "maps"))
+    done = hcnet(*arguments("finetune-seg", "my_net.py:build", data, "--init", "none", "--dry-run"))
+    assert (done.code, "offers no feature maps" in done.err, "convnext" in done.err) == (2, True, False), done.err
+    assert "docs/extending.md" in done.err
+    page = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+    assert "forward_intermediates" in page.partition("\n## A backbone\n")[2].partition("\n## ")[0]
 
 
 def test_maps_that_are_not_those_promised() -> None:

@@ -12,6 +12,8 @@ import contextlib
 import functools
 import inspect
 import math
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hcnet_cli import model_names, own_model
-from hcnet_cli.console import UserError, notice, warn
+from hcnet_cli.console import UserError, did_you_mean, notice, warn
 from hcnet_cli.models import own
 from hcnet_cli.models.drop_path import Draws, keyed_drop_path
 from hcnet_cli.models.simple_pyramid import SimplePyramid
@@ -33,6 +35,7 @@ SUITABLE = (
     "Those that can: hcnet's sizes, convnext, swin, pvt_v2, focalnet, davit, twins, mambaout, resnet, efficientnet, "
     "vit and others. `pretrain` takes any."
 )
+OWN_MAPS = 'docs/extending.md, under "A backbone", has a file whose model offers maps. `pretrain` takes any model.'
 SIZE_HINT = "Choose a size that its patches and windows divide: --set data.img_size=N"
 # Images of any size; Swin's windows shift in every stage, whatever size it is built for, as in Swin's own code.
 ANY_SIZE = {"dynamic_img_size": True, "always_partition": True}
@@ -117,7 +120,14 @@ class FeatureMaps(nn.Module):
 
 
 def _refused(name: str, reason: str) -> UserError:
-    return UserError(f"The model {name} {reason}; detection and segmentation need 4, 8, 16 and 32.", hint=SUITABLE)
+    return UserError(
+        f"The model {name} {reason}; detection and segmentation need 4, 8, 16 and 32.", hint=_what_can(name)
+    )
+
+
+def _what_can(name: str) -> str:
+    """For a model whose maps do not do: where to read what a file is to offer, or which models of timm do."""
+    return OWN_MAPS if own_model.is_own(name) else SUITABLE
 
 
 def create(
@@ -146,10 +156,11 @@ def create(
     optional: dict[str, Any] = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
     file = own_model.split(name)[0] if own_model.is_own(name) else None
     make: Callable[..., Any]
+    defined: Callable[..., Any]  # where the names of its arguments are looked up
     if file:
-        make = own.load_function(name, digest)
+        make = defined = own.load_function(name, digest)
     elif timm.is_model(name):
-        make = functools.partial(timm.create_model, name)
+        make, defined = functools.partial(timm.create_model, name), timm.model_entrypoint(name)
         sized = size_argument(name, img_size)
         optional |= sized if num_classes else {**ANY_SIZE, "always_partition": not sized, **sized}
     else:
@@ -157,11 +168,11 @@ def create(
     try:
         model = _call(make, {"num_classes": num_classes, **args}, optional)
     except (Exception, SystemExit) as error:
-        reason = own.describe_error(error, file)
+        reason, meant = own.describe_error(error, file), _meant_argument(error, defined)
         size = f" for images of {img_size} x {img_size}" if "img_size" in optional else ""
         raise UserError(
-            f"The model {name} cannot be built{f' with {dict(args)}' if args else ''}{size}: {reason}.",
-            hint=SIZE_HINT if size else "",
+            f"The model {name} cannot be built{f' with {dict(args)}' if args else ''}{size}: {reason}.{meant}",
+            hint=SIZE_HINT if size and not meant else "",
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} returned {type(model).__name__}, not a torch.nn.Module.")
@@ -217,6 +228,13 @@ def _call(make: Callable[..., Any], given: Mapping[str, Any], optional: Mapping[
             del taken[unknown[0]]
             if unknown[0] == "drop_path_rate":
                 notice("The model has no drop path: model.drop_path_rate is not used.")
+
+
+def _meant_argument(error: BaseException, function: Callable[..., Any]) -> str:
+    """' Did you mean "x"?' for an argument that a class or function of the same module does not take, or ""."""
+    found = re.match(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    taking = getattr(sys.modules.get(function.__module__), found[1], None) if found else None
+    return did_you_mean(found[2], inspect.signature(taking).parameters) if found and callable(taking) else ""
 
 
 def _try_classifier(name: str, model: nn.Module, num_classes: int, side: int) -> None:
@@ -298,7 +316,7 @@ def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:
         raise UserError(
             f"The model {name} does not take images of any size, as detection and segmentation need "
             f"({own.describe_error(error)}).",
-            hint=SUITABLE,
+            hint=_what_can(name),
         ) from error
     finally:
         backbone.train()
@@ -310,7 +328,7 @@ def _try_maps(name: str, backbone: FeatureMaps, freeze_unused: bool) -> None:
         raise UserError(
             f"The model {name} returned maps of {found} for an image of {TRIED[0]} x {TRIED[1]}; its feature_info "
             f"promises {expected} (channels, height, width).",
-            hint=SUITABLE,
+            hint=_what_can(name),
         )
     backbone.draws = draws
     for parameter in backbone.parameters():
