@@ -229,6 +229,11 @@ def duration(seconds: float) -> str:
     return f"{days} d {clock}" if days else clock
 
 
+def units(count: float, unit: float) -> str:
+    """A count in millions, say: 28.62, but 0.0026 and not 0.00."""
+    return f"{count / unit:.2f}" if count >= unit or not count else f"{count / unit:.3g}"
+
+
 def about(seconds: float) -> str:
     """A duration as an estimate is said: 40 s, 12 min, 3.5 h, 13 d."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):

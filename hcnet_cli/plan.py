@@ -15,7 +15,7 @@ import torch
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, about, duration, notice, out, warn
+from hcnet_cli.console import UserError, about, duration, notice, out, units, warn
 from hcnet_cli.cores import busy
 from hcnet_cli.data import embedded
 from hcnet_cli.data.images import UnusableImageError, shown_size
@@ -86,7 +86,7 @@ def _lines(
         "data": f"{info.name}: {info.num_train} training, {info.num_val} validation images, {info.num_classes} classes "
         f"({info.path})",
         **remarks,
-        "model": f"{params / 1e6:.2f} M parameters{_trained(recipe, task)}, {macs / 1e9:.2f} G MACs at {size} "
+        "model": f"{units(params, 1e6)} M parameters{_trained(recipe, task)}, {units(macs, 1e9)} G MACs at {size} "
         "(convolutions, linear layers, matrix products)",
         "batch": f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes",
         "steps": f"{plan.total} ({plan.epoch} an epoch), warm-up {plan.warmup}{shortened}, evaluation {evaluated}"
@@ -157,7 +157,7 @@ def remark_on_training(recipe: Recipe, task: Task, notices: bool = True) -> None
     """
     if notices and recipe.train.freeze != "none":
         params = profile.count_params(task.model)
-        notice(f"{params / 1e6:.2f} M parameters{_trained(recipe, task)} (train.freeze {recipe.train.freeze}).")
+        notice(f"{units(params, 1e6)} M parameters{_trained(recipe, task)} (train.freeze {recipe.train.freeze}).")
     if notices and recipe.train.ema_decay is not None:
         notice(f"Of the weights {_average(recipe)}.")
     if recipe.train.freeze != "none" and recipe.init == "none":
@@ -169,7 +169,7 @@ def remark_on_training(recipe: Recipe, task: Task, notices: bool = True) -> None
 def _trained(recipe: Recipe, task: Task) -> str:
     """How many parameters are trained, after their number; "" where nothing is frozen."""
     trained = profile.count_params(task.model, trained=True)
-    return "" if recipe.train.freeze == "none" else f", {trained / 1e6:.2f} M of them trained"
+    return "" if recipe.train.freeze == "none" else f", {units(trained, 1e6)} M of them trained"
 
 
 def _average(recipe: Recipe) -> str:

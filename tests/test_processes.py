@@ -16,7 +16,7 @@ import torch
 from conftest import SMALL_MODEL, Hcnet, environment
 
 from hcnet_cli import console, dist, inputs
-from hcnet_cli.console import Progress, UserError
+from hcnet_cli.console import Progress, UserError, units
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -225,3 +225,10 @@ def test_one_gpu_by_its_number_is_refused_for_several_processes(
     done = hcnet("pretrain", "--recipe", "small", "--data", folder_of_images, "--device", "cuda:0", "--out", tmp_path)
     assert done.code == 2, done.err
     assert "--device cuda:0 would put the 2 processes of this machine on one GPU." in done.err
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(28_620_000, "28.62"), (2_570, "0.00257"), (850_300, "0.85"), (0, "0.00")]
+)
+def test_small_counts_are_not_rounded_to_nothing(count: int, shown: str) -> None:
+    assert units(count, 1e6) == shown

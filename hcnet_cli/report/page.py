@@ -16,7 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from hcnet_cli import files
-from hcnet_cli.console import UserError, visible
+from hcnet_cli.console import UserError, units, visible
 from hcnet_cli.grouping import Run, changes_text
 from hcnet_cli.privacy import public_text
 from hcnet_cli.report import figures, plots
@@ -195,9 +195,9 @@ def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
     i = run.info
     steps = f"{i.steps_done:,} of {i.steps_total:,}{', stopped early' * i.stopped_early}"
     speed = f"{number(i.images_per_second, 'short')} images/s ({i.speed_notes})" if i.images_per_second else ""
-    size = f"{i.params / 1e6:.2f} M parameters" if i.params else ""
+    size = f"{units(i.params, 1e6)} M parameters" if i.params else ""
     if i.params_trained is not None and i.params_trained != i.params:
-        size += f", {i.params_trained / 1e6:.2f} M trained"
+        size += f", {units(i.params_trained, 1e6)} M trained"
     if i.macs:
         size += f", {number(i.macs / 1e9, 'number')} G MACs at {i.macs_input}"
     training = f"{i.train_seconds:,.0f} s" if i.train_seconds else ""

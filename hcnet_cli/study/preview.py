@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
-from hcnet_cli.console import duration, out
+from hcnet_cli.console import duration, out, units
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.design import Design
 from hcnet_cli.study.planning import detect_seeds, find_spread, power_lines
@@ -57,7 +57,7 @@ def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) 
             seconds_per_seed += seconds
             sets = ", ".join(f"{key}={_short(value)}" for key, value in changes.items()) or "–"
             labels = (arm, task) if several else (arm,)
-            size = (f"{one.params / 1e6:.2f}", f"{one.macs / 1e9:.3g}")
+            size = (units(one.params, 1e6), f"{one.macs / 1e9:.3g}")
             grid.add_row(*labels, sets, f"{sum(done)} of {len(done)}", *size, duration(seconds))
     out.print(grid)
     recipe = design.recipes[design.baseline, design.tasks[0]]
