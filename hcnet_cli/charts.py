@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from numpy.typing import NDArray
 
-from hcnet_cli.pictures import one_line
+from hcnet_cli.pictures import cut
 
 INK, MUTED, HOT, COOL = "#1f1b18", "#6a625a", "#c2410c", "#1d6fa5"
 GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # of numbers that a line may cross
@@ -59,12 +59,7 @@ def shortened(text: str, size: float, width: float) -> str:
     def fits(part: str) -> bool:
         return float(text_to_path.get_text_width_height_descent(part, font, ismath=False)[0]) <= width
 
-    text = one_line(text)
-    if fits(text):
-        return text
-    while text and not fits(f"{text}…"):
-        text = text[:-1]
-    return f"{text}…"
+    return cut(text, fits)
 
 
 def class_bars(names: Sequence[str], values: Sequence[float], title: str, unit: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,10 +129,15 @@ def panel(image: Image.Image, title: str, note: str = "") -> Image.Image:
 
 def shortened(text: str, size: int, width: float) -> str:
     """The text as one line (`one_line`), cut so that it is at most `width` pixels wide."""
+    return cut(text, lambda part: _font(size).getlength(part) <= width)
+
+
+def cut(text: str, fits: Callable[[str], bool]) -> str:
+    """The text as one line (`one_line`), cut with an ellipsis until it fits."""
     text = one_line(text)
-    if _font(size).getlength(text) <= width:
+    if fits(text):
         return text
-    while text and _font(size).getlength(f"{text}…") > width:
+    while text and not fits(f"{text}…"):
         text = text[:-1]
     return f"{text}…"
 
