@@ -32,7 +32,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from hcnet_cli import engine, optim, runs
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, units
 from hcnet_cli.data.balance import class_counts, class_weights
 from hcnet_cli.engine.profiler import Profiler
 from hcnet_cli.engine.step import Stepper
@@ -97,7 +97,7 @@ def test_what_is_frozen_stays_and_the_rest_is_trained(
     numbers = sum(value.numel() for name, value in trained.items() if "running" not in name and "num_" not in name)
     assert info.params_trained == numbers
     assert numbers < info.params
-    assert f"{numbers / 1e6:.2f} M of them trained" in done.err
+    assert f"{units(numbers, 1e6)} M of them trained" in done.err
     if what == "backbone":
         return
     again = [*line, "--name", "again"]
