@@ -43,12 +43,15 @@ def notice_unfinished(folder: RunFolder, info: RunInfo, recipe: Recipe) -> None:
             continue
         if rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)).keys() - {"train.precision"}:
             continue
+        same_data = other.data.digest == info.data.digest
+        if not same_data and other.data.path != info.data.path:
+            continue
         stopped = f"{path} was stopped at step {other.steps_done} of {other.steps_total}"
         if other.precision != info.precision:
             back = f"--precision {other.precision} goes on with the old one"
             notice(f"{stopped}, in {other.precision}. This is a new run, in {info.precision}; {back}.")
             continue
-        changed = "the data are" if other.data.digest != info.data.digest else "the weights to start from are"
+        changed = "the weights to start from are" if same_data else "the data are"
         notice(
             f"{stopped}. This is a new run, since {changed} other ones now. To go on with the old run, restore what it "
             "began with and give the same command."

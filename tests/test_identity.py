@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import SMALL_MODEL, Hcnet, only_run
 from PIL import Image
-from small_data import MAKERS, classes, coco, opened, save, scenes
+from small_data import MAKERS, classes, coco, noise, opened, save, scenes
 
 from hcnet_cli import runs
 from hcnet_cli.cache import cache_dir
@@ -193,6 +193,8 @@ def test_mended_data_are_another_run(tmp_path: Path, hcnet: Hcnet) -> None:
     assert f"{folder.path} was stopped at step" in said
     assert "the data are other ones now" in said
     assert len(list((tmp_path / "o/runs").iterdir())) == 3
+    elsewhere = classes(tmp_path / "elsewhere", lambda seed: noise(seed + 1))
+    assert "was stopped at step" not in train("--data", elsewhere)  # that run has nothing to do with these data
     in_place(root / "val/a/0.bmp", flip_last)
     said = train("--precision", "bf16")  # as where `auto` is another number format than on the machine before
     assert f"{folder.path} was stopped at step" in said

@@ -126,6 +126,7 @@ SHARED = """
 --name= | is not the name of a folder
 --eval-only --fresh | cannot be combined with --fresh
 --eval-only --dry-run | cannot be combined with --dry-run
+--eval-only --on slurm | cannot be combined with --on
 --init nowhere | There is no weights file nowhere.
 --init empty | has no best.safetensors
 --data nowhere | does not exist
