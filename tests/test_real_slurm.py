@@ -112,8 +112,8 @@ def test_an_array_with_a_throttle_is_the_study_of_one_machine(
 def test_whatever_slurm_does_to_the_cells(slurm: Slurm, folder_of_images: Path, tmp_path: Path) -> None:
     """Preempted by a higher partition, requeued by hand, cancelled and submitted again, a node that fails."""
     ours = tmp_path / "slurm"
-    study = ("ablate", "--disable", "gate", *SMALL, "--epochs", "120", "--set", "train.batch_size=8")
-    study += ("--set", "train.eval_every=40", "--data", str(folder_of_images), "--seeds", "0,1", "--out")
+    study = ("ablate", "--disable", "gate", *SMALL, "--epochs", "480", "--set", "train.batch_size=8")
+    study += ("--set", "train.eval_every=160", "--data", str(folder_of_images), "--seeds", "0,1", "--out")
     submit = (*study, ours, "--on", "slurm", "--at-once", "2", "--cpus", "1", "--partition", "main")
     hcnet(slurm, *submit)
     (file,) = (ours / "studies").glob("*.json")
