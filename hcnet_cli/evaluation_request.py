@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +107,7 @@ def _read(folder: RunFolder, overrides: Sequence[tuple[str, Any, str]]) -> tuple
     if (found.model.label, found.model.digest) != (recipe.model.label, own):
         raise UserError(
             f"{found.model.name} is not what made the model of this run: the file has changed, or it is another.",
-            hint=f"The run's own copy: --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
+            hint=f"The run's own copy: {folder.own_model(recipe.model.label)}",
         )
     return info, found
 

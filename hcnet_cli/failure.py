@@ -35,7 +35,9 @@ class MicroBatch(_Strict):
 
 
 class Failure(_Strict):
-    """What failure.json holds. `later_steps`: optimizer steps that were made before the host saw it (fp16 on a GPU)."""
+    """What failure.json holds. `step`: how many were made before the one that failed. `later_steps`: optimizer steps
+    that were made before the host saw it (fp16 on a GPU).
+    """
 
     step: int = Field(ge=0)
     seed: int

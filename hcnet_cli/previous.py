@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+
 from hcnet_cli import build, checkpoint, runs
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, notice, warn
+from hcnet_cli.privacy import home
 from hcnet_cli.recipe import Recipe
+from hcnet_cli.record import DataInfo
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.values import place_typed
 
@@ -30,12 +34,23 @@ def previous_record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> RunInfo
     return earlier
 
 
-def notice_unfinished(folder: RunFolder, info: RunInfo, recipe: Recipe) -> None:
-    """Says so where a run of this very recipe was stopped, which this one does not go on with: its data, the weights
-    it started from, or the numbers that `train.precision: auto` means on this machine, were others.
+def notice_others(folder: RunFolder, recipe: Recipe, data: DataInfo, fingerprint: str, asked: Recipe) -> None:
+    """Names runs of this very recipe that this one is not: their data, the weights that `init: auto` meant there, or
+    the numbers that `train.precision: auto` meant, were others. `asked` is the recipe with what `auto` is in it.
     """
+    if folder.record.exists():  # this one has begun
+        return
     for path, other in runs.find_runs(folder.path.parent.parent)[0]:
-        if path == folder.path or other.status == "finished" or not other.steps_done or other.task != info.task:
+        done = other.status == "finished"
+        same_data = other.data.digest == data.digest
+        if (
+            path == folder.path
+            or other.fingerprint == fingerprint  # under a name of its own
+            or other.evaluated_only
+            or not (done or other.steps_done)
+            or (other.task, other.seed, other.variant) != (recipe.task, recipe.train.seed, rcp.variant(recipe))
+            or (not same_data and (done or other.data.path != home(data.path)))
+        ):
             continue
         try:
             theirs = rcp.resolve(path / "recipe.yaml").recipe
@@ -43,19 +58,35 @@ def notice_unfinished(folder: RunFolder, info: RunInfo, recipe: Recipe) -> None:
             continue
         if rcp.changed_keys(rcp.identity(recipe), rcp.identity(theirs)).keys() - {"train.precision"}:
             continue
-        same_data = other.data.digest == info.data.digest
-        if not same_data and other.data.path != info.data.path:
-            continue
-        stopped = f"{path} was stopped at step {other.steps_done} of {other.steps_total}"
-        if other.precision != info.precision:
-            back = f"--precision {other.precision} goes on with the old one"
-            notice(f"{stopped}, in {other.precision}. This is a new run, in {info.precision}; {back}.")
-            continue
-        changed = "the weights to start from are" if same_data else "the data are"
-        notice(
-            f"{stopped}. This is a new run, since {changed} other ones now. To go on with the old run, restore what it "
-            "began with and give the same command."
-        )
+        was = f"{path} is finished" if done else f"{path} was stopped at step {other.steps_done} of {other.steps_total}"
+        back = "finds" if done else "goes on with"
+        precision = recipe.train.precision
+        if other.precision != precision:
+            notice(
+                f"{was}, in {other.precision}. This is a new run, in {precision}; --precision {other.precision} {back} "
+                "the old one."
+            )
+        elif same_data and theirs.init != recipe.init:
+            if asked.init == recipe.init:
+                continue  # the other weights were asked for
+            notice(
+                f"{was}, from {theirs.init}. This is a new run, from {recipe.init}; --init {shlex.quote(theirs.init)} "
+                f"{back} the old one."
+            )
+        else:
+            changed = "the weights to start from are" if same_data else f"the data{_counts(other.data, data)} are"
+            notice(
+                f"{was}. This is a new run, since {changed} other ones now. To go on with the old run, restore what it "
+                "began with and give the same command."
+            )
+
+
+def _counts(before: DataInfo, now: DataInfo) -> str:
+    """How many images there were and are, where the numbers differ."""
+    if (before.num_train, before.num_val) == (now.num_train, now.num_val):
+        return ""
+    was, is_now = (f"{one.num_train:,} training and {one.num_val:,} validation images" for one in (before, now))
+    return f" ({is_now}, {was} then)"
 
 
 def identity(info: RunInfo) -> dict[str, str]:

@@ -30,8 +30,15 @@ AFTER_FLAG = re.compile(rf"((?:{'|'.join(FLAGS)})[ =]|\b(?:path|init): )([^\s,}}
 
 
 def command_line() -> list[str]:
-    """The command that started this process, as it is stored: without secrets, with `~` for the home folder."""
-    return [home(one).encode("utf-8", "backslashreplace").decode() for one in mask(sys.argv)]
+    """The command that started this process, as it is stored: without secrets, with `~` for the home folder, and
+    without --fresh, for it is there to go on with the run.
+    """
+    return [home(one).encode("utf-8", "backslashreplace").decode() for one in mask(sys.argv) if one != "--fresh"]
+
+
+def same_command() -> str:
+    """What goes on with the run that this process trains, as sentences name it."""
+    return "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
 
 
 def mask(argv: Sequence[str]) -> list[str]:

@@ -42,8 +42,8 @@ from hcnet_cli.device import pick_device, pick_precision, use_cores
 from hcnet_cli.engine import Task
 from hcnet_cli.locks import of_slurm
 from hcnet_cli.models import hub
-from hcnet_cli.previous import check_finished, identity, notice_unfinished, previous_record
-from hcnet_cli.privacy import home, host_id
+from hcnet_cli.previous import check_finished, identity, notice_others, previous_record
+from hcnet_cli.privacy import home, host_id, same_command
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder, RunInfo, Session
 from hcnet_cli.scores import differing_scores, protocols, suffixed
@@ -92,13 +92,15 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
     use_cores(device)
     with dist.process_group(device):
         setup = _setup(resolved, options, device)
+        if options.eval_only:
+            return setup.folder.path, _evaluate_only(setup, _describe(setup, options)), 0
+        there = (setup.folder, setup.recipe, setup.data.info, setup.fingerprint, resolved.recipe)
+        dist.from_main(lambda: notice_others(*there))
         if options.dry_run:
             if dist.is_main():
                 plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved)
             return setup.folder.path, None, 0
         info = _describe(setup, options)
-        if options.eval_only:
-            return setup.folder.path, _evaluate_only(setup, info), 0
         # what goes wrong on the main process, goes wrong on all
         with dist.on_main(setup.folder.lock), contextlib.ExitStack() as trackers:
             return _train_in(setup, info, options, trackers)
@@ -153,25 +155,24 @@ def _train_in(
         if not fresh:
             notice(f"A --fresh was stopped while it cleared {folder.path}: the rest of the old run is removed.")
         dist.from_main(folder.clear)
-        if folder.replaced.exists():
-            notice(f"The weights of the run before are kept until this run has its own: {folder.replaced}")
     earlier = dist.from_main(lambda: previous_record(folder, info, recipe))
     if earlier is not None and earlier.status == "finished":
         dist.from_main(lambda: check_finished(folder, earlier))
         finished.notice_finished(folder, recipe, options.profile, options.track)
         return folder.path, earlier, 0
     dist.from_main(lambda: plan.check_disk(folder.path, recipe, run.task))
-    if earlier is None and dist.is_main():
-        notice_unfinished(folder, info, recipe)
     job = build.build_job(recipe, run.data, run.task, run.device, identity(info))
     job.describe_weights = {**job.describe_weights, "config": info.config}
     job.profile = options.profile
     state = engine.restore(job, folder.path)
     if earlier is not None:
         if earlier.steps_done and not state.step:
-            warn(f"The checkpoints of {folder.path}, which had reached step {earlier.steps_done}, are gone.")
+            warn(f"{folder.path} had reached step {earlier.steps_done}, but has no checkpoint.")
             notice("Training starts from the beginning.")
+            dist.from_main(folder.set_aside)
         info = info.model_copy(update={"started": earlier.started, "metrics": state.metrics})
+    if folder.replaced.exists():
+        notice(f"The weights of the run before are kept until this run has finished: {folder.replaced}")
     info.sessions = [*(earlier.all_sessions() if earlier else ()), _session(info, state.step)]
     info = with_progress(info, state)
     info.metric_notes = protocols(job.evaluations)
@@ -206,6 +207,8 @@ def _train_in(
         _measure_speed(info, run)
     info.finished = runs.now()
     if dist.is_main():
+        if not stopped_by:
+            folder.replaced.unlink(missing_ok=True)
         folder.write(info)
     dist.barrier()  # torchrun ends all processes once one has ended: none ends before the record is written
     _conclude(info, folder, stopped_by)
@@ -277,8 +280,7 @@ def _session(info: RunInfo, from_step: int) -> Session:
 
 
 def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
-    variant = f" ({info.variant})" if info.variant else ""
-    label = (f"model {info.model}" if info.model else f"size {info.size}") + variant
+    label = (f"model {info.model}" if info.model else f"size {info.size}") + f" ({info.variant})" * bool(info.variant)
     notice(
         f"{info.protocol} · {label} · {info.data.name}: {info.data.num_train} training and "
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
@@ -360,7 +362,7 @@ def _conclude(info: RunInfo, folder: RunFolder, stopped_by: int) -> None:
     shown = ", ".join(f"{name} {info.metrics[name]:.2f}" for name in main_metrics(info.metrics))
     if stopped_by:
         notice(f"Stopped at step {info.steps_done} of {info.steps_total}; everything is saved.")
-        notice("The same command goes on from there.")
+        notice(f"{same_command().capitalize()} goes on from there.")
         return
     if info.stopped_early:
         notice(f"Stopped early at step {info.steps_done} of {info.steps_total}: no better score (train.patience).")

@@ -155,6 +155,8 @@ class RunFolder:
         info = self.require()
         if not self.best.is_file():
             hint = "Training writes it at the first evaluation: go on with it."
+            if self.replaced.exists():
+                hint += f" The weights of the run before are in {self.replaced}."
             raise UserError(f"{self.path} has no best.safetensors.", hint=hint)
         return info
 
@@ -163,8 +165,7 @@ class RunFolder:
         write_text(self.record, record_text(info))
 
     def clear(self) -> None:
-        """Forgets an earlier run in this folder (--fresh); only files a run writes. Its best weights are kept, as
-        `replaced`, until those of the next run are written.
+        """Forgets an earlier run in this folder (--fresh); only files a run writes. Its best weights are set aside.
 
         A folder must never hold files that belong to nobody, wherever this is killed. So run.json first says "cleared",
         whole or not at all, and goes last: until then the folder is the old run, after that nobody goes on with it.
@@ -173,8 +174,7 @@ class RunFolder:
             return
         write_text(self.record, json.dumps(CLEARED) + "\n")
         with writing(self.path):
-            if self.best.exists():
-                self.best.replace(self.replaced)
+            self.set_aside()
             for name in RUN_FOLDERS:
                 if (self.path / name).exists():
                     shutil.rmtree(self.path / name)
@@ -182,6 +182,11 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             sync(self.path)
             self.record.unlink(missing_ok=True)
+
+    def set_aside(self) -> None:
+        """Keeps the best weights as `replaced` until a new run has finished, unless those of an older run are kept."""
+        if self.best.exists() and not self.replaced.exists():
+            self.best.replace(self.replaced)
 
     def remove(self) -> None:
         """Forgets the run in this folder, its weights too."""
@@ -195,6 +200,10 @@ class RunFolder:
             content = read_json(self.record)
             return isinstance(content, dict) and content.get("status") == CLEARED["status"]
         return False
+
+    def own_model(self, label: str) -> str:
+        """The option that names the run's copy of the file of the user's own that makes its model."""
+        return f"--model {shlex.quote(f'{self.model_file}:{label}')}"
 
     def has_progress(self) -> bool:
         """Whether there are checkpoints or weights of a run, whosever."""
@@ -292,7 +301,7 @@ def require_own_model(folder: RunFolder, recipe: Recipe, named: bool) -> None:
     if recipe.model.digest and not named:
         raise UserError(
             f"The model of this run is made by a file, {folder.model_file}, which runs only if you name it.",
-            hint=f"Read the file, and give --model {shlex.quote(f'{folder.model_file}:{recipe.model.label}')}",
+            hint=f"Read the file, and give {folder.own_model(recipe.model.label)}",
         )
 
 

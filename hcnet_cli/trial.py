@@ -16,6 +16,7 @@ from hcnet_cli.console import RunFailed, UserError
 from hcnet_cli.data import loader
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task, to_device
+from hcnet_cli.privacy import same_command
 from hcnet_cli.recipe import Recipe
 
 QUICK_SECONDS = 2.0  # of the first step, below which it is made again for its time
@@ -168,7 +169,7 @@ def explaining_memory(recipe: Recipe, device: torch.device) -> Iterator[None]:
         raise RunFailed(
             f"The memory of this {device.type} did not suffice for a micro-batch of {images} images; "
             "the last checkpoint is whole.",
-            hint=f"{memory_advice(recipe, images // 2)} The same command goes on from there.",
+            hint=f"{memory_advice(recipe, images // 2)} {same_command().capitalize()} goes on from there.",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Run on two processes by test_engine.py: FOLDER OPTIMIZER ... At step 3 the loss of process 1 is infinite.
+"""Run on two processes by test_engine.py: FOLDER OPTIMIZER ... In the fourth step the loss of process 1 is infinite.
 
 Its gradients are finite. Each process writes what it raised to FOLDER/OPTIMIZER/rank<n>.txt.
 """

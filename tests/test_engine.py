@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(what: str, name
     task = Broken()
     job = make_job(task, ema=False, optimizer=OPTIMIZERS[name])
     job.lr_at = good.lr_at
-    with pytest.raises(RunFailed, match=rf"{what} of step 7 is not finite .*loss_l1") as error:
+    with pytest.raises(RunFailed, match=rf"{what} of step 8 is not finite .*loss_l1") as error:
         engine.fit(job, RunFolder(tmp_path), State(), lambda _: None)
     assert error.value.exit_code == 1
     for a, b in zip(task.model.parameters(), good.task.model.parameters(), strict=True):
@@ -336,7 +336,7 @@ def looked_at_log_steps(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class InfiniteThenStopped(Regression):
-    """The loss of step 2 is infinite; the signal comes in step 3, before a line is logged."""
+    """The loss of step 3 is infinite; the signal comes in step 4, before a line is logged."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         losses = super().forward(batch)
@@ -348,7 +348,7 @@ class InfiniteThenStopped(Regression):
 def test_a_signal_does_not_save_past_a_loss_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(InfiniteThenStopped(), ema=False)
     looked_at_log_steps(job, monkeypatch)
-    with pytest.raises(RunFailed, match=r"The loss of step 2 is not finite .*; the weights were left as they were"):
+    with pytest.raises(RunFailed, match=r"The loss of step 3 is not finite .*; the weights were left as they were"):
         engine.fit(job, RunFolder(tmp_path), State(), lambda _: None)
     assert not (tmp_path / "last").exists()
 
@@ -400,7 +400,7 @@ def test_a_loss_that_one_of_two_processes_sees_stops_both(tmp_path: Path) -> Non
     fresh.run_two(script, tmp_path, "adamw", "lamb")
     for optimizer in ("adamw", "lamb"):
         folder = tmp_path / optimizer
-        assert [(folder / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["loss of step 3, unmoved"] * 2
+        assert [(folder / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["loss of step 4, unmoved"] * 2
         batches = json.loads((folder / "failure" / "failure.json").read_text())["batches"]
         assert [(batch["process"], len(batch["samples"])) for batch in batches] == [(0, 4), (1, 4)]
 

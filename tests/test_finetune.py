@@ -15,6 +15,7 @@ import fresh
 import pytest
 import torch
 from conftest import SMALL_MODEL, Done, only_run, outcome, run_here
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
@@ -186,6 +187,14 @@ def test_init_auto_takes_the_best_pretrain_run_of_the_same_model(
     assert f"{run}/best.safetensors: " in evaluated.err
     name, value = next(iter(info.metrics.items()))
     assert evaluated.out.startswith(f"{name} {value:.3f}")
+    # a newer pretrain run moves what `auto` means
+    more = Path(shutil.copytree(folder_of_images, tmp_path / "more"))
+    image = next((more / "train").rglob("*.png"))
+    Image.open(image).transpose(Image.Transpose.ROTATE_90).save(image.with_name("more.png"))
+    assert hcnet(*pretrain, "--data", more, "--out", tmp_path).code == 0
+    planned = hcnet(task, *SMALL[task], "--data", data[task], "--out", tmp_path, "--dry-run")
+    assert f"{run} is finished, from {tmp_path / 'runs' / made}. This is a new run, from " in planned.err
+    assert f"--init {tmp_path / 'runs' / made} finds the old one." in planned.err
     folders = set((tmp_path / "runs").iterdir())
     evaluated = hcnet(task, *SMALL[task], "--data", data[task], "--out", tmp_path, "--eval-only", "--seed", "9")
     assert evaluated.code == 2

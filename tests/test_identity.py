@@ -192,6 +192,11 @@ def test_mended_data_are_another_run(tmp_path: Path, hcnet: Hcnet) -> None:
     assert "This run is finished" not in said
     assert f"{folder.path} was stopped at step" in said
     assert "the data are other ones now" in said
+    save(root / "train/a/9.bmp", 9)
+    assert "the data (5 training and 2 validation images, 4 training and 2 validation images then) are other" in train(
+        "--dry-run"
+    )
+    (root / "train/a/9.bmp").unlink()
     assert len(list((tmp_path / "o/runs").iterdir())) == 3
     elsewhere = classes(tmp_path / "elsewhere", lambda seed: noise(seed + 1))
     assert "was stopped at step" not in train("--data", elsewhere)  # that run has nothing to do with these data

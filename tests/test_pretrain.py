@@ -142,7 +142,7 @@ def test_same_command_again_says_finished_and_fresh_starts_over(
     assert "step" not in again.err
     over = hcnet(*arguments, "--fresh")
     assert over.code == 0
-    assert "The weights of the run before are kept until this run has its own" in over.err
+    assert "The weights of the run before are kept until this run has finished" in over.err
     assert outcome(only_run(tmp_path)) == first
     assert not (only_run(tmp_path) / "replaced.safetensors").exists()
     evaluated = hcnet(*arguments, "--eval-only")

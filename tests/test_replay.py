@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hcnet_cli.data.loader import epoch_batches
 from hcnet_cli.engine.nonfinite import Origin, Watch, culprits, largest_gradient, norm_is_finite
-from hcnet_cli.runs import read_log
+from hcnet_cli.runs import read_log, read_record
 
 Hcnet = Callable[..., Done]
 STEP = 5
@@ -64,7 +64,7 @@ PLAIN = (
 
 @pytest.fixture
 def photos(tmp_path: Path) -> tuple[Path, Path]:
-    """A folder of noise with one black image, and the path of that image, which step 5 is the first to read."""
+    """A folder of noise with one black image, and the path of that image, which is first read after 5 steps."""
     root = tmp_path / "photos"
     for number in range(16):
         save(root / "train" / "ab"[number // 8] / f"{number:02}.bmp", number, lambda seed: noise(seed)[:32, :32])
@@ -97,10 +97,12 @@ def test_the_module_and_the_file_are_named(
     trained = ("pretrain", "--model", "net.py:build", "--data", root, *PLAIN, "--accumulate", "1")
     done = hcnet(*trained, "--precision", precision, "--set", "train.ema_decay=null")
     assert done.code == 1
-    assert f"of step {STEP} is not finite" in done.err
+    assert f"of step {STEP + 1} is not finite" in done.err
     run = only_run(tmp_path / "results")
-    assert f"hcnet replay results/runs/{run.name}" in done.err
+    assert f"hcnet replay results/runs/{run.name} --model results/runs/{run.name}/model.py:build` names" in done.err
+    assert "the same command starts from the beginning." in done.err
     assert read_log(run / "metrics.jsonl")[-1]["step"] == STEP
+    assert read_record(run / "run.json").steps_done == STEP
     kept = sorted(path.name for path in (run / "failure").iterdir())
     assert kept == ["failure.json", "weights.safetensors"]
     record = json.loads((run / "failure" / "failure.json").read_text())
@@ -116,7 +118,7 @@ def test_the_module_and_the_file_are_named(
     done = hcnet("replay", run.name, "--model", f"{run / 'model.py'}:build")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert f"Step {STEP}, 2 images" in lines[0]
+    assert f"Step {STEP + 1}, 2 images" in lines[0]
     for number, kind in enumerate(dict.fromkeys(["fp32", precision])):
         assert lines[1 + 2 * number].startswith(f"{kind}: {named}")
         assert lines[2 + 2 * number].strip() == str(black)

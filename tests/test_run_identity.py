@@ -15,6 +15,7 @@ import torch
 from conftest import SMALL_MODEL, Hcnet, only_run, run_here
 from PIL import Image
 from safetensors import safe_open
+from test_other_models import stopped_at_step_2
 
 from hcnet_cli import build, plan, run, runs
 from hcnet_cli import recipe as rcp
@@ -88,7 +89,9 @@ def test_lost_checkpoints_are_no_silent_restart(results: Path, folder_of_images:
         shutil.rmtree(folder.path / name)
     done = hcnet(*command(folder_of_images, results))
     assert done.code == 0
-    assert "which had reached step 6, are gone" in done.err
+    assert "had reached step 6, but has no checkpoint" in done.err
+    assert f"The weights of the run before are kept until this run has finished: {folder.replaced}" in done.err
+    assert not folder.replaced.exists()
 
 
 # --- --fresh ----------------------------------------------------------------------------------------------------------
@@ -148,6 +151,28 @@ def test_killed_between_any_two_deletions_the_folder_is_the_old_run_or_cleared(
     assert seen == {"old", "cleared"}
     assert at < 29
     assert not folder.has_progress()
+
+
+def test_what_fresh_began_goes_on_without_it_and_the_old_weights_stay_until_it_has_finished(
+    results: Path, folder_of_images: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runs.RunFolder(only_run(results))
+    first = folder.best.read_bytes()
+    line = command(folder_of_images, results)
+    said = []
+    stopped_at_step_2(monkeypatch, lambda: said.append(hcnet(*line, "--fresh")) or said[0])
+    assert "The same command without --fresh goes on from there." in said[0].err
+    assert "--fresh" not in folder.require().argv
+    done = hcnet("predict", folder.path, folder_of_images / "val", "--output", results / "predicted")
+    assert done.code == 2
+    assert f"The weights of the run before are in {folder.replaced}." in done.err
+    stopped_at_step_2(monkeypatch, lambda: hcnet(*line, "--fresh"))  # what was stopped does not take their place
+    assert folder.replaced.read_bytes() == first
+    done = hcnet(*line)
+    assert done.code == 0
+    assert "Going on from step 2" in done.err
+    assert f"The weights of the run before are kept until this run has finished: {folder.replaced}" in done.err
+    assert not folder.replaced.exists()
 
 
 # --- sessions, metadata -----------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def replay(
         from hcnet_cli import replay as replaying
 
     losses = ", ".join(f"{name} {value}" for name, value in failure.losses.items())
-    out.print(f"Step {failure.step}, {len(failure.samples)} images, {losses} in {failure.precision}")
+    out.print(f"Step {failure.step + 1}, {len(failure.samples)} images, {losses} in {failure.precision}")
     if failure.later_steps:
         warn(f"The weights are those after {failure.later_steps} more steps: an fp16 step is looked at later.")
     found = replaying.replay(folder, info, recipe, failure, weights, device)

@@ -11,9 +11,11 @@ from typing import NamedTuple, NoReturn
 from hcnet_cli import checkpoint, dist
 from hcnet_cli.console import RunFailed
 from hcnet_cli.engine.job import Batch, Job
+from hcnet_cli.engine.state import State
 from hcnet_cli.engine.step import NonFiniteGuard
 from hcnet_cli.failure import RECORD, WEIGHTS, Failure, MicroBatch, Sample
 from hcnet_cli.files import optional, write_text
+from hcnet_cli.privacy import same_command
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.weights import digest
 
@@ -31,12 +33,18 @@ def step_keys(step: int, batches: Sequence[Batch]) -> StepKeys:
 
 
 def report_non_finite(
-    guard: NonFiniteGuard, recent: Iterable[StepKeys], job: Job, folder: RunFolder, steps_done: int
+    guard: NonFiniteGuard, recent: Iterable[StepKeys], job: Job, folder: RunFolder, state: State
 ) -> NoReturn:
-    """Writes failure/ (weights, losses, samples and files of the step) and raises RunFailed, on every process."""
-    step, parts = guard.found()
-    # in fp16 the scaler leaves out this step alone; else no step after it moves the weights
-    later_steps = steps_done - step - 1 if job.precision == "fp16" else 0
+    """Writes failure/ (weights, losses, samples and files of the step) and raises RunFailed, on every process.
+
+    `state` is left at the step before it where no later one has moved the weights.
+    """
+    step, parts = guard.found()  # steps made before it
+    later_steps = 0
+    if job.precision == "fp16":  # the scaler left out this step alone
+        later_steps = state.step - step - 1
+    else:
+        state.step = step
     shares = dist.gather([batch for keys in recent if keys.step == step for batch in keys.batches])
     if dist.is_main():
         _write(step, parts, shares, job, folder, later_steps)
@@ -46,10 +54,12 @@ def report_non_finite(
     if later_steps:
         more = "1 more was" if later_steps == 1 else f"{later_steps} more were"
         left = f"it was left out, but {more} made before it was noticed"
+    own = f" {folder.own_model(folder.require().model)}" if folder.model_file.exists() else ""
+    goes_on = "resumes from the last checkpoint" if (folder.path / "last").exists() else "starts from the beginning"
     raise RunFailed(
-        f"The {what} of step {step} is not finite ({shown}); {left}.",
-        hint=f"`hcnet replay {shlex.quote(str(folder.path))}` names the module and the images. A lower --lr or "
-        "--precision fp32 often helps; the same command resumes from the last checkpoint.",
+        f"The {what} of step {step + 1} is not finite ({shown}); {left}.",
+        hint=f"`hcnet replay {shlex.quote(str(folder.path))}{own}` names the module and the images. A lower --lr or "
+        f"--precision fp32 often helps; {same_command()} {goes_on}.",
     )
 
 

@@ -278,7 +278,7 @@ def fit(job: Job, folder: RunFolder, state: State, on_evaluation: Callable[[Stat
             with profiler.part("optimizer"):  # a checkpoint must not forget that a step was not finite
                 failed = (logging or stopping or guard.checked_every_step) and guard.on_any_process()
             if failed:
-                report_non_finite(guard, recent, job, folder, state.step)
+                report_non_finite(guard, recent, job, folder, state)
             seconds = time.monotonic() - begun
             profiler.end()
             window.add_time(seconds, waited)
@@ -321,7 +321,6 @@ def _evaluate_and_keep_best(
             state.weights = digest(best)
             about = {**job.describe_weights, **job.identity, "step": state.step, "metrics": metrics}
             checkpoint.save_tensors(folder.best, best, {**about, "weights": state.weights})
-            folder.replaced.unlink(missing_ok=True)
             mark_final_missing(folder.path / "final")
     if dist.is_main():
         folder.append(step=state.step, **metrics)

@@ -93,7 +93,7 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_the_scale_halved(folder_o
 def test_a_loss_that_is_not_finite_moves_no_weight(
     precision: str, log_every: int, folder_of_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of step 2 is infinite. A GPU is looked at when a line is logged, here after step 2 or after step 5."""
+    """The loss of step 3 is infinite. A GPU is looked at when a line is logged, here after step 3 or after step 6."""
     job = make_job(folder_of_images, train__precision=precision, train__log_every=log_every)
     forward, seen = job.task.forward, []
 
@@ -102,7 +102,7 @@ def test_a_loss_that_is_not_finite_moves_no_weight(
         return {name: loss + (float("inf") if len(seen) == 3 else 0) for name, loss in forward(batch).items()}
 
     monkeypatch.setattr(job.task, "forward", broken)
-    with pytest.raises(RunFailed, match="The loss of step 2 is not finite"):
+    with pytest.raises(RunFailed, match="The loss of step 3 is not finite"):
         engine.fit(job, RunFolder(tmp_path), engine.State(), lambda _: None)
     if precision != "fp16":  # the scaler leaves out the step; the steps after it, before the line is logged, move them
         assert_same(weights_of(job.task.model), seen[2])
