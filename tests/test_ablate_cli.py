@@ -487,6 +487,13 @@ def test_no_seed_with_a_result_leaves_its_study(hcnet: Hcnet, fake: Callable[...
     assert record()["seeds"] == [1]
 
 
+def test_seeds_that_follow_a_single_one_are_named(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    for seeds in ("0", "0,1", "0,1,2,3"):
+        done = hcnet("ablate", "--disable", "gate", "--seeds", seeds)
+        assert done.code == 0, done.err
+    assert "Seeds added when results of seed 0 were known: 1, 2, 3." in " ".join(done.out.split())
+
+
 def test_planned_seeds_without_a_result_may_go_and_are_named(hcnet: Hcnet, fake: Callable[..., None]) -> None:
     fake(fail=["gate s1", "full s1", "full s2", "gate s2"])
     assert hcnet("ablate", "--disable", "gate", "--seeds", "0,1,2").code == 1

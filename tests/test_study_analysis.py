@@ -146,6 +146,13 @@ def test_seeds_that_were_added_later_are_named(tmp_path: Path) -> None:
     assert "Fixed when 2 runs of the study were finished already." in notes
 
 
+def test_seeds_that_were_added_to_a_single_one_are_named(tmp_path: Path) -> None:
+    record = fixed(study_of(tmp_path), (0,)).model_copy(update={"asked": [0, 1, 2, 9]})
+    _, _, notes = made(tmp_path, record)
+    assert "Seeds added when results of seed 0 were known: 1, 2. p is too small if" in notes
+    assert "Seeds that were asked for and have no result: 9." in notes
+
+
 def test_the_table_fits_80_columns_with_its_verdicts(tmp_path: Path) -> None:
     scores = {name.replace("gate", "conservation"): values for name, values in SCORES.items()}
     text = render([made(tmp_path, fixed(study_of(tmp_path, scores), margin=0.2))[0]], "rich", width=80)

@@ -126,10 +126,11 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
             f"Interval and p of the primary analysis are those of the two stages: the spread is that of the first "
             f"{len(record.first_stage or ())} seeds, which decided the number of the others."
         )
-    elif record.primary and len(planned := record.primary.seeds) > 1:
+    elif record.primary and (planned := record.primary.seeds):
         if added := set(record.seeds) - set(planned):
+            first = f"the first {len(planned)}" if len(planned) > 1 else f"seed {planned[0]}"
             notes.append(
-                f"Seeds added when results of the first {len(planned)} were known: {_listed(added)}. p is too small if "
+                f"Seeds added when results of {first} were known: {_listed(added)}. p is too small if "
                 "they were added because of these results (--until adds seeds and keeps the error rate)."
             )
         if missing := set(record.ever_asked) - set(record.seeds):
