@@ -26,19 +26,22 @@ from hcnet_cli.study.record import StudyRecord
 
 
 def test_an_analysis_is_fixed_before_the_first_run_and_not_changed_after_it() -> None:
-    asked = analysis.with_flags(Analysis(), {"margin": 0.2, "test": None})
-    fixed = analysis.fix(asked, (0, 1, 2), None, 0)
+    def asked(seeds: tuple[int, ...], known: int = 0, **flags: Any) -> Fixed:
+        return Fixed(analysis=analysis.with_flags(Analysis(), flags), seeds=seeds, finished=known)
+
+    fixed = analysis.fix(asked((0, 1, 2), margin=0.2, test=None), None, False)
     assert (fixed.analysis.margin, fixed.seeds, fixed.finished) == (0.2, (0, 1, 2), 0)
-    other = analysis.with_flags(Analysis(), {"margin": 0.3})
-    assert analysis.fix(other, (0, 1), fixed, 0).analysis.margin == 0.3  # nothing is known yet
-    assert analysis.fix(Analysis(), (0, 1, 2, 3), fixed, 4) == fixed  # flags left out: as it was
+    other = asked((0, 1), margin=0.3)
+    assert analysis.fix(other, fixed, False) == other  # nothing is known yet
+    assert analysis.fix(asked((0, 1, 2), 6, margin=0.2), fixed, False) == fixed  # the same, whose runs are gone
+    assert analysis.fix(asked((0, 1, 2, 3)), fixed, True) == fixed  # flags left out: as it was
     with pytest.raises(UserError, match=r"margin is 0.2 and cannot become 0.3"):
-        analysis.fix(other, (0, 1, 2), fixed, 4)
+        analysis.fix(other, fixed, True)
     with pytest.raises(UserError, match="test is paired-t and cannot become sign-flip"):
-        analysis.fix(analysis.with_flags(Analysis(), {"test": "sign-flip"}), (0, 1, 2), fixed, 1)
-    until = analysis.fix(analysis.with_flags(Analysis(), {"until": 0.5}), (0, 1, 2), None, 0)
+        analysis.fix(asked((0, 1, 2), test="sign-flip"), fixed, True)
+    until = analysis.fix(asked((0, 1, 2), until=0.5), None, False)
     with pytest.raises(UserError, match="first seeds of this study were fixed as 0,1,2"):
-        analysis.fix(until.analysis, (0, 1, 2, 3), until, 3)
+        analysis.fix(asked((0, 1, 2, 3), until=0.5), until, True)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:
 def test_seeds_that_were_added_later_are_named(tmp_path: Path) -> None:
     _, _, notes = made(tmp_path, fixed(study_of(tmp_path), (0, 1), finished=2))
     assert "Seeds added when results of the first 2 were known: 2. p is too small if" in notes
-    assert "Fixed when 2 runs of the study were finished already." in notes
+    assert "Fixed when 2 runs of the study's arms were finished already: p is too small if the analysis" in notes
 
 
 def test_seeds_that_were_added_to_a_single_one_are_named(tmp_path: Path) -> None:

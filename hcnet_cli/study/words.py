@@ -161,9 +161,14 @@ def _listed(seeds: Collection[int]) -> str:
 def _when_fixed(record: StudyRecord) -> str:
     if record.primary is None:
         return "It is the default: none was fixed before training."
-    if not record.primary.finished:
+    finished, others = record.primary.finished, record.primary.other_seeds
+    if not finished:
         return "Fixed before training."
-    return f"Fixed when {record.primary.finished} runs of the study were finished already."
+    with_others = f", {others} of them with other seeds than those planned" if others else ""
+    return (
+        f"Fixed when {finished} runs of the study's arms were finished already{with_others}: p is too small if the "
+        "analysis or the seeds were chosen because of their results."
+    )
 
 
 def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str, Mapping[str, Value]]) -> list[str]:
