@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,21 @@ def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:
     narrow = fixed(record, (0, 1, 2), until=0.5)
     _, _, notes = made(tmp_path, narrow)  # n s^2 t^2 / 0.5^2 = 74.05, as if --max-seeds had ended it
     assert "the interval of no-gate is ±1.92 with 5 seeds; ±0.5 takes 75 (--max-seeds)" in notes
+
+
+def test_a_first_stage_that_is_not_whole_is_said_with_the_verdict(tmp_path: Path) -> None:
+    full = (0.0,) * 5
+    record = fixed(study_of(tmp_path, {"full": full, "no-gate": (1.0, 1.1, 1.2, 1.1, 1.0)}), (0, 1, 2), until=2.0)
+    shutil.rmtree(tmp_path / "runs" / "no-gate-1")
+    _, rows, notes = made(tmp_path, record)
+    caveat = "of the first 3 seeds, whose spread decided the number of the others, no-gate has 2 (missing: 1): its"
+    assert notes.index(caveat) < notes.index("better than full")
+    assert "the spread is that of those that count of the first 3 seeds" in notes
+    shutil.rmtree(tmp_path / "runs" / "no-gate-2")
+    _, rows, notes = made(tmp_path, record)
+    assert rows["no-gate"]["top1_p"] is None
+    assert "the first seeds of no-gate show no spread" in notes
+    assert "every seed gives the same difference" not in notes
 
 
 def test_seeds_that_were_added_later_are_named(tmp_path: Path) -> None:

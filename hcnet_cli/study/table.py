@@ -167,6 +167,7 @@ def table(record: StudyRecord, found: Found) -> Table:
     infos: list[RunInfo] = []
     forest: list[tuple[str, float, float, float]] = []
     verdicts: list[str] = []
+    missing: dict[str, list[int]] = {}
     left_out: list[str] = []
     metrics: list[Metric] = []
     for task in record.tasks:
@@ -184,6 +185,9 @@ def table(record: StudyRecord, found: Found) -> Table:
                 if metric == TASKS[task].primary and c.low is not None and c.high is not None:
                     label = f"{arm}, {metric.title}" if len(record.tasks) > 1 else arm
                     forest.append((label, c.difference, c.low, c.high))
+            if metric.key == record.analysis.metric:
+                missing = _missing_first(record, counted)
+                verdicts += words.first_stage_notes(record, metric, missing)
             found_out = {arm: str(values[arm][f"{metric.key}_verdict"]) for arm in comparisons}
             verdicts += words.verdicts(record, metric, comparisons, found_out)
             if metric == TASKS[task].primary:
@@ -195,10 +199,17 @@ def table(record: StudyRecord, found: Found) -> Table:
         for arm in record.arms
     ]
     rows.sort(key=lambda row: row.kind == "unfinished")
-    notes = [*verdicts, *left_out, *words.method_notes(record, values), *words.run_notes(record, infos, values)]
+    notes = [*verdicts, *left_out, *words.method_notes(record, values, missing), *words.run_notes(record, infos, values)]
     short = " on ".join(filter(None, (record.title, ", ".join(dict.fromkeys(info.data.name for info in infos)))))
     columns = _columns(record, metrics, values)
     return Table("ablation", _title(record, infos), columns, rows, notes, forest, short=short)
+
+
+def _missing_first(record: StudyRecord, counted: Counted) -> dict[str, list[int]]:
+    """The seeds of the first stage of `until` that an arm with others lacks, or its baseline does."""
+    first, arms = record.first_stage or (), [arm for arm in counted if arm != record.baseline and counted[arm]]
+    missing = {arm: [seed for seed in first if seed not in counted[arm]] for arm in arms}
+    return {arm: seeds for arm, seeds in missing.items() if seeds}
 
 
 def _metrics(task: str, counted: Counted) -> list[Metric]:

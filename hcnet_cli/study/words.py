@@ -52,7 +52,10 @@ def verdicts(
             lines += [f"{title}: {sentence}" for sentence in _more_seeds(record, [comparisons[arm] for arm in arms])]
     if analysis.until and metric.key == analysis.metric:
         lines += [f"{title}: {sentence}" for sentence in _still_wide(analysis.until, comparisons)]
-    if arms := [arm for arm, c in comparisons.items() if c.n > 1 and c.low is None]:
+    without_interval = [arm for arm, c in comparisons.items() if c.n > 1 and c.low is None]
+    if arms := [arm for arm in without_interval if analysis.until and comparisons[arm].spread is not None]:
+        lines.append(f"{title}: the first seeds of {', '.join(arms)} show no spread: no interval and no t-test.")
+    if arms := [arm for arm in without_interval if arm not in arms]:
         lines.append(
             f"{title}: every seed gives the same difference for {', '.join(arms)}: there is no spread, and so no "
             "interval and no t-test."
@@ -63,6 +66,16 @@ def verdicts(
             "difference without repeated runs (--seeds 0,1,2)."
         )
     return lines
+
+
+def first_stage_notes(record: StudyRecord, metric: Metric, missing: Mapping[str, Sequence[int]]) -> list[str]:
+    """What the seeds of the first stage that do not count (by arm) mean for the figures beside them."""
+    planned = len(record.first_stage or ())
+    return [
+        f"{metric.title}: of the first {planned} seeds, whose spread decided the number of the others, {arm} has "
+        f"{planned - len(seeds)} (missing: {_listed(seeds)}): its interval, p and verdict are not exact."
+        for arm, seeds in missing.items()
+    ]
 
 
 def selection_note(record: StudyRecord, metric: Metric, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
@@ -111,8 +124,10 @@ def _still_wide(until: float, comparisons: Mapping[str, Comparison]) -> list[str
     ]
 
 
-def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
-    """The statistics, where there is more than one seed."""
+def method_notes(
+    record: StudyRecord, values: Mapping[str, Mapping[str, Value]], missing: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """The statistics, where there is more than one seed. `missing`: the seeds of the first stage that do not count."""
 
     def numbers(ending: str) -> list[float]:
         return [v for row in values.values() for key, v in row.items() if key.endswith(ending) and is_number(v)]
@@ -123,8 +138,9 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
     notes = [f"Primary analysis: {analysis.describe(others)}. {_when_fixed(record)} Other figures are secondary."]
     if analysis.until:
         notes.append(
-            f"Interval and p of the primary analysis are those of the two stages: the spread is that of the first "
-            f"{len(record.first_stage or ())} seeds, which decided the number of the others."
+            "Interval and p of the primary analysis are those of the two stages: the spread is that of "
+            f"{'those that count of ' if missing else ''}the first {len(record.first_stage or ())} seeds, which decided "
+            "the number of the others."
         )
     elif record.primary and (planned := record.primary.seeds):
         if added := set(record.seeds) - set(planned):
