@@ -180,6 +180,7 @@ def test_each_process_has_its_share_of_the_cores(
         (("--on", "slurm", "--time", "soon"), "--time soon is no time limit"),
         (("--on", "slurm", "--time", "0"), "--time 0 is no time limit"),
         (("--on", "slurm", "--fresh"), "--fresh cannot be combined"),
+        (("--on", "slurm", "--out", "r\\j"), "Slurm takes the backslash for an escape"),
         (("--on", "slurm", "--sbatch-args", "--array=0-9"), "--sbatch-args cannot set --array"),
         (("--on", "slurm", "--sbatch-args", "--comment=token=abcdef"), "a password or a token"),
         (("--on", "slurm", "--sbatch-args", "'--qos"), "--sbatch-args cannot be read"),
@@ -194,6 +195,11 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
         assert (done.code, "Traceback" in done.err) == (2, False)
         assert words in done.err
     assert not list(Path().iterdir())
+
+
+def test_a_percent_in_a_folder_is_no_pattern_of_slurm(hcnet: Hcnet, fake: Path) -> None:
+    done = hcnet(*STUDY, "--on", "slurm", "--out", "r%j", "--dry-run")
+    assert "--output=r%%j/studies/" in done.out
 
 
 def test_what_sbatch_refuses_is_said(hcnet: Hcnet, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:

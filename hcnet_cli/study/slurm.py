@@ -258,7 +258,7 @@ class Submission:
             "sbatch",
             "--parsable",
             f"--array={ranges(list(self.cells))}{limit}",
-            f"--output={self.script.parent / 'slurm.log'}",
+            f"--output={str(self.script.parent / 'slurm.log').replace('%', '%%')}",  # %j is a pattern, %% a percent
         ]
         if self.after:
             line += [f"--dependency={self.after}", "--kill-on-invalid-dep=yes"]
