@@ -199,7 +199,12 @@ def table(record: StudyRecord, found: Found) -> Table:
         for arm in record.arms
     ]
     rows.sort(key=lambda row: row.kind == "unfinished")
-    notes = [*verdicts, *left_out, *words.method_notes(record, values, missing), *words.run_notes(record, infos, values)]
+    notes = [
+        *verdicts,
+        *left_out,
+        *words.method_notes(record, values, missing),
+        *words.run_notes(record, infos, values),
+    ]
     short = " on ".join(filter(None, (record.title, ", ".join(dict.fromkeys(info.data.name for info in infos)))))
     columns = _columns(record, metrics, values)
     return Table("ablation", _title(record, infos), columns, rows, notes, forest, short=short)

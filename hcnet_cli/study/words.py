@@ -137,10 +137,10 @@ def method_notes(
     analysis, others = record.analysis, len(record.arms) - 1
     notes = [f"Primary analysis: {analysis.describe(others)}. {_when_fixed(record)} Other figures are secondary."]
     if analysis.until:
+        counted = "those that count of " if missing else ""
         notes.append(
-            "Interval and p of the primary analysis are those of the two stages: the spread is that of "
-            f"{'those that count of ' if missing else ''}the first {len(record.first_stage or ())} seeds, which decided "
-            "the number of the others."
+            f"Interval and p of the primary analysis are those of the two stages: the spread is that of {counted}the "
+            f"first {len(record.first_stage or ())} seeds, which decided the number of the others."
         )
     elif record.primary and (planned := record.primary.seeds):
         if added := set(record.seeds) - set(planned):
