@@ -294,7 +294,17 @@ def test_what_a_tar_must_not_hold(tmp_path: Path, files: Any, change: Any, words
     write_tar(tmp_path / "train.tar", files, change or str)
     with pytest.raises(UserError, match=words.replace(".", r"\.")) as raised:
         scan(tmp_path)
-    assert str(tmp_path / "train.tar") in str(raised.value)
+    assert str(raised.value).count(str(tmp_path / "train.tar")) == 1
+    assert "damaged" not in str(raised.value)
+
+
+def test_what_a_tar_in_a_tar_must_not_hold_is_said_once(tmp_path: Path) -> None:
+    write_tar(tmp_path / "inner.tar", {"1.png": b"x"}, link)
+    write_tar(tmp_path / "train.tar", {"a.tar": (tmp_path / "inner.tar").read_bytes()})
+    with pytest.raises(UserError) as raised:
+        archive.read(archive.find(tmp_path), "train")
+    where = f"{tmp_path / 'train.tar'}:a.tar"
+    assert str(raised.value) == f"{where} holds a link, 1.png: only regular files are read."
 
 
 @pytest.mark.parametrize("kept", [700, 512 + 2048, 512 + 1024 + 512])
