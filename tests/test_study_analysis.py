@@ -128,6 +128,11 @@ def test_the_sign_flip_test_decides_where_it_is_primary(tmp_path: Path) -> None:
     _, rows, notes = made(tmp_path / "few", fixed(study_of(tmp_path / "few", few), test="sign-flip"))
     assert rows["no-gate"]["top1_verdict"] == "unresolved"
     assert "4 seeds cannot have p < 0.05 in the sign-flip test; 6 can" in notes
+    wide = {"full": full, "no-gate": tuple(value + d for value, d in zip(full, (1, -1, 1, -1, 1, -1), strict=True))}
+    for test, said in (("sign-flip", True), ("paired-t", False)):
+        _, _, notes = made(tmp_path / test, fixed(study_of(tmp_path / test, wide), test=test))
+        assert "with 80 % power" in notes
+        assert ("80 % power of the t-test (sign-flip needs somewhat more)" in notes) is said
 
 
 def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:

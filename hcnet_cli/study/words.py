@@ -99,6 +99,8 @@ def _more_seeds(record: StudyRecord, unresolved: Sequence[Comparison]) -> list[s
     if analysis.test == "sign-flip" and n < fewest_seeds(level):
         return [f"{n} seeds cannot have p < {analysis.alpha:g} in the sign-flip test; {fewest_seeds(level)} can."]
     shown, power = smallest_difference(spread, n, level), f"{100 * POWER:.0f} % power"
+    if analysis.test == "sign-flip":
+        power += " of the t-test (sign-flip needs somewhat more)"
     if shown is None:
         return []
     if shown > WHOLE:
