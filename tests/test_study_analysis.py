@@ -149,6 +149,16 @@ def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:
     assert "the interval of no-gate is ±1.92 with 5 seeds; ±0.5 takes 75 (--max-seeds)" in notes
 
 
+def test_means_over_unequal_seeds_are_said_not_to_subtract(tmp_path: Path) -> None:
+    record = fixed(study_of(tmp_path))
+    assert "common seeds" not in made(tmp_path, record)[2]
+    shutil.rmtree(tmp_path / "runs" / "no-gate-1")
+    _, rows, notes = made(tmp_path, record)
+    assert "top-1: the mean of full is over 3 seeds, no-gate over 2: a difference is over the common seeds" in notes
+    apart = rows["no-gate"]["top1"] - rows["full"]["top1"]
+    assert rows["no-gate"]["top1_difference"] != pytest.approx(apart)
+
+
 def test_a_first_stage_that_is_not_whole_is_said_with_the_verdict(tmp_path: Path) -> None:
     full = (0.0,) * 5
     record = fixed(study_of(tmp_path, {"full": full, "no-gate": (1.0, 1.1, 1.2, 1.1, 1.0)}), (0, 1, 2), until=2.0)

@@ -192,6 +192,8 @@ def table(record: StudyRecord, found: Found) -> Table:
             verdicts += words.verdicts(record, metric, comparisons, found_out)
             if metric == TASKS[task].primary:
                 verdicts += words.selection_note(record, metric, values)
+                numbers = {arm: len(by_seed) for arm, by_seed in counted.items()}
+                verdicts += words.unequal_seeds_note(record, metric, numbers)
     for arm, row in values.items():
         row |= _provenance(record, members[arm])
     rows = [

@@ -78,6 +78,18 @@ def first_stage_notes(record: StudyRecord, metric: Metric, missing: Mapping[str,
     ]
 
 
+def unequal_seeds_note(record: StudyRecord, metric: Metric, numbers: Mapping[str, int]) -> list[str]:
+    """That means over unequal numbers of seeds (by arm) do not subtract to the difference over the common ones."""
+    baseline = record.baseline
+    fewer = [f"{arm} over {n}" for arm, n in numbers.items() if 0 < n < numbers[baseline]]
+    if not fewer:
+        return []
+    return [
+        f"{metric.title}: the mean of {baseline} is over {numbers[baseline]} seeds, {', '.join(fewer)}: a difference is "
+        "over the common seeds, and is not that of these means."
+    ]
+
+
 def selection_note(record: StudyRecord, metric: Metric, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
     """The best arm of a sweep, a study whose arms all set the same fields, and what choosing it does to its score."""
     keys = set(record.arms[record.baseline])
