@@ -115,6 +115,21 @@ def test_the_number_of_seeds_in_the_words_is_that_of_the_power_functions(tmp_pat
     assert f"with 80 % power; seeds still needed for 0.40: {needed - 4}." in notes
 
 
+def test_the_bca_interval_is_two_numbers_too_and_its_note_goes_with_it(tmp_path: Path) -> None:
+    full = (97.0, 97.6, 98.1, 96.9, 97.3, 97.7, 97.2, 97.4)
+    worse = tuple(f - d for f, d in zip(full, (0.3, 0.1, 0.6, 0.2, 0.5, 0.4, 0.2, 0.3), strict=True))
+    record = fixed(study_of(tmp_path, {"full": full, "no-gate": worse}))
+    table, rows, notes = made(tmp_path, record)
+    low, high = rows["no-gate"]["top1_bootstrap_low"], rows["no-gate"]["top1_bootstrap_high"]
+    assert low < rows["no-gate"]["top1_difference"] < high < 0
+    assert rows["no-gate"]["top1_bootstrap"] == f"[{low:.2f}, {high:.2f}]".replace("-", "−")
+    assert "BCa interval: bootstrap over seeds" in notes
+    effect = f"{rows['no-gate']['top1_effect']:.2f}".replace("-", "−")
+    assert f" {effect} |" in render([table], "markdown")
+    shutil.rmtree(tmp_path / "runs" / "no-gate-1")
+    assert "BCa" not in made(tmp_path, record)[2]
+
+
 def test_the_sign_flip_test_decides_where_it_is_primary(tmp_path: Path) -> None:
     """Six equal differences: no t, but the smallest p that six signs can have."""
     full = (97.0, 97.5, 98.0, 96.9, 97.2, 97.8)

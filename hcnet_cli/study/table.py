@@ -249,7 +249,7 @@ def _columns(record: StudyRecord, metrics: Sequence[Metric], values: Mapping[str
     other = ("_p_sign_flip", "p (sign-flip)") if analysis.test == "paired-t" else ("_p_t", "p (t)")
     further = [
         *each("_p_equivalence", "p (equivalence)", "p", secondary=True),
-        *each("_effect", "effect size", "number", secondary=True),
+        *each("_effect", "effect size", "difference", secondary=True),
         *each(*other, "p", secondary=True),
         *each("_bootstrap", "BCa interval", "text", secondary=True),
         *each("_median", "median diff.", "difference", secondary=True),
@@ -317,6 +317,7 @@ def _fill_metric(
         row[f"{metric}_n"] = len(by_seed)
         row[f"{metric}_by_seed"] = ", ".join(f"{seed}: {value:.4f}" for seed, value in by_seed.items())
         if c := compared.get(arm):
+            bootstrap_low, bootstrap_high = c.bootstrap or (None, None)
             row |= {
                 f"{metric}_difference": c.difference,
                 f"{metric}_low": c.low,
@@ -328,7 +329,9 @@ def _fill_metric(
                 f"{metric}_p_equivalence": equivalent[arm],
                 f"{metric}_p_t": c.p,
                 f"{metric}_p_sign_flip": c.p_sign_flip,
-                f"{metric}_bootstrap": _interval(*(c.bootstrap or (None, None))),
+                f"{metric}_bootstrap": _interval(bootstrap_low, bootstrap_high),
+                f"{metric}_bootstrap_low": bootstrap_low,
+                f"{metric}_bootstrap_high": bootstrap_high,
                 f"{metric}_median": c.median,
                 f"{metric}_iqm": c.iqm,
                 f"{metric}_effect": c.effect,

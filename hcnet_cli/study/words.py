@@ -12,7 +12,6 @@ from hcnet_cli.grouping import plain
 from hcnet_cli.results import command, epochs
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.statistics import (
-    BOOTSTRAP_FROM,
     MOST_SEEDS,
     POWER,
     Comparison,
@@ -178,7 +177,7 @@ def method_notes(
         further.append("p (equivalence): two one-sided t-tests, Holm-corrected.")
     if numbers("_iqm"):
         further.append("IQM: mean of the middle half of the differences.")
-    if max(numbers("_n")) >= BOOTSTRAP_FROM and not analysis.until:
+    if numbers("_bootstrap_low"):
         further.append("BCa interval: bootstrap over seeds, too narrow for few seeds (docs/statistics.md).")
     notes.append(f"Differences are arm minus {record.baseline}, paired by seed. {' '.join(further)}")
     return notes
