@@ -78,7 +78,7 @@ def count(record: StudyRecord, task: str, found: Found) -> tuple[Counted, list[s
     for cell in cells:
         run, key = found.get(cell.run), (cell.arm, cell.seed)
         if isinstance(run, str):
-            reasons[key] = f"its record cannot be read ({run})"
+            reasons[key] = run.rstrip(".")
         elif run is None:
             reasons[key] = "its run is gone" if cell.run else "started" if cell.state == "running" else NOT_RUN
         elif not run.finished:
@@ -197,7 +197,11 @@ def table(record: StudyRecord, found: Found) -> Table:
     for arm, row in values.items():
         row |= _provenance(record, members[arm])
     rows = [
-        Row("measured" if members[arm] else "unfinished", values[arm], tuple(run.folder for run in members[arm]))
+        Row(
+            "measured" if members[arm] else "unfinished",
+            values[arm] if members[arm] else {**values[arm], "state": _state_without_runs(record, arm, found)},
+            tuple(run.folder for run in members[arm]),
+        )
         for arm in record.arms
     ]
     rows.sort(key=lambda row: row.kind == "unfinished")
@@ -210,6 +214,13 @@ def table(record: StudyRecord, found: Found) -> Table:
     short = " on ".join(filter(None, (record.title, ", ".join(dict.fromkeys(info.data.name for info in infos)))))
     columns = _columns(record, metrics, values)
     return Table("ablation", _title(record, infos), columns, rows, notes, forest, short=short)
+
+
+def _state_without_runs(record: StudyRecord, arm: str, found: Found) -> str:
+    """What the label of an arm says of which no run counts."""
+    own = [found.get(cell.run) for cell in record.cells if cell.arm == arm]
+    there = any(isinstance(run, str) or (run is not None and run.finished) for run in own)
+    return "not counted" if there else "unfinished"
 
 
 def _missing_first(record: StudyRecord, counted: Counted) -> dict[str, list[int]]:

@@ -84,8 +84,8 @@ def unequal_seeds_note(record: StudyRecord, metric: Metric, numbers: Mapping[str
     if not fewer:
         return []
     return [
-        f"{metric.title}: the mean of {baseline} is over {numbers[baseline]} seeds, {', '.join(fewer)}: a difference is "
-        "over the common seeds, and is not that of these means."
+        f"{metric.title}: the mean of {baseline} is over {numbers[baseline]} seeds, {', '.join(fewer)}: a difference "
+        "is over the common seeds, and is not that of these means."
     ]
 
 
