@@ -52,9 +52,10 @@ def verdicts(
     if analysis.until and metric.key == analysis.metric:
         lines += [f"{title}: {sentence}" for sentence in _still_wide(analysis.until, comparisons)]
     without_interval = [arm for arm, c in comparisons.items() if c.n > 1 and c.low is None]
-    if arms := [arm for arm in without_interval if analysis.until and comparisons[arm].spread is not None]:
-        lines.append(f"{title}: the first seeds of {', '.join(arms)} show no spread: no interval and no t-test.")
-    if arms := [arm for arm in without_interval if arm not in arms]:
+    later = [arm for arm in without_interval if analysis.until and comparisons[arm].spread is not None]
+    if later:
+        lines.append(f"{title}: the first seeds of {', '.join(later)} show no spread: no interval and no t-test.")
+    if arms := [arm for arm in without_interval if arm not in later]:
         lines.append(
             f"{title}: every seed gives the same difference for {', '.join(arms)}: there is no spread, and so no "
             "interval and no t-test."
@@ -162,9 +163,9 @@ def method_notes(
                 f"Seeds added when results of {first} were known: {_listed(added)}. p is too small if "
                 "they were added because of these results (--until adds seeds and keeps the error rate)."
             )
-        if missing := set(record.ever_asked) - set(record.seeds):
+        if dropped := set(record.ever_asked) - set(record.seeds):
             notes.append(
-                f"Seeds that were asked for and have no result: {_listed(missing)}. p is too small if the study was "
+                f"Seeds that were asked for and have no result: {_listed(dropped)}. p is too small if the study was "
                 "ended because of its results."
             )
     further = [
