@@ -121,14 +121,17 @@ def _lines(
 
 
 def _stop_words(folder: RunFolder, recipe: Recipe, task: Task, step_seconds: float) -> str:
-    """How long a run takes to save after a signal, and what it is given for that."""
+    """How long a run takes to save after a signal, and what it is given for that.
+
+    Its workers and its interpreter end after that, which takes seconds on a busy machine.
+    """
     num_bytes = checkpoint_bytes(recipe, task)
     words = f"after a signal a step of about {about(step_seconds)} ends"
     if dist.processes() > 1:
         words += f", agreed on within about {engine.Agreement.SECONDS:g} s"
     words += f", then {num_bytes / 2**20:.0f} MiB are saved"
     if speed := write_speed(existing_parent(folder.path)):
-        words += f": about {about(step_seconds + num_bytes / speed)}"
+        words += f": about {about(step_seconds + num_bytes / speed)}, and seconds more until the process ends"
     return f"{words} (Slurm's KillWait and torchrun give 30 s by default)"
 
 

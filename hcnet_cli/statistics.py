@@ -19,6 +19,7 @@ MOST_SIGN_FLIPS = 20  # differences; the exact test enumerates 2^n sign patterns
 BOOTSTRAP_FROM = 8  # values; with fewer the interval is far too narrow (docs/statistics.md)
 ROBUST_FROM = 4  # values of which the quarter that an interquartile mean cuts off is at least one
 RESAMPLES = 9999
+ROUNDING = 1e-12  # of figures that come from differences, which have 9 decimals
 
 
 # --- means and t ------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def interquartile_mean(values: Sequence[float]) -> float | None:
         return None
     cut = len(values) // 4
     kept = sorted(values)[cut : len(values) - cut]
-    return math.fsum(kept) / len(kept)
+    return _without_rounding(math.fsum(kept) / len(kept))
 
 
 def hedges(values: Sequence[float]) -> float | None:
@@ -97,7 +98,12 @@ def hedges(values: Sequence[float]) -> float | None:
         return None
     f = e.freedom
     correction = math.exp(math.lgamma(f / 2) - math.lgamma((f - 1) / 2)) / math.sqrt(f / 2)
-    return correction * e.mean / (e.error * math.sqrt(len(values)))
+    return _without_rounding(correction * e.mean / (e.error * math.sqrt(len(values))))
+
+
+def _without_rounding(value: float) -> float:
+    """0 for what rounding has left of it."""
+    return 0.0 if abs(value) < ROUNDING else value
 
 
 def _deviation(values: Sequence[float], mean: float) -> float:
@@ -301,8 +307,8 @@ def compare(
     spread = pooled_deviation([differences])
     return Comparison(
         n=len(differences),
-        difference=math.fsum(differences) / len(differences),
-        median=_median(differences) if len(differences) >= ROBUST_FROM else None,
+        difference=_without_rounding(math.fsum(differences) / len(differences)),
+        median=_without_rounding(_median(differences)) if len(differences) >= ROBUST_FROM else None,
         iqm=interquartile_mean(differences),
         spread=spread[0] if spread else None,
         low=low,

@@ -89,7 +89,7 @@ def _progress(row: Row) -> str:
     done, total = row.values.get("steps_done"), row.values.get("steps_total")
     if isinstance(done, int) and isinstance(total, int) and total:
         return f" ({row.values.get('status')} at {100 * done // total} %)"
-    return " (unfinished)"
+    return f" ({row.values.get('state') or 'unfinished'})"
 
 
 def number(value: float, style: Style, as_printed: bool = False) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,7 +231,7 @@ def test_a_broken_record_is_a_failed_cell_until_fresh(hcnet: Hcnet, fake: Callab
     (victim / "run.json").write_text("{")
     done = hcnet("ablate", "--disable", "gate", "--seeds", "0")
     assert done.code == 1
-    assert "Not counted: no-gate, seed 0: its record cannot be read" in " ".join(done.out.split())
+    assert "Not counted: no-gate, seed 0: results/runs/" in " ".join(done.out.split())
     assert hcnet("ablate", "--disable", "gate", "--seeds", "0", "--fresh").code == 0
     assert set(states().values()) == {"finished"}
 
@@ -483,8 +484,39 @@ def test_no_seed_with_a_result_leaves_its_study(hcnet: Hcnet, fake: Callable[...
     assert len(labels()) == len(set(labels())) == 8
     (file,) = Path("results/studies").glob("*.json")
     file.unlink()
-    assert hcnet(*first, "1").code == 0
-    assert record()["seeds"] == [1]
+    done = hcnet(*first, "1,2")
+    assert record()["seeds"] == [1, 2]
+    known = "Fixed when 8 runs of the study's arms were finished already, 4 of them with other seeds than those planned"
+    assert known in " ".join(done.out.split())
+
+
+def test_results_of_runs_that_are_gone_stay_known(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    first = ("ablate", "--disable", "gate", "--seeds")
+    assert hcnet(*first, "0,1").code == 0
+    shutil.rmtree("results/runs")
+    assert "Fixed before training." in " ".join(hcnet(*first, "0,1").out.split())  # as it was
+    shutil.rmtree("results/runs")
+    for flags in (("--test", "sign-flip"), ()):
+        done = hcnet(*first, "2,3", *flags)
+        assert done.code == 0, done.err
+        assert "Fixed when 4 runs of the study's arms were finished already: p is" in " ".join(done.out.split())
+
+
+def test_until_that_begins_again_says_what_was_known(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    fake(top1={"gate s0": 91.0, "gate s1": 93.0})
+    arguments = ("ablate", "--disable", "gate", "--seeds", "0,1", "--until", "5", "--max-seeds", "8")
+    assert hcnet(*arguments).code == 0
+    (file,) = Path("results/studies").glob("*.json")
+    file.unlink()
+    known = "Fixed when 8 runs of the study's arms were finished already, 4 of them with other seeds than those planned"
+    assert known in " ".join(hcnet(*arguments).out.split())
+
+
+def test_seeds_that_follow_a_single_one_are_named(hcnet: Hcnet, fake: Callable[..., None]) -> None:
+    for seeds in ("0", "0,1", "0,1,2,3"):
+        done = hcnet("ablate", "--disable", "gate", "--seeds", seeds)
+        assert done.code == 0, done.err
+    assert "Seeds added when results of seed 0 were known: 1, 2, 3." in " ".join(done.out.split())
 
 
 def test_planned_seeds_without_a_result_may_go_and_are_named(hcnet: Hcnet, fake: Callable[..., None]) -> None:

@@ -385,8 +385,8 @@ def test_a_killed_and_a_corrupt_cell_are_named_and_not_averaged(tmp_path: Path) 
     table, rows, notes = made(tmp_path, record)
     killed = next(cell.run for cell in record.cells if (cell.arm, cell.seed) == ("no-gate", 1))
     assert f"Not counted: no-gate, seed 1: running at 200 of 440 steps [{killed}]." in notes
-    assert "Not counted: no-refinement, seed 2: its record cannot be read" in notes
-    assert corrupt in notes
+    broken = tmp_path / "runs" / corrupt / "run.json"
+    assert f"Not counted: no-refinement, seed 2: {broken} " in notes
     assert rows["full"]["top1_n"] == 3
     assert (rows["no-gate"]["top1_n"], rows["no-gate"]["top1"]) == (2, pytest.approx((97.0 + 97.3) / 2))
     assert rows["no-gate"]["top1_difference"] == pytest.approx((97.0 - 98.0 + 97.3 - 98.5) / 2)
@@ -472,6 +472,16 @@ def test_one_seed_gives_numbers_without_a_claim(tmp_path: Path) -> None:
     assert "±" not in render([table], "markdown")
 
 
+def test_an_arm_whose_records_are_not_believed_is_not_called_unfinished(tmp_path: Path) -> None:
+    record = study_of(tmp_path)
+    for seed in range(3):
+        (tmp_path / "runs" / f"no-gate-{seed}" / "run.json").write_text("{")
+    table, _, notes = made(tmp_path, record)
+    assert table.label(table.rows[-1]) == "no-gate (not counted)"
+    assert notes.count("Not counted: no-gate, seed ") == 3
+    assert "no-gate (not counted)" in render([table], "markdown")
+
+
 def test_an_arm_or_a_study_without_a_run_is_still_a_table(tmp_path: Path) -> None:
     record = study_of(tmp_path)
     for cell in record.cells:
@@ -479,6 +489,7 @@ def test_an_arm_or_a_study_without_a_run_is_still_a_table(tmp_path: Path) -> Non
             cell.run = ""
     table, _, _ = made(tmp_path, record)
     assert [row.kind for row in table.rows] == ["measured", "measured", "unfinished"]
+    assert "no-gate (unfinished)" in [table.label(row) for row in table.rows]
     empty = tmp_path / "empty"
     empty.mkdir()
     table, _, notes = made(empty, record)

@@ -331,6 +331,9 @@ def test_the_time_is_said_at_every_start_and_a_fitting_recipe_is_proposed(
     assert done.code == 0, done.err
     assert "the images have about 20 pixels a side and would be enlarged to 224" in done.err.replace("The i", "the i")
     assert "24 training images are few for 300 passes over them" in done.err
+    assert re.search(
+        r"MiB are saved: about \d+ \w+, and seconds more until the process ends", " ".join(done.out.split())
+    )
     assert f"hcnet pretrain --recipe pretrain/small --data {folder_of_images}" in done.err
 
 

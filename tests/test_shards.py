@@ -21,6 +21,7 @@ from timm.data import create_dataset
 
 from hcnet_cli import engine
 from hcnet_cli.bench import data as bench_data
+from hcnet_cli.cli import inspect
 from hcnet_cli.console import UserError
 from hcnet_cli.data import archive
 from hcnet_cli.data.images import read_image
@@ -294,7 +295,29 @@ def test_what_a_tar_must_not_hold(tmp_path: Path, files: Any, change: Any, words
     write_tar(tmp_path / "train.tar", files, change or str)
     with pytest.raises(UserError, match=words.replace(".", r"\.")) as raised:
         scan(tmp_path)
-    assert str(tmp_path / "train.tar") in str(raised.value)
+    assert str(raised.value).count(str(tmp_path / "train.tar")) == 1
+    assert "damaged" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [
+        *(("40KB", 40_000), ("40kB", 40_000), ("40kb", 40_000), ("0.5 mb", 500_000), ("2GB", 2 * 10**9)),
+        *(("1KiB", 1024), ("1.5MiB", 3 * 2**19), ("1tib", 2**40), ("999B", 999)),
+        *(("40", 0), ("40K", 0), ("40iB", 0), ("-1MB", 0), ("4 0MB", 0), ("40MBit", 0)),
+    ],
+)
+def test_the_sizes_of_a_tar(size: str, num_bytes: int) -> None:
+    assert inspect._num_bytes(size) == num_bytes
+
+
+def test_what_a_tar_in_a_tar_must_not_hold_is_said_once(tmp_path: Path) -> None:
+    write_tar(tmp_path / "inner.tar", {"1.png": b"x"}, link)
+    write_tar(tmp_path / "train.tar", {"a.tar": (tmp_path / "inner.tar").read_bytes()})
+    with pytest.raises(UserError) as raised:
+        archive.read(archive.find(tmp_path), "train")
+    where = f"{tmp_path / 'train.tar'}:a.tar"
+    assert str(raised.value) == f"{where} holds a link, 1.png: only regular files are read."
 
 
 @pytest.mark.parametrize("kept", [700, 512 + 2048, 512 + 1024 + 512])

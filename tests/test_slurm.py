@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -180,6 +181,7 @@ def test_each_process_has_its_share_of_the_cores(
         (("--on", "slurm", "--time", "soon"), "--time soon is no time limit"),
         (("--on", "slurm", "--time", "0"), "--time 0 is no time limit"),
         (("--on", "slurm", "--fresh"), "--fresh cannot be combined"),
+        (("--on", "slurm", "--out", "r\\j"), "Slurm takes the backslash for an escape"),
         (("--on", "slurm", "--sbatch-args", "--array=0-9"), "--sbatch-args cannot set --array"),
         (("--on", "slurm", "--sbatch-args", "--comment=token=abcdef"), "a password or a token"),
         (("--on", "slurm", "--sbatch-args", "'--qos"), "--sbatch-args cannot be read"),
@@ -194,6 +196,39 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
         assert (done.code, "Traceback" in done.err) == (2, False)
         assert words in done.err
     assert not list(Path().iterdir())
+
+
+def test_a_percent_in_a_folder_is_no_pattern_of_slurm(hcnet: Hcnet, fake: Path) -> None:
+    done = hcnet(*STUDY, "--on", "slurm", "--out", "r%j", "--dry-run")
+    assert "--output=r%%j/studies/" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "refused", "flag"),
+    [
+        ("--qos=long --time=1:00:00", "--time=1:00:00", "--time"),
+        ("--time 60", "--time", "--time"),
+        ("--tim=60", "--tim=60", "--time"),
+        ("-t60", "-t60", "--time"),
+        ("-J mine", "-J", ""),
+        ("--job-name=mine", "--job-name=mine", ""),
+        ("-p gpu", "-p", "--partition"),
+        ("-c 4", "-c", "--cpus"),
+        ("-G 2", "-G", "--gpus"),
+        ("--gpus=a100:2", "--gpus=a100:2", "--gpus"),
+        ("-N2", "-N2", ""),
+        ("--signal=USR1@60", "--signal=USR1@60", ""),
+    ],
+)
+def test_what_the_script_sets_is_no_further_option_of_sbatch(words: str, refused: str, flag: str) -> None:
+    with pytest.raises(UserError, match=rf"^--sbatch-args cannot set {re.escape(refused)}: hcnet does\.$") as error:
+        slurm.Cluster(args=words)
+    assert error.value.hint == (f"Its flag is {flag}." if flag else "")
+
+
+def test_other_options_of_sbatch_are_taken() -> None:
+    words = "--gres=gpu:1 --comment time --time-min=5 --nodelist=n1 --gpus-per-node=2 --mem=4G -A lab --qos long -n 1"
+    assert slurm.Cluster(args=words).words == shlex.split(words)
 
 
 def test_what_sbatch_refuses_is_said(hcnet: Hcnet, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,14 @@ def test_equivalence_is_scipys_two_tests_and_the_90_percent_interval(d: list[flo
 # --- bootstrap and robust means ---------------------------------------------------------------------------------------
 
 
+def test_what_rounding_leaves_of_zero_is_zero() -> None:
+    values = (0.1, 0.2, -0.3, 0.0, 5.0, -5.0)
+    assert math.fsum(values) != 0
+    c = compare(by_seed(*values), by_seed(*[0.0] * 6))
+    assert c is not None
+    assert (c.difference, c.iqm, c.effect) == (0, 0, 0)
+
+
 def test_the_bootstrap_interval_is_efrons() -> None:
     """Against BCa as Efron writes it, with its own resamples: z0 and the acceleration of the jackknife."""
     d = np.array([0.1, 0.5, -0.2, 0.9, 0.3, 2.0, 0.4, 0.0, 0.7, 0.2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,22 @@ from hcnet_cli.study.record import StudyRecord
 
 
 def test_an_analysis_is_fixed_before_the_first_run_and_not_changed_after_it() -> None:
-    asked = analysis.with_flags(Analysis(), {"margin": 0.2, "test": None})
-    fixed = analysis.fix(asked, (0, 1, 2), None, 0)
+    def asked(seeds: tuple[int, ...], known: int = 0, **flags: Any) -> Fixed:
+        return Fixed(analysis=analysis.with_flags(Analysis(), flags), seeds=seeds, finished=known)
+
+    fixed = analysis.fix(asked((0, 1, 2), margin=0.2, test=None), None, False)
     assert (fixed.analysis.margin, fixed.seeds, fixed.finished) == (0.2, (0, 1, 2), 0)
-    other = analysis.with_flags(Analysis(), {"margin": 0.3})
-    assert analysis.fix(other, (0, 1), fixed, 0).analysis.margin == 0.3  # nothing is known yet
-    assert analysis.fix(Analysis(), (0, 1, 2, 3), fixed, 4) == fixed  # flags left out: as it was
+    other = asked((0, 1), margin=0.3)
+    assert analysis.fix(other, fixed, False) == other  # nothing is known yet
+    assert analysis.fix(asked((0, 1, 2), 6, margin=0.2), fixed, False) == fixed  # the same, whose runs are gone
+    assert analysis.fix(asked((0, 1, 2, 3)), fixed, True) == fixed  # flags left out: as it was
     with pytest.raises(UserError, match=r"margin is 0.2 and cannot become 0.3"):
-        analysis.fix(other, (0, 1, 2), fixed, 4)
+        analysis.fix(other, fixed, True)
     with pytest.raises(UserError, match="test is paired-t and cannot become sign-flip"):
-        analysis.fix(analysis.with_flags(Analysis(), {"test": "sign-flip"}), (0, 1, 2), fixed, 1)
-    until = analysis.fix(analysis.with_flags(Analysis(), {"until": 0.5}), (0, 1, 2), None, 0)
+        analysis.fix(asked((0, 1, 2), test="sign-flip"), fixed, True)
+    until = analysis.fix(asked((0, 1, 2), until=0.5), None, False)
     with pytest.raises(UserError, match="first seeds of this study were fixed as 0,1,2"):
-        analysis.fix(until.analysis, (0, 1, 2, 3), until, 3)
+        analysis.fix(asked((0, 1, 2, 3), until=0.5), until, True)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +115,21 @@ def test_the_number_of_seeds_in_the_words_is_that_of_the_power_functions(tmp_pat
     assert f"with 80 % power; seeds still needed for 0.40: {needed - 4}." in notes
 
 
+def test_the_bca_interval_is_two_numbers_too_and_its_note_goes_with_it(tmp_path: Path) -> None:
+    full = (97.0, 97.6, 98.1, 96.9, 97.3, 97.7, 97.2, 97.4)
+    worse = tuple(f - d for f, d in zip(full, (0.3, 0.1, 0.6, 0.2, 0.5, 0.4, 0.2, 0.3), strict=True))
+    record = fixed(study_of(tmp_path, {"full": full, "no-gate": worse}))
+    table, rows, notes = made(tmp_path, record)
+    low, high = rows["no-gate"]["top1_bootstrap_low"], rows["no-gate"]["top1_bootstrap_high"]
+    assert low < rows["no-gate"]["top1_difference"] < high < 0
+    assert rows["no-gate"]["top1_bootstrap"] == f"[{low:.2f}, {high:.2f}]".replace("-", "−")
+    assert "BCa interval: bootstrap over seeds" in notes
+    effect = f"{rows['no-gate']['top1_effect']:.2f}".replace("-", "−")
+    assert f" {effect} |" in render([table], "markdown")
+    shutil.rmtree(tmp_path / "runs" / "no-gate-1")
+    assert "BCa" not in made(tmp_path, record)[2]
+
+
 def test_the_sign_flip_test_decides_where_it_is_primary(tmp_path: Path) -> None:
     """Six equal differences: no t, but the smallest p that six signs can have."""
     full = (97.0, 97.5, 98.0, 96.9, 97.2, 97.8)
@@ -124,6 +143,11 @@ def test_the_sign_flip_test_decides_where_it_is_primary(tmp_path: Path) -> None:
     _, rows, notes = made(tmp_path / "few", fixed(study_of(tmp_path / "few", few), test="sign-flip"))
     assert rows["no-gate"]["top1_verdict"] == "unresolved"
     assert "4 seeds cannot have p < 0.05 in the sign-flip test; 6 can" in notes
+    wide = {"full": full, "no-gate": tuple(value + d for value, d in zip(full, (1, -1, 1, -1, 1, -1), strict=True))}
+    for test, said in (("sign-flip", True), ("paired-t", False)):
+        _, _, notes = made(tmp_path / test, fixed(study_of(tmp_path / test, wide), test=test))
+        assert "with 80 % power" in notes
+        assert ("80 % power of the t-test (sign-flip needs somewhat more)" in notes) is said
 
 
 def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:
@@ -140,10 +164,42 @@ def test_two_stages_have_their_own_interval(tmp_path: Path) -> None:
     assert "the interval of no-gate is ±1.92 with 5 seeds; ±0.5 takes 75 (--max-seeds)" in notes
 
 
+def test_means_over_unequal_seeds_are_said_not_to_subtract(tmp_path: Path) -> None:
+    record = fixed(study_of(tmp_path))
+    assert "common seeds" not in made(tmp_path, record)[2]
+    shutil.rmtree(tmp_path / "runs" / "no-gate-1")
+    _, rows, notes = made(tmp_path, record)
+    assert "top-1: the mean of full is over 3 seeds, no-gate over 2: a difference is over the common seeds" in notes
+    apart = rows["no-gate"]["top1"] - rows["full"]["top1"]
+    assert rows["no-gate"]["top1_difference"] != pytest.approx(apart)
+
+
+def test_a_first_stage_that_is_not_whole_is_said_with_the_verdict(tmp_path: Path) -> None:
+    full = (0.0,) * 5
+    record = fixed(study_of(tmp_path, {"full": full, "no-gate": (1.0, 1.1, 1.2, 1.1, 1.0)}), (0, 1, 2), until=2.0)
+    shutil.rmtree(tmp_path / "runs" / "no-gate-1")
+    _, rows, notes = made(tmp_path, record)
+    caveat = "of the first 3 seeds, whose spread decided the number of the others, no-gate has 2 (missing: 1): its"
+    assert notes.index(caveat) < notes.index("better than full")
+    assert "the spread is that of those that count of the first 3 seeds" in notes
+    shutil.rmtree(tmp_path / "runs" / "no-gate-2")
+    _, rows, notes = made(tmp_path, record)
+    assert rows["no-gate"]["top1_p"] is None
+    assert "the first seeds of no-gate show no spread" in notes
+    assert "every seed gives the same difference" not in notes
+
+
 def test_seeds_that_were_added_later_are_named(tmp_path: Path) -> None:
     _, _, notes = made(tmp_path, fixed(study_of(tmp_path), (0, 1), finished=2))
     assert "Seeds added when results of the first 2 were known: 2. p is too small if" in notes
-    assert "Fixed when 2 runs of the study were finished already." in notes
+    assert "Fixed when 2 runs of the study's arms were finished already: p is too small if the analysis" in notes
+
+
+def test_seeds_that_were_added_to_a_single_one_are_named(tmp_path: Path) -> None:
+    record = fixed(study_of(tmp_path), (0,)).model_copy(update={"asked": [0, 1, 2, 9]})
+    _, _, notes = made(tmp_path, record)
+    assert "Seeds added when results of seed 0 were known: 1, 2. p is too small if" in notes
+    assert "Seeds that were asked for and have no result: 9." in notes
 
 
 def test_the_table_fits_80_columns_with_its_verdicts(tmp_path: Path) -> None:

@@ -67,14 +67,13 @@ def shards(
         str, typer.Argument(help="An image folder or the name of an embedded one, tars, or Parquet files.")
     ],
     out_dir: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    size: Annotated[str, typer.Option(help="Bytes of a tar, about: 500MB, 2GB.")] = "500MB",
+    size: Annotated[str, typer.Option(help="Bytes of a tar, about: 500MB, 2GB, 512MiB.")] = "500MB",
 ) -> None:
     """Write an image folder as WebDataset tars with an index, for storage that is slow with many small files.
 
     --data OUT trains the same run as --data FOLDER, bit for bit. webdataset and timm read the tars too.
     """
-    parts = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([kMGT]?)B", size)
-    limit = int(float(parts[1]) * 1000 ** " kMGT".index(parts[2] or " ")) if parts else 0
+    limit = _num_bytes(size)
     if limit < 1000:
         raise UserError(f"--size {size} is not a size of at least 1kB.", hint="For example: --size 500MB")
     from hcnet_cli.inputs import check_folder
@@ -90,6 +89,15 @@ def shards(
     root = data_folder(folder)
     with as_tars(root, out_dir) if parquet_files(root) else nullcontext(root) as images:
         write(images, out_dir, limit)
+
+
+def _num_bytes(size: str) -> int:
+    """500MB, 500 mb and 0.5GB are powers of 1000, 500MiB one of 1024; 0 for what is no size."""
+    parts = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(?:([kmgt])(i?))?b", size.lower())
+    if not parts:
+        return 0
+    power = " kmgt".index(parts[2] or " ")
+    return int(float(parts[1]) * (1024 if parts[3] else 1000) ** power)
 
 
 def explain(

@@ -46,6 +46,8 @@ def cluster(given: dict[str, Any]) -> Cluster | None:
         raise UserError(f"--on {given['on']}: known is slurm.")
     if given.get("fresh"):
         raise UserError("--fresh cannot be combined with --on slurm: each requeue would start over.")
+    if "\\" in str(given["out_dir"]):
+        raise UserError(f"--out {given['out_dir']}: Slurm takes the backslash for an escape in the name of its log.")
     from hcnet_cli.study.slurm import Cluster
 
     return Cluster(

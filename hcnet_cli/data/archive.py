@@ -332,6 +332,8 @@ def _files(file: BinaryIO, path: str, start: int = 0, inside: bytes = b"") -> It
                 else:
                     yield _File(name, entry.offset_data, entry.size, inside)
             end = tar.offset
+    except UserError:  # a ValueError too
+        raise
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise _damaged(where, str(error)) from None
     if os.pread(file.fileno(), BLOCK, end) != bytes(BLOCK):  # tarfile takes a cut between two files as the end

@@ -78,11 +78,17 @@ class Analysis(Part):
 
 
 class Fixed(Part):
-    """An analysis as it was fixed: with the seeds planned, and how many runs of the study were finished by then."""
+    """An analysis as it was fixed, with the seeds planned.
+
+    Args:
+        finished: Runs of the study's arms that were finished by then, whatever their seeds and wherever they are now.
+        other_seeds: Those of them with seeds that were not planned.
+    """
 
     analysis: Analysis
     seeds: tuple[int, ...]
     finished: int = 0
+    other_seeds: int = 0
 
 
 def with_flags(analysis: Analysis, flags: Mapping[str, Any]) -> Analysis:
@@ -100,14 +106,15 @@ def with_flags(analysis: Analysis, flags: Mapping[str, Any]) -> Analysis:
         raise UserError(sentence.replace(f'"{key}"', flag, 1).replace(", or null", ""), hint=hint) from None
 
 
-def fix(analysis: Analysis, seeds: Sequence[int], before: Fixed | None, finished: int) -> Fixed:
+def fix(asked: Fixed, before: Fixed | None, finished: bool) -> Fixed:
     """The analysis of a study that is about to start or to continue.
 
-    While no run is finished it may change. Later the one of `before` stays; UserError if `analysis` names something
-    else, or other seeds for the first stage of `until`.
+    While no run is `finished`, or where those that were are gone, it may change. Else the one of `before` stays;
+    UserError if `asked` names something else, or other seeds for the first stage of `until`.
     """
+    analysis = asked.analysis
     if before is None or not finished:
-        return Fixed(analysis=analysis, seeds=tuple(seeds), finished=finished)
+        return before if before and (before.analysis, before.seeds) == (analysis, asked.seeds) else asked
     for name in sorted(analysis.model_fields_set):
         now, then = getattr(analysis, name), getattr(before.analysis, name)
         if now != then:
@@ -117,7 +124,7 @@ def fix(analysis: Analysis, seeds: Sequence[int], before: Fixed | None, finished
                 hint="Leave it as it was. What is looked for afterwards is secondary: report it as such, or test it on "
                 "other seeds in a study file of another name.",
             )
-    if before.analysis.until and tuple(seeds) != before.seeds:
+    if before.analysis.until and asked.seeds != before.seeds:
         raise UserError(
             f"The first seeds of this study were fixed as {','.join(map(str, before.seeds))}; --until adds the others."
         )

@@ -25,8 +25,9 @@ from hcnet_cli.files import write_text, writing
 from hcnet_cli.finished import FINISHED
 from hcnet_cli.grouping import Run
 from hcnet_cli.recipe import Recipe
-from hcnet_cli.study.analysis import fix
+from hcnet_cli.study.analysis import Fixed, fix
 from hcnet_cli.study.design import Design, check_seeds, model_arguments
+from hcnet_cli.study.known import with_known
 from hcnet_cli.study.machine import environment
 from hcnet_cli.study.planning import later_seeds, power_lines
 from hcnet_cli.study.record import Cell, Found, RunSearch, StudyRecord, Today, exclusive, find_run, read_earlier
@@ -111,10 +112,14 @@ class StudyProcess:
         self.durations: list[float] = []  # seconds, of the cells that finished
         self.stop = 0  # the number of a signal
         self.refused: UserError | None = None
-        self._adopt(before.cells if before else ())
+        search = RunSearch(runs.find_runs(settings.results), self.today)
+        self._adopt(search, before.cells if before else ())
         self.kept = self._keep_known(earlier)  # seeds that were not asked for
-        finished = sum(cell.state == "finished" for cell in self.record.cells)
-        self.record.primary = fix(design.analysis, design.seeds, before.primary if before else None, finished)
+        finished = any(cell.state == "finished" for cell in self.record.cells)
+        asked = Fixed(analysis=design.analysis, seeds=tuple(design.seeds))
+        if before is None or not finished:
+            asked = with_known(asked, design, search, before)
+        self.record.primary = fix(asked, before.primary if before else None, finished)
 
     def _keep_known(self, earlier: Sequence[int]) -> list[int]:
         """Leaves out those of the earlier seeds that nothing is known of. With a result a seed stays: a choice among
@@ -150,12 +155,9 @@ class StudyProcess:
         task = f" {cell.task}," if self.several_tasks else ""
         return f"{cell.arm},{task} seed {cell.seed}"
 
-    def _adopt(self, before: Sequence[Cell]) -> None:
+    def _adopt(self, search: RunSearch, before: Sequence[Cell]) -> None:
         """Enters the runs that exist already. The cells of before name runs whose data has another path since."""
         earlier = {(c.arm, c.task, c.seed): c for c in before}
-        found = runs.find_runs(self.settings.results)
-        names = {path.name: Run(path, info) for path, info in found[0]}
-        search = RunSearch(found, self.today)
         code, others = runs.git_state(), 0
         for cell in self.record.cells:
             if not self.ready(cell):
@@ -167,7 +169,7 @@ class StudyProcess:
             cell.run = folder.name
             if old and old.run == cell.run:
                 cell.jobs = old.jobs
-            run = names.get(cell.run)
+            run = Run(*search.names[cell.run]) if cell.run in search.names else None
             cell.fingerprint = run.info.fingerprint if run else ""
             foreign = run is None or any((s.git_commit, s.git_dirty) != code for s in run.info.all_sessions())
             if self.settings.fresh and foreign:

@@ -20,7 +20,19 @@ from hcnet_cli.privacy import mask_text
 
 SAVE_SECONDS = 180  # before the time limit the run gets SIGUSR1; Slurm sends it up to a minute early
 MAX_ARRAY_SIZE = 1001  # Slurm's default
-OURS = ("array", "output", "error", "open-mode", "dependency", "wrap", "parsable", "requeue", "no-requeue", "chdir")
+FLAGS = {
+    "array": "--at-once",
+    "partition": "--partition",
+    "time": "--time",
+    "cpus-per-task": "--cpus",
+    "gpus": "--gpus",
+}
+OURS = (  # options of sbatch that the script and its submission set
+    *("output", "error", "open-mode", "dependency", "kill-on-invalid-dep", "wrap", "parsable", "requeue", "no-requeue"),
+    *("chdir", "signal", "job-name", "nodes", *FLAGS),
+)
+SHORT = {"a": "array", "o": "output", "e": "error", "d": "dependency", "D": "chdir", "J": "job-name", "N": "nodes",
+         "p": "partition", "t": "time", "c": "cpus-per-task", "G": "gpus"}  # fmt: skip
 SCRIPT = """\
 #!/bin/bash
 #SBATCH --requeue --open-mode=append --signal=B:USR1@{save_seconds}
@@ -59,6 +71,14 @@ exit "$code"
 """
 
 
+def _ours(word: str) -> str:
+    """The option of sbatch that hcnet sets itself and that a word names, also in short; "" for none."""
+    if not word.startswith("--"):
+        return SHORT.get(word[1:2], "") if word.startswith("-") else ""
+    name = word[2:].partition("=")[0]
+    return name if name in OURS else next((one for one in OURS if len(name) > 1 and one.startswith(name)), "")
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What a cell gets, in Slurm's words. `time`: as sbatch takes it; "" is the partition's own limit."""
@@ -82,9 +102,9 @@ class Cluster:
                 hint="sbatch also takes options from the environment (SBATCH_ACCOUNT and others).",
             )
         for word in self.words:
-            name = word.lstrip("-").partition("=")[0]
-            if name in OURS or (word[:1] == "-" and word[:2] in ("-a", "-o", "-e", "-d", "-D")):
-                raise UserError(f"--sbatch-args cannot set {word}: hcnet does.")
+            if option := _ours(word):
+                flag = f"Its flag is {FLAGS[option]}." if option in FLAGS else ""
+                raise UserError(f"--sbatch-args cannot set {word}: hcnet does.", hint=flag)
 
     @property
     def words(self) -> list[str]:
@@ -258,7 +278,7 @@ class Submission:
             "sbatch",
             "--parsable",
             f"--array={ranges(list(self.cells))}{limit}",
-            f"--output={self.script.parent / 'slurm.log'}",
+            f"--output={str(self.script.parent / 'slurm.log').replace('%', '%%')}",  # %j is a pattern, %% a percent
         ]
         if self.after:
             line += [f"--dependency={self.after}", "--kill-on-invalid-dep=yes"]

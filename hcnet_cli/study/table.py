@@ -78,7 +78,7 @@ def count(record: StudyRecord, task: str, found: Found) -> tuple[Counted, list[s
     for cell in cells:
         run, key = found.get(cell.run), (cell.arm, cell.seed)
         if isinstance(run, str):
-            reasons[key] = f"its record cannot be read ({run})"
+            reasons[key] = run.rstrip(".")
         elif run is None:
             reasons[key] = "its run is gone" if cell.run else "started" if cell.state == "running" else NOT_RUN
         elif not run.finished:
@@ -167,6 +167,7 @@ def table(record: StudyRecord, found: Found) -> Table:
     infos: list[RunInfo] = []
     forest: list[tuple[str, float, float, float]] = []
     verdicts: list[str] = []
+    missing: dict[str, list[int]] = {}
     left_out: list[str] = []
     metrics: list[Metric] = []
     for task in record.tasks:
@@ -184,21 +185,49 @@ def table(record: StudyRecord, found: Found) -> Table:
                 if metric == TASKS[task].primary and c.low is not None and c.high is not None:
                     label = f"{arm}, {metric.title}" if len(record.tasks) > 1 else arm
                     forest.append((label, c.difference, c.low, c.high))
+            if metric.key == record.analysis.metric:
+                missing = _missing_first(record, counted)
+                verdicts += words.first_stage_notes(record, metric, missing)
             found_out = {arm: str(values[arm][f"{metric.key}_verdict"]) for arm in comparisons}
             verdicts += words.verdicts(record, metric, comparisons, found_out)
             if metric == TASKS[task].primary:
                 verdicts += words.selection_note(record, metric, values)
+                numbers = {arm: len(by_seed) for arm, by_seed in counted.items()}
+                verdicts += words.unequal_seeds_note(record, metric, numbers)
     for arm, row in values.items():
         row |= _provenance(record, members[arm])
     rows = [
-        Row("measured" if members[arm] else "unfinished", values[arm], tuple(run.folder for run in members[arm]))
+        Row(
+            "measured" if members[arm] else "unfinished",
+            values[arm] if members[arm] else {**values[arm], "state": _state_without_runs(record, arm, found)},
+            tuple(run.folder for run in members[arm]),
+        )
         for arm in record.arms
     ]
     rows.sort(key=lambda row: row.kind == "unfinished")
-    notes = [*verdicts, *left_out, *words.method_notes(record, values), *words.run_notes(record, infos, values)]
+    notes = [
+        *verdicts,
+        *left_out,
+        *words.method_notes(record, values, missing),
+        *words.run_notes(record, infos, values),
+    ]
     short = " on ".join(filter(None, (record.title, ", ".join(dict.fromkeys(info.data.name for info in infos)))))
     columns = _columns(record, metrics, values)
     return Table("ablation", _title(record, infos), columns, rows, notes, forest, short=short)
+
+
+def _state_without_runs(record: StudyRecord, arm: str, found: Found) -> str:
+    """What the label of an arm says of which no run counts."""
+    own = [found.get(cell.run) for cell in record.cells if cell.arm == arm]
+    there = any(isinstance(run, str) or (run is not None and run.finished) for run in own)
+    return "not counted" if there else "unfinished"
+
+
+def _missing_first(record: StudyRecord, counted: Counted) -> dict[str, list[int]]:
+    """The seeds of the first stage of `until` that an arm with others lacks, or its baseline does."""
+    first, arms = record.first_stage or (), [arm for arm in counted if arm != record.baseline and counted[arm]]
+    missing = {arm: [seed for seed in first if seed not in counted[arm]] for arm in arms}
+    return {arm: seeds for arm, seeds in missing.items() if seeds}
 
 
 def _metrics(task: str, counted: Counted) -> list[Metric]:
@@ -231,7 +260,7 @@ def _columns(record: StudyRecord, metrics: Sequence[Metric], values: Mapping[str
     other = ("_p_sign_flip", "p (sign-flip)") if analysis.test == "paired-t" else ("_p_t", "p (t)")
     further = [
         *each("_p_equivalence", "p (equivalence)", "p", secondary=True),
-        *each("_effect", "effect size", "number", secondary=True),
+        *each("_effect", "effect size", "difference", secondary=True),
         *each(*other, "p", secondary=True),
         *each("_bootstrap", "BCa interval", "text", secondary=True),
         *each("_median", "median diff.", "difference", secondary=True),
@@ -299,6 +328,7 @@ def _fill_metric(
         row[f"{metric}_n"] = len(by_seed)
         row[f"{metric}_by_seed"] = ", ".join(f"{seed}: {value:.4f}" for seed, value in by_seed.items())
         if c := compared.get(arm):
+            bootstrap_low, bootstrap_high = c.bootstrap or (None, None)
             row |= {
                 f"{metric}_difference": c.difference,
                 f"{metric}_low": c.low,
@@ -310,7 +340,9 @@ def _fill_metric(
                 f"{metric}_p_equivalence": equivalent[arm],
                 f"{metric}_p_t": c.p,
                 f"{metric}_p_sign_flip": c.p_sign_flip,
-                f"{metric}_bootstrap": _interval(*(c.bootstrap or (None, None))),
+                f"{metric}_bootstrap": _interval(bootstrap_low, bootstrap_high),
+                f"{metric}_bootstrap_low": bootstrap_low,
+                f"{metric}_bootstrap_high": bootstrap_high,
                 f"{metric}_median": c.median,
                 f"{metric}_iqm": c.iqm,
                 f"{metric}_effect": c.effect,

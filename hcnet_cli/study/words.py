@@ -12,7 +12,6 @@ from hcnet_cli.grouping import plain
 from hcnet_cli.results import command, epochs
 from hcnet_cli.runs import RunInfo
 from hcnet_cli.statistics import (
-    BOOTSTRAP_FROM,
     MOST_SEEDS,
     POWER,
     Comparison,
@@ -52,7 +51,11 @@ def verdicts(
             lines += [f"{title}: {sentence}" for sentence in _more_seeds(record, [comparisons[arm] for arm in arms])]
     if analysis.until and metric.key == analysis.metric:
         lines += [f"{title}: {sentence}" for sentence in _still_wide(analysis.until, comparisons)]
-    if arms := [arm for arm, c in comparisons.items() if c.n > 1 and c.low is None]:
+    without_interval = [arm for arm, c in comparisons.items() if c.n > 1 and c.low is None]
+    later = [arm for arm in without_interval if analysis.until and comparisons[arm].spread is not None]
+    if later:
+        lines.append(f"{title}: the first seeds of {', '.join(later)} show no spread: no interval and no t-test.")
+    if arms := [arm for arm in without_interval if arm not in later]:
         lines.append(
             f"{title}: every seed gives the same difference for {', '.join(arms)}: there is no spread, and so no "
             "interval and no t-test."
@@ -63,6 +66,28 @@ def verdicts(
             "difference without repeated runs (--seeds 0,1,2)."
         )
     return lines
+
+
+def first_stage_notes(record: StudyRecord, metric: Metric, missing: Mapping[str, Sequence[int]]) -> list[str]:
+    """What the seeds of the first stage that do not count (by arm) mean for the figures beside them."""
+    planned = len(record.first_stage or ())
+    return [
+        f"{metric.title}: of the first {planned} seeds, whose spread decided the number of the others, {arm} has "
+        f"{planned - len(seeds)} (missing: {_listed(seeds)}): its interval, p and verdict are not exact."
+        for arm, seeds in missing.items()
+    ]
+
+
+def unequal_seeds_note(record: StudyRecord, metric: Metric, numbers: Mapping[str, int]) -> list[str]:
+    """That means over unequal numbers of seeds (by arm) do not subtract to the difference over the common ones."""
+    baseline = record.baseline
+    fewer = [f"{arm} over {n}" for arm, n in numbers.items() if 0 < n < numbers[baseline]]
+    if not fewer:
+        return []
+    return [
+        f"{metric.title}: the mean of {baseline} is over {numbers[baseline]} seeds, {', '.join(fewer)}: a difference "
+        "is over the common seeds, and is not that of these means."
+    ]
 
 
 def selection_note(record: StudyRecord, metric: Metric, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
@@ -86,6 +111,8 @@ def _more_seeds(record: StudyRecord, unresolved: Sequence[Comparison]) -> list[s
     if analysis.test == "sign-flip" and n < fewest_seeds(level):
         return [f"{n} seeds cannot have p < {analysis.alpha:g} in the sign-flip test; {fewest_seeds(level)} can."]
     shown, power = smallest_difference(spread, n, level), f"{100 * POWER:.0f} % power"
+    if analysis.test == "sign-flip":
+        power += " of the t-test (sign-flip needs somewhat more)"
     if shown is None:
         return []
     if shown > WHOLE:
@@ -111,8 +138,10 @@ def _still_wide(until: float, comparisons: Mapping[str, Comparison]) -> list[str
     ]
 
 
-def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]]) -> list[str]:
-    """The statistics, where there is more than one seed."""
+def method_notes(
+    record: StudyRecord, values: Mapping[str, Mapping[str, Value]], missing: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """The statistics, where there is more than one seed. `missing`: the seeds of the first stage that do not count."""
 
     def numbers(ending: str) -> list[float]:
         return [v for row in values.values() for key, v in row.items() if key.endswith(ending) and is_number(v)]
@@ -122,19 +151,21 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
     analysis, others = record.analysis, len(record.arms) - 1
     notes = [f"Primary analysis: {analysis.describe(others)}. {_when_fixed(record)} Other figures are secondary."]
     if analysis.until:
+        counted = "those that count of " if missing else ""
         notes.append(
-            f"Interval and p of the primary analysis are those of the two stages: the spread is that of the first "
-            f"{len(record.first_stage or ())} seeds, which decided the number of the others."
+            f"Interval and p of the primary analysis are those of the two stages: the spread is that of {counted}the "
+            f"first {len(record.first_stage or ())} seeds, which decided the number of the others."
         )
-    elif record.primary and len(planned := record.primary.seeds) > 1:
+    elif record.primary and (planned := record.primary.seeds):
         if added := set(record.seeds) - set(planned):
+            first = f"the first {len(planned)}" if len(planned) > 1 else f"seed {planned[0]}"
             notes.append(
-                f"Seeds added when results of the first {len(planned)} were known: {_listed(added)}. p is too small if "
+                f"Seeds added when results of {first} were known: {_listed(added)}. p is too small if "
                 "they were added because of these results (--until adds seeds and keeps the error rate)."
             )
-        if missing := set(record.ever_asked) - set(record.seeds):
+        if dropped := set(record.ever_asked) - set(record.seeds):
             notes.append(
-                f"Seeds that were asked for and have no result: {_listed(missing)}. p is too small if the study was "
+                f"Seeds that were asked for and have no result: {_listed(dropped)}. p is too small if the study was "
                 "ended because of its results."
             )
     further = [
@@ -147,7 +178,7 @@ def method_notes(record: StudyRecord, values: Mapping[str, Mapping[str, Value]])
         further.append("p (equivalence): two one-sided t-tests, Holm-corrected.")
     if numbers("_iqm"):
         further.append("IQM: mean of the middle half of the differences.")
-    if max(numbers("_n")) >= BOOTSTRAP_FROM and not analysis.until:
+    if numbers("_bootstrap_low"):
         further.append("BCa interval: bootstrap over seeds, too narrow for few seeds (docs/statistics.md).")
     notes.append(f"Differences are arm minus {record.baseline}, paired by seed. {' '.join(further)}")
     return notes
@@ -160,9 +191,14 @@ def _listed(seeds: Collection[int]) -> str:
 def _when_fixed(record: StudyRecord) -> str:
     if record.primary is None:
         return "It is the default: none was fixed before training."
-    if not record.primary.finished:
+    finished, others = record.primary.finished, record.primary.other_seeds
+    if not finished:
         return "Fixed before training."
-    return f"Fixed when {record.primary.finished} runs of the study were finished already."
+    with_others = f", {others} of them with other seeds than those planned" if others else ""
+    return (
+        f"Fixed when {finished} runs of the study's arms were finished already{with_others}: p is too small if the "
+        "analysis or the seeds were chosen because of their results."
+    )
 
 
 def run_notes(record: StudyRecord, infos: Sequence[RunInfo], values: Mapping[str, Mapping[str, Value]]) -> list[str]:
