@@ -55,8 +55,9 @@ def written(results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder, paper.write_figures([*measured, ABLATION], found, folder)
 
 
-def test_every_figure_of_the_page_is_there_twice(written: tuple[Path, list[str]]) -> None:
+def test_every_figure_of_the_page_is_there_twice(results: Path, written: tuple[Path, list[str]]) -> None:
     folder, lines = written
+    run = next(path.name for path in (results / "runs").iterdir() if path.name.startswith("pretrain-digits-t-"))
     assert lines == [
         "digits-macs: digits, top-1 against MACs (G)",
         "digits-params: digits, top-1 against #params (M)",
@@ -64,11 +65,34 @@ def test_every_figure_of_the_page_is_there_twice(written: tuple[Path, list[str]]
         "digits-loss-curve: digits, training loss",
         "digits-top1-curve: digits, validation top-1 (%)",
         "digits-lr-curve: digits, learning rate",
-        "hcnet-t-1-on-digits-reliability: HcNet-T [1] on digits, reliability",
+        f"{run}-reliability: HcNet-T on digits, reliability (run {run})",
     ]
     names = {line.split(":")[0] for line in lines}
     assert names == {path.stem for path in folder.glob("*.pdf")} == {path.stem for path in folder.glob("*.svg")}
     assert not [path for path in folder.iterdir() if path.suffix not in (".pdf", ".svg")]
+
+
+def test_a_runs_figures_keep_their_names(tmp_path: Path) -> None:
+    """Whatever else lies in the folder; another run under the same name has other names."""
+
+    def drawn(folder: Path) -> set[str]:
+        found = collect([folder])
+        return {line.split(":")[0] for line in paper.write_figures(tables(found, "imagenet"), found, folder / "f")}
+
+    def add(folder: Path, **fields: object) -> None:
+        run = make_run(folder, log=False, **fields)  # type: ignore[arg-type]
+        bins = [calibration.Bin(0.4, 0.5, 10, 0.45, 0.5)._asdict()]
+        (run / "final").mkdir()
+        (run / "final" / "calibration.json").write_text(json.dumps({"bins": bins}))
+
+    add(tmp_path / "a", name="best", fingerprint="0badf00d", changes={"optim.lr": 0.1})
+    add(tmp_path / "b", name="best", fingerprint="0badf00d", changes={"optim.lr": 0.1})
+    add(tmp_path / "b", changes={"optim.lr": 0.01}, fingerprint="00000000")
+    add(tmp_path / "c", name="best", fingerprint="12345678")
+    own = {name for name in drawn(tmp_path / "a") if "reliability" in name}
+    assert own == {"best-0badf00d-reliability"}
+    assert own < {name for name in drawn(tmp_path / "b") if "reliability" in name}
+    assert not own & drawn(tmp_path / "c")
 
 
 def test_a_figure_has_a_column_its_fonts_and_no_date(written: tuple[Path, list[str]]) -> None:

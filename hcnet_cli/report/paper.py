@@ -10,6 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def write_figures(made: Sequence[Table], found: Results, folder: Path) -> list[s
         with matplotlib.style.context(STYLE):
             for name, what, figure in _all(made, found):
                 number = 1
-                own = name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80]
+                own = name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:120]
                 while own in taken:
                     number += 1
                     own = f"{name}-{number}"
@@ -97,11 +98,18 @@ def _all(made: Sequence[Table], found: Results) -> Iterator[tuple[str, str, Figu
             yield f"{title} differences", f"{title}, {x_title} with 95 % intervals", forest(arms, x_title)
     names = {run for table in made for row in table.rows for run in row.runs}
     yield from _curves([run for run in found.runs if run.finished and run.folder in names])
+    fingerprints = {run.folder: run.info.fingerprint for run in found.runs}
     for table, row, run in plots.first_runs(made):
         if row.kind == "measured":
-            about = f"{plots.short_label(table, row)} on {row.values.get('data')}"
+            model = plots.short_label(table, replace(row, mark=""))  # the mark's note is under the table alone
             for what, figure in final.drawings(run / "final", COLUMN, PAGE):
-                yield f"{about} {what}", f"{about}, {what}", figure
+                about = f"{model} on {row.values.get('data')}, {what} (run {run.name})"
+                yield f"{_own_name(run.name, fingerprints.get(run, ''))} {what}", about, figure
+
+
+def _own_name(name: str, fingerprint: str) -> str:
+    """A run by its name and fingerprint: no other run of the folder, and no later one of that name, has it."""
+    return f"{name.removesuffix(fingerprint)[:80]} {fingerprint}"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
