@@ -7,7 +7,6 @@ of a column. So each is drawn by what serves it, from the same data (`plots`).
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from hcnet_cli.charts import COOL, HOT, INK, MUTED, shortened
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.files import replacing, writing
 from hcnet_cli.report import figures, final, plots
+from hcnet_cli.report.escape import slug
 from hcnet_cli.results import Results
 from hcnet_cli.table import Table
 from hcnet_cli.tasks import TASKS
@@ -71,7 +71,7 @@ def write_figures(made: Sequence[Table], found: Results, folder: Path) -> list[s
         with matplotlib.style.context(STYLE):
             for name, what, figure in _all(made, found):
                 number = 1
-                own = name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:120]
+                own = name = slug(name)
                 while own in taken:
                     number += 1
                     own = f"{name}-{number}"

@@ -23,6 +23,7 @@ from hcnet_cli.report.escape import (
     latex_line,
     markdown_code,
     markdown_link,
+    slug,
     to_json,
 )
 from hcnet_cli.table import MISSING, Column, Row, Table, Value, is_number
@@ -184,13 +185,13 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
     r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are numbered under each table."""
     parts = ["% Made by hcnet report. Needs \\usepackage{booktabs}."]
     parts += [f"% {visible(note)}" for note in notes]
-    for number, table in enumerate(tables, 1):
+    for table, label in zip(tables, latex_labels(tables), strict=True):
         columns = [c for c in table.columns if c.key not in NOT_IN_LATEX]
         sources: dict[str, int] = {}
         lines = [
             r"\begin{table}[tp]",
             r"\centering\small\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{in_latex(table.title)}}}\label{{tab:{table.name}-{number}}}",
+            rf"\caption{{{in_latex(table.title)}}}\label{{{label}}}",
             rf"\begin{{tabular}}{{{''.join('l' if c.style == 'text' else 'r' for c in columns)}}}",
             r"\toprule",
             " & ".join(in_latex(c.title) for c in columns) + r" \\",
@@ -210,7 +211,6 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
         if len(listed) <= SOURCES_IN_TABLE:
             lines += listed + end
         else:  # a float cannot be longer than a page; what follows it can be broken
-            label = rf"tab:{table.name}-{number}"
             lines += [
                 *end,
                 r"\begingroup\scriptsize\raggedright\noindent",
@@ -220,6 +220,23 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
             lines += [r"\par\endgroup"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def latex_labels(tables: Sequence[Table]) -> list[str]:
+    r"""A \label for each table by what it is of, such as tab:digits-val; by the whole title where two are of one data
+    set. It does not depend on the place among the tables.
+    """
+    short = [slug(table.short or table.title.partition(":")[0]) for table in tables]
+    names = [name if name and short.count(name) == 1 else slug(t.title) for name, t in zip(short, tables, strict=True)]
+    made: list[str] = []
+    for name, table in zip(names, tables, strict=True):
+        own = name = f"tab:{name or table.name}"
+        number = 1
+        while own in made:  # two titles of the same letters
+            number += 1
+            own = f"{name}-{number}"
+        made.append(own)
+    return made
 
 
 def _tex_cell(table: Table, row: Row, column: Column) -> str:
