@@ -178,6 +178,13 @@ def test_latex_is_balanced(folder):
     assert text.isascii() or not re.search(r"[^\x00-\u017f]", text)
 
 
+def test_latex_sources_have_letters_and_departures_numbers(folder):
+    text = report([folder], fmt="latex", table="imagenet")
+    assert re.search(r"HcNet-pico \[1\]\\textsuperscript\{[a-z]+\}", text)
+    assert set(re.findall(r"\\textsuperscript\{(\w+)\}", text)) > {"a", "b", "z", "aa"}
+    assert not re.search(r"\\textsuperscript\{\d", text)
+
+
 def test_latex_labels_name_what_a_table_is_of(folder):
     """The same in a report of all tables and of one; no two alike."""
     text = report([folder], fmt="latex")

@@ -182,12 +182,12 @@ def relative(path: Path, base: Path | None) -> str:
 
 
 def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
-    r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are numbered under each table."""
+    r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are listed by letters under each table."""
     parts = ["% Made by hcnet report. Needs \\usepackage{booktabs}."]
     parts += [f"% {visible(note)}" for note in notes]
     for table, label in zip(tables, latex_labels(tables), strict=True):
         columns = [c for c in table.columns if c.key not in NOT_IN_LATEX]
-        sources: dict[str, int] = {}
+        sources: dict[str, str] = {}  # source -> letter
         lines = [
             r"\begin{table}[tp]",
             r"\centering\small\setlength{\tabcolsep}{3pt}",
@@ -202,11 +202,11 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
                 cells = [_tex_cell(table, row, c) for c in columns]
                 names = ", ".join(run.name for run in row.runs)
                 if source := str(row.values.get("source") or "") if kind == "published" else names:
-                    cells[0] += rf"\textsuperscript{{{sources.setdefault(source, len(sources) + 1)}}}"
+                    cells[0] += rf"\textsuperscript{{{sources.setdefault(source, _letters(len(sources)))}}}"
                 lines.append(latex_line(" & ".join(cells)) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\par\medskip\begingroup\scriptsize\raggedright"]
         lines += [rf"{latex_line(in_latex(note))}\par" for note in table.notes]
-        listed = [rf"\textsuperscript{{{n}}} {in_latex(source)}.\quad" for source, n in sources.items()]
+        listed = [rf"\textsuperscript{{{letter}}} {in_latex(source)}.\quad" for source, letter in sources.items()]
         end = [r"\par\endgroup", r"\end{table}"]
         if len(listed) <= SOURCES_IN_TABLE:
             lines += listed + end
@@ -237,6 +237,12 @@ def latex_labels(tables: Sequence[Table]) -> list[str]:
             own = f"{name}-{number}"
         made.append(own)
     return made
+
+
+def _letters(number: int) -> str:
+    """a, b, ... z, aa, ab, ...: no footnote looks like a row's mark, such as [1]."""
+    before, last = divmod(number, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("a") + last)
 
 
 def _tex_cell(table: Table, row: Row, column: Column) -> str:
