@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hcnet_cli import privacy, runs
-from hcnet_cli.grouping import Run, changes_text, deduplicate, group_by_config, independent, init_label, tell_apart
+from hcnet_cli.grouping import (
+    Run,
+    changes_text,
+    deduplicate,
+    group_by_config,
+    independent,
+    init_label,
+    recipe_values,
+    tell_apart,
+)
 from hcnet_cli.privacy import mask
 from hcnet_cli.published import METRICS, read_published, shipped_published
 from hcnet_cli.runs import RunInfo
@@ -173,6 +182,16 @@ def metric_notes(notes: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in own.items())
 
 
+def image_size(run: Run) -> int | None:
+    """The side of a classifier's images; else the short side of the scale that images are rescaled to, by the recipe:
+    older records have the size that MACs are counted at.
+    """
+    spec = TASKS[run.info.task]
+    values = {} if spec.compare_by_image_size else recipe_values(run)
+    sides = values.get(next(iter(spec.size_keys), ""))
+    return min(sides) if isinstance(sides, list) and sides else run.info.img_size
+
+
 def in_units(count: int | None, unit: float) -> float | None:
     return None if count is None else count / unit
 
@@ -201,7 +220,7 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "model": model_name(info),
         "size": info.size,
         "variant": info.variant,
-        "img_size": info.img_size,
+        "img_size": image_size(group[0]),
         "params_m": in_units(info.params, 1e6),
         "macs_g": in_units(info.macs, 1e9),
         "macs_input": info.macs_input,

@@ -90,6 +90,16 @@ def test_unlike_runs_are_not_averaged(tmp_path, change):
     assert [row["n"] for row in measured(tmp_path)] == [1, 1]
 
 
+def test_image_size_is_what_the_run_was_trained_at(tmp_path):
+    """Older records of detection have the height that MACs are counted at; they are averaged with newer ones."""
+    for seed, recorded in enumerate((800, 128)):
+        run = make_run(tmp_path, "digit-scenes", seed=seed, img_size=recorded, macs_input="3x800x1280")
+        recipe = rcp.resolve(rcp.recipe_file("finetune-det/digit-scenes"), [("data.img_scale", [192, 128], "")]).recipe
+        (run / "recipe.yaml").write_text(rcp.dump_yaml(recipe))
+    (row,) = measured(tmp_path)
+    assert (row["n"], row["img_size"], row["macs_input"]) == (2, 128, "3x800x1280")
+
+
 def test_figures_beside_the_metrics_divide_no_row_and_are_averaged_where_they_are_made_alike(tmp_path):
     make_run(tmp_path, seed=0, score=90)  # from before the figure was computed
     titles = {column.title for table in tables(collect([tmp_path]), "imagenet") for column in table.columns}
