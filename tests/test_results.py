@@ -90,6 +90,21 @@ def test_unlike_runs_are_not_averaged(tmp_path, change):
     assert [row["n"] for row in measured(tmp_path)] == [1, 1]
 
 
+def test_an_evaluation_of_ones_own_has_a_column_and_only_columns_are_explained(tmp_path):
+    metrics = {"top1": 90.0, "top5": 99.0, "top1_large": 91.0, "top5_large": 99.5, "top1_95_lower": 88.0}
+    notes = {"top1_large": "48 x 48, crop 1", "top1_95": "bootstrap", "ece": "15 bins"}
+    make_run(tmp_path, metrics=metrics, metric_notes=notes)
+    make_run(tmp_path, variant="no-gate")
+    table = next(table for table in tables(collect([tmp_path]), "imagenet") if table.measured)
+    (column,) = (column for column in table.columns if column.key == "top1_large")
+    assert [table.show(row, column) for row in table.rows] == ["91.00", "–"]
+    assert [note for note in table.notes if note.startswith("Evaluation")] == [
+        "Evaluation: top1_large: 48 x 48, crop 1."
+    ]
+    (values,) = (row.values for row in table.rows if not row.values["variant"])
+    assert (values["top1_large"], values["top5_large"]) == (91.0, 99.5)
+
+
 def test_image_size_is_what_the_run_was_trained_at(tmp_path):
     """Older records of detection have the height that MACs are counted at; they are averaged with newer ones."""
     for seed, recorded in enumerate((800, 128)):
