@@ -164,10 +164,11 @@ def command(argv: Sequence[str]) -> str:
     return shlex.join([*(["python", "-m", "hcnet_cli"] if program == "__main__.py" else [program]), *argv[1:]])
 
 
-def epochs(info: RunInfo) -> float | None:
-    """Passes over the training set in the whole schedule."""
+def epochs(info: RunInfo, steps: int | None = None) -> float | None:
+    """Passes over the training set in so many steps, by default those of the whole schedule."""
     per_epoch = info.steps_per_epoch or info.data.num_train // max(1, info.batch_size)
-    return round(info.steps_total / per_epoch, 1) if per_epoch and info.steps_total else None
+    steps = info.steps_total if steps is None else steps
+    return round(steps / per_epoch, 1) if per_epoch and info.steps_total else None
 
 
 def stopped_early(infos: Sequence[RunInfo]) -> str:
@@ -233,7 +234,7 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "images_per_second": sum(speeds) / len(speeds) if timed_alike(infos) else None,
         "n": len(group),
         "seeds": ", ".join(str(i.seed) for i in infos),
-        "epochs": epochs(info),
+        "epochs": epochs(info, None if group[0].finished else info.steps_done),
         "steps_done": info.steps_done,
         "steps_total": info.steps_total,
         "batch_size": info.batch_size,
@@ -344,7 +345,7 @@ def _table(
 
 
 def _own_evaluations(spec: Spec, infos: Iterable[RunInfo]) -> list[Column]:
-    """A column for the primary score of each evaluation under a name of the user's: top1_large of `evaluation.large`."""
+    """A column for the primary score of each evaluation under a user's own name: top1_large of `evaluation.large`."""
     metric, known = spec.primary, {column.key for column in spec.columns}
     names = sorted({name for info in infos for name in further_evaluations(info)})
     made = [(f"{metric.key}_{name}", f"{metric.title} {name}") for name in names]

@@ -185,6 +185,12 @@ def test_equal_weights_under_two_seeds_are_one(tmp_path):
     assert "to the byte" in found.notes[0]
 
 
+def test_an_unfinished_run_has_the_epochs_that_it_did(tmp_path):
+    make_run(tmp_path, steps_done=110, steps_total=440, steps_per_epoch=22, status="interrupted")
+    (row,) = rows_of(collect([tmp_path]), "unfinished")
+    assert row["epochs"] == 5
+
+
 def test_epochs_are_those_of_the_loader(tmp_path):
     """Two aspect groups that each leave a remainder: 6 images, batch 2, but 2 steps an epoch."""
     make_run(tmp_path, "digit-scenes", steps_total=6, steps_done=6, best_step=6, batch_size=2, steps_per_epoch=2)
