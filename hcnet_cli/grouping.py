@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -217,4 +218,7 @@ def changes_text(info: RunInfo) -> str:
 
 
 def plain(value: object) -> str:
-    return f"[{', '.join(map(plain, value))}]" if isinstance(value, list | tuple) else str(value)
+    """A value as --set takes it (null, true), where text stays without quotes."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(plain, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -185,6 +185,13 @@ def test_equal_weights_under_two_seeds_are_one(tmp_path):
     assert "to the byte" in found.notes[0]
 
 
+def test_changes_are_written_as_set_takes_them(tmp_path):
+    changes = {"data.auto_augment": None, "train.compile": True, "model.disable": ["gate", None], "optim.lr": 0.1}
+    make_run(tmp_path, changes=changes)
+    text = "data.auto_augment=null, train.compile=true, model.disable=[gate, null], optim.lr=0.1"
+    assert measured(tmp_path)[0]["changes"] == text
+
+
 def test_an_unfinished_run_has_the_epochs_that_it_did(tmp_path):
     make_run(tmp_path, steps_done=110, steps_total=440, steps_per_epoch=22, status="interrupted")
     (row,) = rows_of(collect([tmp_path]), "unfinished")
