@@ -154,6 +154,14 @@ def test_curves_hold_every_finished_run(results: Path) -> None:
     assert all(list(line.get_xdata()) == steps for line in lines)
 
 
+def test_a_curve_of_one_evaluation_is_a_point(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "metrics.jsonl").write_text('{"step": 440, "top1": 98.5}\n')
+    ((_, _, figure),) = paper._curves(collect([tmp_path]).runs)
+    (line,) = figure.axes[0].lines
+    assert line.get_marker() == "o"
+
+
 def test_bars_of_a_run_are_its_numbers(tmp_path: Path) -> None:
     precision = {"0.50": [1.0] * 101}
     kinds = {"class": {"count": 3, "AP50_lost": 2.5}, "missed": {"count": 1, "AP50_lost": -0.5}}
