@@ -214,8 +214,8 @@ def curves(settings: dict[str, list[plots.Curve]], kind: str, title: str) -> Fig
             text = shortened(name, SIZE, 165 if seeds else 200) + seeds if curve is members[0] else None
             thin = 0.6 if seeds else 1.0
             mark = "o" if len(steps) == 1 else ""  # a line through one point is not seen
-            style = {"color": LINES[colour], "linestyle": DASHES[dashes], "linewidth": thin, "marker": mark}
-            axes.plot(steps, of_step, **style, markersize=3, label=text)
+            (line,) = axes.plot(steps, of_step, color=LINES[colour], linestyle=DASHES[dashes], label=text)
+            line.set(linewidth=thin, marker=mark, markersize=3)
     if kind == "metric":  # first, far values would flatten all the rest: as on the page
         low, high = sorted(values)[int(len(values) * 0.05)], max(values)
         room = (high - low or abs(high) or 1) * 0.06
