@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -20,6 +21,7 @@ from hcnet_cli.console import UserError
 from hcnet_cli.report import final, paper, plots
 from hcnet_cli.results import collect, tables
 from hcnet_cli.table import Column, Row, Table
+from hcnet_cli.tasks.detection import errors
 
 ARMS = [("no-gate", -1.2, -1.9, -0.5), ("no-source", 0.1, -0.6, 0.8), ("$x_1$", -0.4, float("nan"), float("nan"))]
 ABLATION = Table(
@@ -174,8 +176,33 @@ def test_bars_of_a_run_are_its_numbers(tmp_path: Path) -> None:
         made = dict(final.drawings(tmp_path, 3.3, 6.9))
     assert [bar.get_width() for bar in made["errors by kind"].axes[0].patches] == [2.5, 0.0]
     assert [bar.get_width() for bar in made["IoU of the classes"].axes[0].patches] == [60.0, 40.0]
+    texts = made["IoU of the classes"].axes[0].texts
+    assert [(text.get_position()[0] > 1, text.get_text()) for text in texts] == [(True, "60.0"), (True, "40.0")]
     assert made["confusion"].axes[0].images[0].get_array().tolist() == [[75.0, 25.0], [0.0, 100.0]]
     assert made["precision over recall"].axes[0].lines[0].get_ydata().tolist() == [100.0] * 101
+
+
+def axes_of(monkeypatch: pytest.MonkeyPatch, columns: int) -> list[Axes]:
+    """Axes on which the next picture of `charts.drawn` is drawn."""
+    found = list(np.atleast_1d(Figure().subplots(1, columns)))
+    monkeypatch.setattr(charts, "drawn", lambda width, height, draw, columns=1: draw(*found) or b"")
+    return found
+
+
+def test_bars_of_classes_say_what_light_ones_are_and_end_at_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    (axes,) = axes_of(monkeypatch, 1)
+    charts.class_bars(["cat", "dog"], [20.0, 100.0], "IoU of the classes", "IoU (%)")
+    assert axes.get_title() == "IoU of the classes; dashed: the mean, 60.0; light: below it"
+    assert axes.get_xlim() == (0, 100)
+    assert [text.get_text() for text in axes.texts] == ["100.0", "20.0"]
+    assert all(text.get_position()[0] > 1 for text in axes.texts)  # beside the axes: no line crosses them
+
+
+def test_costs_of_errors_say_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, right = axes_of(monkeypatch, 2)
+    errors.draw({}, 50.0, {"class": errors.Kind(3, 2.5)})
+    assert "low scores count too" in right.get_xlabel()
+    assert "do not add up" in right.get_xlabel()
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------
