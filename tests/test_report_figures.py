@@ -18,7 +18,7 @@ from synthetic_runs import make_run
 
 from hcnet_cli import calibration, charts
 from hcnet_cli.console import UserError
-from hcnet_cli.report import final, paper, plots
+from hcnet_cli.report import figures, final, paper, plots
 from hcnet_cli.results import collect, tables
 from hcnet_cli.table import Column, Row, Table
 from hcnet_cli.tasks.detection import errors
@@ -140,6 +140,17 @@ def test_scatter_shows_the_values(results: Path) -> None:
     wide = plots.Point(0.3, 33.1, "measured", "HcNet-pico", "", 131.83)  # of two folds, say
     assert wide.ends == (0.0, 100.0)
     assert {text.get_text() for text in axes.texts} == {"HcNet-pico", "Swin"}
+
+
+def test_names_keep_clear_of_the_intervals_of_others() -> None:
+    spots = {("measured", "HcNet-T"): [(100.0, 100.0)], ("measured", "HcNet-S"): [(140.0, 60.0)]}
+    whisker = ((140.0, 20.0), (140.0, 150.0))
+    frame = (0.0, 0.0, 300.0, 200.0)
+    (_, before, _), *_ = figures.place_labels(spots, frame)
+    (name, after, _), *_ = figures.place_labels(spots, frame, [whisker])
+    assert before[0] < 140 < before[2]
+    assert name == ("measured", "HcNet-T")
+    assert after[2] < 140
 
 
 def test_curves_hold_every_finished_run(results: Path) -> None:

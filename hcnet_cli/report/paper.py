@@ -132,7 +132,12 @@ def scatter(plot: plots.Scatter) -> Figure:
     axes.set_xticks([], minor=True)
     axes.set_yticks(ticks_y, [f"{tick:g}" for tick in ticks_y])
     axes.set_title(plot.y_title, fontsize=SIZE, fontweight="normal", loc="left", pad=5, x=-25 / (wide - 31))
-    spots = {}
+    spots, whiskers = {}, []
+
+    def pixels(x: float, y: float) -> figures.Spot:
+        right, up = axes.transData.transform((x, y))
+        return right * scale, (high - up) * scale
+
     for (kind, name), members in series.items():
         members.sort(key=lambda p: (p.x, p.y))
         own = name.startswith("HcNet")
@@ -144,10 +149,10 @@ def scatter(plot: plots.Scatter) -> Figure:
             axes.errorbar(xs, ys, arms, fmt="none", ecolor=colour, elinewidth=1, zorder=2)
         marker = 4.5 if kind == "measured" else 3.5
         axes.plot(xs, ys, "o", markersize=marker, markeredgecolor=colour, markerfacecolor=face, zorder=3)
-        pixels = axes.transData.transform(list(zip(xs, ys, strict=True)))
-        spots[kind, name] = [(x * scale, (high - y) * scale) for x, y in pixels]
+        spots[kind, name] = [pixels(p.x, p.y) for p in members]
+        whiskers += [(pixels(p.x, p.ends[1]), pixels(p.x, p.ends[0])) for p in members if p.half]
     box = (29 * scale, 14 * scale, (wide - 4) * scale, (high - 28) * scale)
-    for (kind, name), place, spot in figures.place_labels(spots, box):
+    for (kind, name), place, spot in figures.place_labels(spots, box, whiskers):
         own = kind == "measured" or name.startswith("HcNet")
         weight = "bold" if kind == "measured" else "normal"
         end = figures.nearest(place, spot)
