@@ -73,13 +73,10 @@ def class_bars(names: Sequence[str], values: Sequence[float], title: str, unit: 
         mean = float(np.mean([value for value, _ in known])) if known else 0.0
         axes.barh(places, numbers, height=0.72, color=[HOT if v >= mean else "#e0a083" for v in numbers])
         axes.set_yticks(places, [shortened(name, 9.5, 130) for _, name in ordered])
-        for place, value in enumerate(numbers):
-            axes.text(value + 0.8, place, f"{value:.1f}", va="center", fontsize=8.5, color=MUTED, bbox=GROUND)
+        numbers_beside(axes, [f"{value:.1f}" for value in numbers], 8.5)
         axes.axvline(mean, color=INK, linewidth=1, linestyle=(0, (3, 3)), zorder=1.5)
-        axes.set(
-            xlim=(0, 108), ylim=(len(ordered) - 0.4, -0.6), xlabel=unit, title=f"{title}; dashed: the mean, {mean:.1f}"
-        )
-        axes.set_xticks(range(0, 101, 20))
+        title_line = f"{title}; dashed: the mean, {mean:.1f}; light: below it"
+        axes.set(xlim=(0, 100), ylim=(len(ordered) - 0.4, -0.6), xlabel=unit, title=title_line)
         axes.set_axisbelow(True)
         axes.grid(visible=True, axis="x")
         axes.tick_params(length=0)
@@ -87,17 +84,29 @@ def class_bars(names: Sequence[str], values: Sequence[float], title: str, unit: 
     return drawn(7.5, 1.2 + 0.26 * len(ordered), draw)
 
 
-def reliability(axes: Any, bins: Sequence[tuple[float, float, float]], error: float) -> None:
-    """The share of right answers in bins of confidence: (low, high, share) each; shares and `error` between 0 and 1.
+def numbers_beside(axes: Any, texts: Sequence[str], size: float) -> None:
+    """A text for each bar at the right of the axes, where no bar or line reaches. size: of the letters, in points."""
+    for place, text in enumerate(texts):
+        axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=size, color=MUTED)
+
+
+def reliability(axes: Any, bins: Sequence[tuple[float, float, float, int]], error: float) -> None:
+    """The share of right answers in bins of confidence: (low, high, share, images) each, with the number of images in
+    its bar or above it; shares and `error` between 0 and 1.
 
     A calibrated model's bars end on the diagonal.
     """
-    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (4, 1.5)))
-    for low, high, share in bins:
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle=(0, (4, 1.5)), zorder=1.5)
+    for low, high, share, images in bins:
         axes.bar(100 * low, 100 * share, 100 * (high - low), align="edge", color=COOL, edgecolor="white", linewidth=0.6)
+        text = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": "x-small"}
+        if share > 0.25:
+            axes.text(50 * (low + high), 2, f"{images:,}", color="white", **text)
+        else:
+            axes.text(50 * (low + high), 100 * share + 2, f"{images:,}", color=INK, bbox=GROUND, **text)
     title = f"expected calibration error {100 * error:.2f} %"
     axes.set_title(title, loc="right", fontsize="medium", fontweight="normal", color=INK)
-    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%)", ylabel="accuracy (%)")
+    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence (%); numbers: images", ylabel="accuracy (%)")
 
 
 def confusion(axes: Any, names: Sequence[str], counts: NDArray[Any], size: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -86,9 +87,11 @@ def config_key(info: RunInfo) -> tuple[Any, ...]:
 def _visible(info: RunInfo) -> tuple[Any, ...]:
     """What tables can show of it."""
     data = info.data
+    by_size = info.task in TASKS and TASKS[info.task].compare_by_image_size  # elsewhere records differ in what it is
+    size = info.img_size if by_size else None
     return (
         *(info.task, data.name, data.digest, data.split, info.protocol),
-        *(repr(sorted(info.changes.items())), info.model, info.size, info.variant, info.img_size, init_label(info)),
+        *(repr(sorted(info.changes.items())), info.model, info.size, info.variant, size, init_label(info)),
         *(info.steps_total, info.batch_size, info.precision, info.evaluated_only, *score_protocols(info).items()),
     )
 
@@ -141,7 +144,7 @@ def tell_apart(groups: Sequence[Sequence[Run]]) -> dict[int, str]:
     told: dict[int, str] = {}
     for numbers in alike.values():
         if len(numbers) > 1:
-            recipes = [_identity(groups[number][0]) for number in numbers]
+            recipes = [recipe_values(groups[number][0]) for number in numbers]
             keys = sorted({key for one in recipes for key in rcp.changed_keys(one, recipes[0])} - {"train.seed"})
             for number, recipe in zip(numbers, recipes, strict=True):
                 info = groups[number][0].info
@@ -152,7 +155,8 @@ def tell_apart(groups: Sequence[Sequence[Run]]) -> dict[int, str]:
     return told
 
 
-def _identity(run: Run) -> dict[str, Any]:
+def recipe_values(run: Run) -> dict[str, Any]:
+    """All of a run's recipe that can change a number, by dotted key; nothing of one that cannot be read."""
     try:
         return rcp.identity(rcp.resolve(run.folder / "recipe.yaml").recipe)
     except UserError:
@@ -214,4 +218,7 @@ def changes_text(info: RunInfo) -> str:
 
 
 def plain(value: object) -> str:
-    return f"[{', '.join(map(plain, value))}]" if isinstance(value, list | tuple) else str(value)
+    """A value as --set takes it (null, true), where text stays without quotes."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(plain, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

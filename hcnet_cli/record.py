@@ -199,7 +199,7 @@ class RunInfo(BaseModel):
     class_weights: list[float] = []  # in the loss, in the order of the classes; empty: none
     macs: int | None = None
     macs_input: str = ""  # "3x224x224"
-    img_size: int | None = None
+    img_size: int | None = None  # of training: a side, or the short side of the scale; older records: of macs_input
     images_per_second: float | None = None  # inference, see speed_notes
     speed_notes: str = ""
     kernels: list[str] = []  # the faster forms that training used

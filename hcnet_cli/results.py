@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hcnet_cli import privacy, runs
-from hcnet_cli.grouping import Run, changes_text, deduplicate, group_by_config, independent, init_label, tell_apart
+from hcnet_cli.grouping import (
+    Run,
+    changes_text,
+    deduplicate,
+    group_by_config,
+    independent,
+    init_label,
+    recipe_values,
+    tell_apart,
+)
 from hcnet_cli.privacy import mask
 from hcnet_cli.published import METRICS, read_published, shipped_published
 from hcnet_cli.runs import RunInfo
@@ -155,10 +164,11 @@ def command(argv: Sequence[str]) -> str:
     return shlex.join([*(["python", "-m", "hcnet_cli"] if program == "__main__.py" else [program]), *argv[1:]])
 
 
-def epochs(info: RunInfo) -> float | None:
-    """Passes over the training set in the whole schedule."""
+def epochs(info: RunInfo, steps: int | None = None) -> float | None:
+    """Passes over the training set in so many steps, by default those of the whole schedule."""
     per_epoch = info.steps_per_epoch or info.data.num_train // max(1, info.batch_size)
-    return round(info.steps_total / per_epoch, 1) if per_epoch and info.steps_total else None
+    steps = info.steps_total if steps is None else steps
+    return round(steps / per_epoch, 1) if per_epoch and info.steps_total else None
 
 
 def stopped_early(infos: Sequence[RunInfo]) -> str:
@@ -171,6 +181,22 @@ def metric_notes(notes: Mapping[str, str]) -> str:
     """Protocols by score, for people. What a further evaluation (ece_ms) shares with the first (ece) is said once."""
     own = {name: text for name, text in sorted(notes.items()) if notes.get(name.rpartition("_")[0]) != text}
     return "; ".join(f"{name}: {text}" for name, text in own.items())
+
+
+def image_size(run: Run) -> int | None:
+    """The side of a classifier's images; else the short side of the scale that images are rescaled to, by the recipe:
+    older records have the size that MACs are counted at.
+    """
+    spec = TASKS[run.info.task]
+    values = {} if spec.compare_by_image_size else recipe_values(run)
+    sides = values.get(next(iter(spec.size_keys), ""))
+    return min(sides) if isinstance(sides, list) and sides else run.info.img_size
+
+
+def further_evaluations(info: RunInfo) -> list[str]:
+    """Names of the evaluations beside the first, whose scores end in them: "large" of top1_large."""
+    start = f"{TASKS[info.task].primary.key}_"
+    return [key.removeprefix(start) for key in info.metrics if key.startswith(start) and key in info.metric_notes]
 
 
 def in_units(count: int | None, unit: float) -> float | None:
@@ -201,14 +227,14 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "model": model_name(info),
         "size": info.size,
         "variant": info.variant,
-        "img_size": info.img_size,
+        "img_size": image_size(group[0]),
         "params_m": in_units(info.params, 1e6),
         "macs_g": in_units(info.macs, 1e9),
         "macs_input": info.macs_input,
         "images_per_second": sum(speeds) / len(speeds) if timed_alike(infos) else None,
         "n": len(group),
         "seeds": ", ".join(str(i.seed) for i in infos),
-        "epochs": epochs(info),
+        "epochs": epochs(info, None if group[0].finished else info.steps_done),
         "steps_done": info.steps_done,
         "steps_total": info.steps_total,
         "batch_size": info.batch_size,
@@ -227,7 +253,9 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "error": info.error,
         "data_notes": " ".join(dict.fromkeys(note for i in infos for note in i.data.notes)),
     }
-    for key in (metric.key for metric in (*spec.metrics, *spec.figures)):
+    of_task = [metric.key for metric in (*spec.metrics, *spec.figures)]
+    further = [f"{key}_{name}" for name in further_evaluations(info) for key in of_task]
+    for key in of_task + [key for key in further if key in info.metrics]:
         alike = len({i.metric_notes.get(key) for i in infos}) == 1
         if alike and all(key in i.metrics for i in infos):  # what some seeds lack is not averaged over the others
             values[key], values[f"{key}_ci"] = mean_interval([i.metrics[key] for i in infos])
@@ -260,6 +288,7 @@ def tables(results: Results, which: str = "all") -> list[Table]:
     other data set or recipe has a table of its own.
     """
     made = []
+    infos = {run.folder: run.info for run in results.runs}
     for spec in TASKS.values():
         if which not in ("all", spec.table):
             continue
@@ -277,16 +306,19 @@ def tables(results: Results, which: str = "all") -> list[Table]:
             if rows:
                 title = f"{spec.benchmark_title}{protocol}"
                 short = f"{re.sub(' val.*', '', title)} {protocol.removeprefix(common)}" if common else ""
-                made.append(_table(spec, title, rows, protocol, short))
+                made.append(_table(spec, title, rows, infos, protocol, short))
         for (name, digest), rows in sorted(by_data.items(), key=lambda item: item[0]):
             several = sum(name == other for other, _ in by_data) > 1
             place = f"{name} ({digest[:8]})" if several else name
             recipes = ", other recipes" if name == spec.benchmark else ""
-            made.append(_table(spec, f"{place} {rows[0].values['split']}: {spec.subject}{recipes}", rows, ""))
+            title = f"{place} {rows[0].values['split']}: {spec.subject}{recipes}"
+            made.append(_table(spec, title, rows, infos))
     return made
 
 
-def _table(spec: Spec, title: str, found: Sequence[Row], protocol: str, short: str = "") -> Table:
+def _table(
+    spec: Spec, title: str, found: Sequence[Row], infos: Mapping[Path, RunInfo], protocol: str = "", short: str = ""
+) -> Table:
     marks: dict[str, str] = {}  # note -> mark
     rows = []
     for row in sorted(found, key=lambda row: ("published", "measured", "unfinished").index(row.kind)):
@@ -295,6 +327,8 @@ def _table(spec: Spec, title: str, found: Sequence[Row], protocol: str, short: s
             row = dataclasses.replace(row, mark=marks.setdefault(text, f"[{len(marks) + 1}]"))
         rows.append(row)
     columns = [c for c in spec.columns if not c.measured_only or any(row.values[c.key] is not None for row in rows)]
+    measured = {row.runs[0]: infos[row.runs[0]] for row in rows if row.runs}
+    columns += _own_evaluations(spec, measured.values())
     if any(is_number(row.values["difference"]) for row in rows):
         columns.append(DIFFERENCE)
     for column in RUN_COLUMNS:
@@ -303,11 +337,24 @@ def _table(spec: Spec, title: str, found: Sequence[Row], protocol: str, short: s
             columns.append(column)
     columns.append(SOURCE)
     table = Table(spec.table, title, columns, mark_best(rows, columns), short=short)
-    notes = [f"{mark} {text}" for text, mark in marks.items()] + _notes(spec, protocol, table)
-    return dataclasses.replace(table, notes=notes)
+    shown = {column.key for column in columns}
+    of_columns = [{key: text for key, text in i.metric_notes.items() if key in shown} for i in measured.values()]
+    evaluation = dict.fromkeys(f"Evaluation: {text}." for notes in of_columns if (text := metric_notes(notes)))
+    notes = [f"{mark} {text}" for text, mark in marks.items()]
+    return dataclasses.replace(table, notes=notes + _notes(spec, protocol, table, evaluation))
 
 
-def _notes(spec: Spec, protocol: str, table: Table) -> list[str]:
+def _own_evaluations(spec: Spec, infos: Iterable[RunInfo]) -> list[Column]:
+    """A column for the primary score of each evaluation under a user's own name: top1_large of `evaluation.large`."""
+    metric, known = spec.primary, {column.key for column in spec.columns}
+    names = sorted({name for info in infos for name in further_evaluations(info)})
+    made = [(f"{metric.key}_{name}", f"{metric.title} {name}") for name in names]
+    return [
+        Column(key, title, "percent", secondary=True, measured_only=True) for key, title in made if key not in known
+    ]
+
+
+def _notes(spec: Spec, protocol: str, table: Table, evaluation: Iterable[str]) -> list[str]:
     measured = [row.values for row in table.rows if row.kind != "published"]
     published = len(measured) < len(table.rows)
 
@@ -315,7 +362,7 @@ def _notes(spec: Spec, protocol: str, table: Table) -> list[str]:
         return list(dict.fromkeys(str(values[key]) for values in measured if values[key]))
 
     notes = [spec.protocol_notes[protocol]] if protocol in spec.protocol_notes else []
-    notes += [f"Evaluation: {text}." for text in each("metric_notes")]
+    notes += evaluation
     notes += each("data_notes")
     inputs = ", ".join(each("macs_input"))
     at = spec.macs_note if protocol else f", at {inputs}" if inputs else ""

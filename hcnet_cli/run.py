@@ -252,7 +252,7 @@ def _describe(run: RunSetup, options: Options) -> RunInfo:
         class_weights=list(task.class_weights),
         macs=build.count_macs(recipe, task, data),
         macs_input="x".join(map(str, (3, *data.img_size))),
-        img_size=data.img_size[0],
+        img_size=min(plan.image_sides(recipe), default=None),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=recipe.train.precision,
         processes=dist.processes(),

@@ -92,8 +92,9 @@ def test_where_all_images_are_alike_redrawing_them_says_nothing() -> None:
 
 def test_the_pictures_show_bars_and_cells() -> None:
     axes = Figure().subplots()
-    charts.reliability(axes, [(0.5, 1.0, 0.25)], 0.5)
+    charts.reliability(axes, [(0.5, 1.0, 0.25, 1234)], 0.5)
     (bar,) = axes.patches
+    assert [text.get_text() for text in axes.texts] == ["1,234"]
     assert (bar.get_x(), bar.get_width(), bar.get_height()) == (50, 50, 25)
     assert axes.get_title("right") == "expected calibration error 50.00 %"
     axes = Figure().subplots()

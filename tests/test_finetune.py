@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from hcnet_cli import runs
 from hcnet_cli.data import embedded
+from hcnet_cli.recipe import resolve
 
 Hcnet = Callable[..., Done]
 STEPS = (
@@ -164,6 +165,12 @@ def test_pictures_and_per_class_numbers_are_kept(finished: dict[str, Path]) -> N
 def test_costs_follow_the_papers_convention(finished: dict[str, Path]) -> None:
     assert runs.read_record(finished["finetune-det"] / "run.json").macs_input == "3x800x1280"
     assert runs.read_record(finished["finetune-seg"] / "run.json").macs_input == "3x512x2048"
+
+
+def test_the_record_has_the_size_of_training(finished: dict[str, Path]) -> None:
+    for folder in finished.values():
+        scale = resolve(folder / "recipe.yaml").recipe.data.img_scale  # type: ignore[attr-defined]
+        assert runs.read_record(folder / "run.json").img_size == min(scale)
 
 
 @pytest.mark.parametrize("task", TASKS)

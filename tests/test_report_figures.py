@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -17,9 +18,10 @@ from synthetic_runs import make_run
 
 from hcnet_cli import calibration, charts
 from hcnet_cli.console import UserError
-from hcnet_cli.report import final, paper, plots
+from hcnet_cli.report import figures, final, paper, plots
 from hcnet_cli.results import collect, tables
 from hcnet_cli.table import Column, Row, Table
+from hcnet_cli.tasks.detection import errors
 
 ARMS = [("no-gate", -1.2, -1.9, -0.5), ("no-source", 0.1, -0.6, 0.8), ("$x_1$", -0.4, float("nan"), float("nan"))]
 ABLATION = Table(
@@ -55,8 +57,9 @@ def written(results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder, paper.write_figures([*measured, ABLATION], found, folder)
 
 
-def test_every_figure_of_the_page_is_there_twice(written: tuple[Path, list[str]]) -> None:
+def test_every_figure_of_the_page_is_there_twice(results: Path, written: tuple[Path, list[str]]) -> None:
     folder, lines = written
+    run = next(path.name for path in (results / "runs").iterdir() if path.name.startswith("pretrain-digits-t-"))
     assert lines == [
         "digits-macs: digits, top-1 against MACs (G)",
         "digits-params: digits, top-1 against #params (M)",
@@ -64,11 +67,34 @@ def test_every_figure_of_the_page_is_there_twice(written: tuple[Path, list[str]]
         "digits-loss-curve: digits, training loss",
         "digits-top1-curve: digits, validation top-1 (%)",
         "digits-lr-curve: digits, learning rate",
-        "hcnet-t-1-on-digits-reliability: HcNet-T [1] on digits, reliability",
+        f"{run}-reliability: HcNet-T on digits, reliability (run {run})",
     ]
     names = {line.split(":")[0] for line in lines}
     assert names == {path.stem for path in folder.glob("*.pdf")} == {path.stem for path in folder.glob("*.svg")}
     assert not [path for path in folder.iterdir() if path.suffix not in (".pdf", ".svg")]
+
+
+def test_a_runs_figures_keep_their_names(tmp_path: Path) -> None:
+    """Whatever else lies in the folder; another run under the same name has other names."""
+
+    def drawn(folder: Path) -> set[str]:
+        found = collect([folder])
+        return {line.split(":")[0] for line in paper.write_figures(tables(found, "imagenet"), found, folder / "f")}
+
+    def add(folder: Path, **fields: object) -> None:
+        run = make_run(folder, log=False, **fields)  # type: ignore[arg-type]
+        bins = [calibration.Bin(0.4, 0.5, 10, 0.45, 0.5)._asdict()]
+        (run / "final").mkdir()
+        (run / "final" / "calibration.json").write_text(json.dumps({"bins": bins}))
+
+    add(tmp_path / "a", name="best", fingerprint="0badf00d", changes={"optim.lr": 0.1})
+    add(tmp_path / "b", name="best", fingerprint="0badf00d", changes={"optim.lr": 0.1})
+    add(tmp_path / "b", changes={"optim.lr": 0.01}, fingerprint="00000000")
+    add(tmp_path / "c", name="best", fingerprint="12345678")
+    own = {name for name in drawn(tmp_path / "a") if "reliability" in name}
+    assert own == {"best-0badf00d-reliability"}
+    assert own < {name for name in drawn(tmp_path / "b") if "reliability" in name}
+    assert not own & drawn(tmp_path / "c")
 
 
 def test_a_figure_has_a_column_its_fonts_and_no_date(written: tuple[Path, list[str]]) -> None:
@@ -116,6 +142,17 @@ def test_scatter_shows_the_values(results: Path) -> None:
     assert {text.get_text() for text in axes.texts} == {"HcNet-pico", "Swin"}
 
 
+def test_names_keep_clear_of_the_intervals_of_others() -> None:
+    spots = {("measured", "HcNet-T"): [(100.0, 100.0)], ("measured", "HcNet-S"): [(140.0, 60.0)]}
+    whisker = ((140.0, 20.0), (140.0, 150.0))
+    frame = (0.0, 0.0, 300.0, 200.0)
+    (_, before, _), *_ = figures.place_labels(spots, frame)
+    (name, after, _), *_ = figures.place_labels(spots, frame, [whisker])
+    assert before[0] < 140 < before[2]
+    assert name == ("measured", "HcNet-T")
+    assert after[2] < 140
+
+
 def test_curves_hold_every_finished_run(results: Path) -> None:
     """The seeds of a setting are lines of one colour and one name."""
     finished = [run for run in collect([results]).runs if run.finished]
@@ -130,6 +167,14 @@ def test_curves_hold_every_finished_run(results: Path) -> None:
     assert all(list(line.get_xdata()) == steps for line in lines)
 
 
+def test_a_curve_of_one_evaluation_is_a_point(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "metrics.jsonl").write_text('{"step": 440, "top1": 98.5}\n')
+    ((_, _, figure),) = paper._curves(collect([tmp_path]).runs)
+    (line,) = figure.axes[0].lines
+    assert line.get_marker() == "o"
+
+
 def test_bars_of_a_run_are_its_numbers(tmp_path: Path) -> None:
     precision = {"0.50": [1.0] * 101}
     kinds = {"class": {"count": 3, "AP50_lost": 2.5}, "missed": {"count": 1, "AP50_lost": -0.5}}
@@ -142,8 +187,33 @@ def test_bars_of_a_run_are_its_numbers(tmp_path: Path) -> None:
         made = dict(final.drawings(tmp_path, 3.3, 6.9))
     assert [bar.get_width() for bar in made["errors by kind"].axes[0].patches] == [2.5, 0.0]
     assert [bar.get_width() for bar in made["IoU of the classes"].axes[0].patches] == [60.0, 40.0]
+    texts = made["IoU of the classes"].axes[0].texts
+    assert [(text.get_position()[0] > 1, text.get_text()) for text in texts] == [(True, "60.0"), (True, "40.0")]
     assert made["confusion"].axes[0].images[0].get_array().tolist() == [[75.0, 25.0], [0.0, 100.0]]
     assert made["precision over recall"].axes[0].lines[0].get_ydata().tolist() == [100.0] * 101
+
+
+def axes_of(monkeypatch: pytest.MonkeyPatch, columns: int) -> list[Axes]:
+    """Axes on which the next picture of `charts.drawn` is drawn."""
+    found = list(np.atleast_1d(Figure().subplots(1, columns)))
+    monkeypatch.setattr(charts, "drawn", lambda width, height, draw, columns=1: draw(*found) or b"")
+    return found
+
+
+def test_bars_of_classes_say_what_light_ones_are_and_end_at_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    (axes,) = axes_of(monkeypatch, 1)
+    charts.class_bars(["cat", "dog"], [20.0, 100.0], "IoU of the classes", "IoU (%)")
+    assert axes.get_title() == "IoU of the classes; dashed: the mean, 60.0; light: below it"
+    assert axes.get_xlim() == (0, 100)
+    assert [text.get_text() for text in axes.texts] == ["100.0", "20.0"]
+    assert all(text.get_position()[0] > 1 for text in axes.texts)  # beside the axes: no line crosses them
+
+
+def test_costs_of_errors_say_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, right = axes_of(monkeypatch, 2)
+    errors.draw({}, 50.0, {"class": errors.Kind(3, 2.5)})
+    assert "low scores count too" in right.get_xlabel()
+    assert "do not add up" in right.get_xlabel()
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from itertools import combinations
@@ -378,6 +379,23 @@ def test_curves_follow_the_choice(tab):
     enter(tab, "#curve-find", "seed 1")
     assert tab.js("[...document.querySelectorAll('#curve-runs label')].filter(l => l.offsetParent).length") == 1
     assert tab.errors == []
+
+
+@needs_chromium
+def test_a_single_point_is_seen_and_an_axis_has_one_notation(tmp_path):
+    run = make_run(tmp_path)
+    lines = [{"step": step, "lr": lr, "loss": 1.0} for step, lr in ((100, 1.5e-3), (440, 5e-4))]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"step": 440, "top1": 90.0}])))
+    (tmp_path / "page.html").write_text(report([tmp_path], fmt="html"), encoding="utf-8")
+    with chromium.page() as tab:
+        tab.file = tmp_path / "page.html"
+        load(tab)
+        circles = "[...document.querySelectorAll('#charts figure')].map(f => f.querySelectorAll('circle').length)"
+        assert tab.js(circles) == [0, 1, 0]
+        ticks = "[...document.querySelectorAll('#charts figure:nth-child(3) text.tick[text-anchor=end]')]"
+        assert tab.js(f"{ticks}.map(t => t.textContent).filter(t => t.includes('e') || t.includes('.'))") == [
+            *("5e-4", "1e-3", "1.5e-3"),
+        ]
 
 
 def test_curves_leave_out_what_all_runs_share_and_begin_with_the_best(tmp_path):

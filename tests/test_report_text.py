@@ -17,6 +17,7 @@ from synthetic_runs import make_run
 
 from hcnet_cli.console import UserError
 from hcnet_cli.report import FORMATS, format_for, render, report, report_check
+from hcnet_cli.report.text import latex_labels
 from hcnet_cli.table import Column, Row, Table, mark_best, number
 
 TEXT_FORMATS = [fmt for fmt in FORMATS if fmt != "html"]
@@ -175,6 +176,29 @@ def test_latex_is_balanced(folder):
             if line.endswith(r"\\"):
                 assert len(re.findall(r"(?<!\\)&", line)) == len(columns) - 1
     assert text.isascii() or not re.search(r"[^\x00-\u017f]", text)
+
+
+def test_latex_sources_have_letters_and_departures_numbers(folder):
+    text = report([folder], fmt="latex", table="imagenet")
+    assert re.search(r"HcNet-pico \[1\]\\textsuperscript\{[a-z]+\}", text)
+    assert set(re.findall(r"\\textsuperscript\{(\w+)\}", text)) > {"a", "b", "z", "aa"}
+    assert not re.search(r"\\textsuperscript\{\d", text)
+
+
+def test_latex_labels_name_what_a_table_is_of(folder):
+    """The same in a report of all tables and of one; no two alike."""
+    text = report([folder], fmt="latex")
+    labels = re.findall(r"\\label\{(.*?)\}", text)
+    assert len(set(labels)) == len(labels) == 10
+    assert {"tab:imagenet-1k-val-from-scratch", "tab:digits-val", "tab:coco-1x-multi-scale"} < set(labels)
+    assert set(re.findall(r"\\ref\{(.*?)\}", text)) < set(labels)
+    alone = re.findall(r"\\label\{(.*?)\}", report([folder], fmt="latex", table="coco"))
+    assert alone == [label for label in labels if label in alone]
+
+
+def test_tables_of_one_name_have_labels_of_their_own():
+    made = [Table("x", title, [], []) for title in ("ox val: classes", "ox val: boxes", "图", "图", "cats val: a")]
+    assert latex_labels(made) == ["tab:ox-val-classes", "tab:ox-val-boxes", "tab:x", "tab:x-2", "tab:cats-val"]
 
 
 def test_latex_compiles(folder, tmp_path):

@@ -90,6 +90,31 @@ def test_unlike_runs_are_not_averaged(tmp_path, change):
     assert [row["n"] for row in measured(tmp_path)] == [1, 1]
 
 
+def test_an_evaluation_of_ones_own_has_a_column_and_only_columns_are_explained(tmp_path):
+    metrics = {"top1": 90.0, "top5": 99.0, "top1_large": 91.0, "top5_large": 99.5, "top1_95_lower": 88.0}
+    notes = {"top1_large": "48 x 48, crop 1", "top1_95": "bootstrap", "ece": "15 bins"}
+    make_run(tmp_path, metrics=metrics, metric_notes=notes)
+    make_run(tmp_path, variant="no-gate")
+    table = next(table for table in tables(collect([tmp_path]), "imagenet") if table.measured)
+    (column,) = (column for column in table.columns if column.key == "top1_large")
+    assert [table.show(row, column) for row in table.rows] == ["91.00", "–"]
+    assert [note for note in table.notes if note.startswith("Evaluation")] == [
+        "Evaluation: top1_large: 48 x 48, crop 1."
+    ]
+    (values,) = (row.values for row in table.rows if not row.values["variant"])
+    assert (values["top1_large"], values["top5_large"]) == (91.0, 99.5)
+
+
+def test_image_size_is_what_the_run_was_trained_at(tmp_path):
+    """Older records of detection have the height that MACs are counted at; they are averaged with newer ones."""
+    for seed, recorded in enumerate((800, 128)):
+        run = make_run(tmp_path, "digit-scenes", seed=seed, img_size=recorded, macs_input="3x800x1280")
+        recipe = rcp.resolve(rcp.recipe_file("finetune-det/digit-scenes"), [("data.img_scale", [192, 128], "")]).recipe
+        (run / "recipe.yaml").write_text(rcp.dump_yaml(recipe))
+    (row,) = measured(tmp_path)
+    assert (row["n"], row["img_size"], row["macs_input"]) == (2, 128, "3x800x1280")
+
+
 def test_figures_beside_the_metrics_divide_no_row_and_are_averaged_where_they_are_made_alike(tmp_path):
     make_run(tmp_path, seed=0, score=90)  # from before the figure was computed
     titles = {column.title for table in tables(collect([tmp_path]), "imagenet") for column in table.columns}
@@ -158,6 +183,19 @@ def test_equal_weights_under_two_seeds_are_one(tmp_path):
     (row,) = rows_of(found)
     assert row["seeds"] == "0, 2"
     assert "to the byte" in found.notes[0]
+
+
+def test_changes_are_written_as_set_takes_them(tmp_path):
+    changes = {"data.auto_augment": None, "train.compile": True, "model.disable": ["gate", None], "optim.lr": 0.1}
+    make_run(tmp_path, changes=changes)
+    text = "data.auto_augment=null, train.compile=true, model.disable=[gate, null], optim.lr=0.1"
+    assert measured(tmp_path)[0]["changes"] == text
+
+
+def test_an_unfinished_run_has_the_epochs_that_it_did(tmp_path):
+    make_run(tmp_path, steps_done=110, steps_total=440, steps_per_epoch=22, status="interrupted")
+    (row,) = rows_of(collect([tmp_path]), "unfinished")
+    assert row["epochs"] == 5
 
 
 def test_epochs_are_those_of_the_loader(tmp_path):

@@ -87,6 +87,11 @@ def latex_line(text: str) -> str:
     return "{}" * text.startswith(("[", "*", "(")) + text
 
 
+def slug(text: str) -> str:
+    """The small letters and digits of a text, with hyphens for all between them: for file names and labels."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:120]
+
+
 def in_csv(value: Any) -> Any:
     """A cell. A text that a spreadsheet would run as a formula begins with an apostrophe; numbers stay as they are."""
     if not isinstance(value, str):

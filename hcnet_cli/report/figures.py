@@ -58,7 +58,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, hei
     series: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         series.setdefault((point.kind, point.series), []).append(point)
-    marks, spots_of = [], {}
+    marks, spots_of, whiskers = [], {}, []
     for (kind, name), members in series.items():
         members.sort(key=lambda p: (p.x, p.y))
         spots_of[kind, name] = spots = [at(p.x, p.y) for p in members]
@@ -69,21 +69,25 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, width: int, hei
         for point, (x, y) in zip(members, spots, strict=True):
             if point.half:
                 (_, low), (_, high) = (at(point.x, end) for end in point.ends)
+                whiskers.append(((x, high), (x, low)))
                 parts.append(_path(f"whisker {kind}", (x, high), "V", low))
             circle = f'<circle class="dot {style}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}">'
             marks.append(f"{circle}<title>{in_html(point.title)}</title></circle>")
-    for (kind, name), box, anchor in place_labels(spots_of, (left + 2, top, float(width), bottom - 2)):
+    for (kind, name), box, anchor in place_labels(spots_of, (left + 2, top, float(width), bottom - 2), whiskers):
         marks += [_leader(box, anchor, kind), _text(box[0], box[3] - 3, name, f"label {_style(kind, name)}", "start")]
     what = in_html(f"{y_title} against {x_title}: {len(points)} models")
     return _svg(width, height, what, [*parts, *marks])
 
 
-def place_labels(spots_of: Mapping[Series, Sequence[Spot]], frame: Box) -> list[tuple[Series, Box, Spot]]:
+def place_labels(
+    spots_of: Mapping[Series, Sequence[Spot]], frame: Box, whiskers: Sequence[tuple[Spot, Spot]] = ()
+) -> list[tuple[Series, Box, Spot]]:
     """Where the name of each (kind, name) stands, and beside which of its points, in pixels at a font of FONT. A name
-    without room in the frame is left out; measured ones are placed first.
+    without room in the frame is left out; measured ones are placed first. Names keep clear of lines between points
+    and of `whiskers`, the intervals' lines, where they can.
     """
     dots = [spot for spots in spots_of.values() for spot in spots]
-    segments = [pair for spots in spots_of.values() for pair in pairwise(spots)]
+    segments = [*whiskers, *(pair for spots in spots_of.values() for pair in pairwise(spots))]
     order = sorted(spots_of, key=lambda key: (key[0] != "measured", key[1] != "HcNet-T", len(spots_of[key])))
     found: list[tuple[Series, Box, Spot]] = []
     for key in order:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hcnet_cli import calibration, charts
-from hcnet_cli.charts import COOL, HOT, INK, MUTED, shortened
+from hcnet_cli.charts import COOL, HOT, INK, shortened
 from hcnet_cli.console import UserError, warn
 from hcnet_cli.plain_json import read_json
 
@@ -34,7 +34,7 @@ def _reliability(content: Any, column: float, _: float) -> Iterator[tuple[str, F
     """How often answers are right, over their confidence."""
     bins = [calibration.Bin(**one) for one in content["bins"]]
     figure = Figure(figsize=(column, 0.8 * column), layout="constrained")
-    bars = [(one.low, one.high, one.accuracy) for one in bins]
+    bars = [(one.low, one.high, one.accuracy, int(one.images)) for one in bins]
     charts.reliability(figure.subplots(), bars, calibration.calibration_error(bins))
     yield "reliability", figure
 
@@ -68,7 +68,7 @@ def _errors(content: Any, column: float, _: float) -> Iterator[tuple[str, Figure
     lost = {str(name): max(0.0, float(one["AP50_lost"])) for name, one in content["errors"].items()}
     numbers = [int(one["count"]) for one in content["errors"].values()]
     texts = [f"{value:.1f} ({number:,})" for value, number in zip(lost.values(), numbers, strict=True)]
-    yield "errors by kind", _bars(list(lost), list(lost.values()), texts, "AP50 lost (number of errors)", column, 1.3)
+    yield "errors by kind", _bars(list(lost), list(lost.values()), texts, "AP50 lost (number of errors)", column)
 
 
 def _per_class(content: Any, column: float, page: float) -> Iterator[tuple[str, Figure]]:
@@ -79,23 +79,20 @@ def _per_class(content: Any, column: float, page: float) -> Iterator[tuple[str, 
     known = sorted(known, key=lambda pair: -pair[0])[-MOST_BARS:]
     names, values = [name for _, name in known], [value for value, _ in known]
     if known:
-        figure = _bars(names, values, [f"{value:.1f}" for value in values], "IoU (%)", column, 1.15)
+        figure = _bars(names, values, [f"{value:.1f}" for value in values], "IoU (%)", column)
         mean = float(content["mIoU"])
         figure.axes[0].axvline(mean, color=INK, linewidth=0.8, linestyle=(0, (4, 1.5)), zorder=1.5)
         figure.axes[0].set_title(f"mean {mean:.1f}", fontsize=7, fontweight="normal", loc="left")
         yield "IoU of the classes", figure
 
 
-def _bars(names: list[str], values: list[float], texts: list[str], title: str, width: float, room: float) -> Figure:
+def _bars(names: list[str], values: list[float], texts: list[str], title: str, width: float) -> Figure:
     figure = Figure(figsize=(width, 0.5 + 0.15 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.barh(range(len(names)), values, height=0.7, color=COOL)
     axes.set_yticks(range(len(names)), [shortened(name, 7, 90) for name in names])
-    most = max(*values, 1.0)
-    for place, (value, text) in enumerate(zip(values, texts, strict=True)):
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-        axes.text(value + 0.015 * most, place, text, va="center", color=MUTED, bbox=ground)
-    axes.set(xlim=(0, room * most), ylim=(len(names) - 0.4, -0.6), xlabel=title)
+    charts.numbers_beside(axes, texts, SIZE)
+    axes.set(xlim=(0, max(*values, 1.0)), ylim=(len(names) - 0.4, -0.6), xlabel=title)
     axes.grid(visible=False, axis="y")
     return figure
 

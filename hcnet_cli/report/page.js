@@ -72,7 +72,7 @@ if ($("#charts")) {
   const charts = $("#charts"), list = $("#curve-runs"), choice = $("#curve-group"), find = $("#curve-find");
   const COLORS = 8, chosen = new Map(); // run -> colour number
   const element = (name, attributes = {}, ...children) => {
-    const svg = ["svg", "path", "text", "line", "g"].includes(name);
+    const svg = ["svg", "path", "text", "line", "g", "circle"].includes(name);
     const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
     made.append(...children);
@@ -110,8 +110,10 @@ if ($("#charts")) {
     const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `${title} of ${shown.length} runs over ${last} steps` });
     const clip = `clip-${key}`;
     svg.innerHTML = `<clipPath id="${clip}"><rect x="${left}" y="${top}" width="${right - left}" height="${bottom - top}"/></clipPath>`;
-    for (const tick of ticks(low, high, 5)) {
-      svg.append(element("path", { class: "grid", d: `M${left} ${y(tick)}H${right}` }), element("text", { class: "tick", x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, show(tick)));
+    const marks = ticks(low, high, 5), small = Math.max(...marks.map(Math.abs)) < 0.01;
+    const tickText = (value) => small && value !== 0 ? (+value.toPrecision(3)).toExponential() : String(+value.toPrecision(4));
+    for (const tick of marks) {
+      svg.append(element("path", { class: "grid", d: `M${left} ${y(tick)}H${right}` }), element("text", { class: "tick", x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, tickText(tick)));
     }
     for (const tick of ticks(0, last, width > 500 ? 8 : 4)) {
       svg.append(element("text", { class: "tick", x: x(tick), y: height - 22, "text-anchor": tick / last > 0.97 ? "end" : "middle" }, short(tick)));
@@ -120,6 +122,9 @@ if ($("#charts")) {
     const group = element("g", { "clip-path": `url(#${clip})` });
     for (const run of shown) {
       const path = run[key].map(([step, value]) => `${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("L");
+      if (run[key].length === 1) { // a line through one point is not seen
+        group.append(element("circle", { cx: x(run[key][0][0]), cy: y(run[key][0][1]), r: 3.5, style: `fill:${color(run)}` }));
+      }
       const dash = chosen.get(run) >= COLORS ? { "stroke-dasharray": "5 3" } : {};
       group.append(element("path", { class: "curve", d: `M${path}`, style: `stroke:${color(run)}`, ...dash }));
     }

@@ -7,9 +7,9 @@ of a column. So each is drawn by what serves it, from the same data (`plots`).
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hcnet_cli.charts import COOL, HOT, INK, MUTED, shortened
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.files import replacing, writing
 from hcnet_cli.report import figures, final, plots
+from hcnet_cli.report.escape import slug
 from hcnet_cli.results import Results
 from hcnet_cli.table import Table
 from hcnet_cli.tasks import TASKS
@@ -70,7 +71,7 @@ def write_figures(made: Sequence[Table], found: Results, folder: Path) -> list[s
         with matplotlib.style.context(STYLE):
             for name, what, figure in _all(made, found):
                 number = 1
-                own = name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80]
+                own = name = slug(name)
                 while own in taken:
                     number += 1
                     own = f"{name}-{number}"
@@ -97,11 +98,18 @@ def _all(made: Sequence[Table], found: Results) -> Iterator[tuple[str, str, Figu
             yield f"{title} differences", f"{title}, {x_title} with 95 % intervals", forest(arms, x_title)
     names = {run for table in made for row in table.rows for run in row.runs}
     yield from _curves([run for run in found.runs if run.finished and run.folder in names])
+    fingerprints = {run.folder: run.info.fingerprint for run in found.runs}
     for table, row, run in plots.first_runs(made):
         if row.kind == "measured":
-            about = f"{plots.short_label(table, row)} on {row.values.get('data')}"
+            model = plots.short_label(table, replace(row, mark=""))  # the mark's note is under the table alone
             for what, figure in final.drawings(run / "final", COLUMN, PAGE):
-                yield f"{about} {what}", f"{about}, {what}", figure
+                about = f"{model} on {row.values.get('data')}, {what} (run {run.name})"
+                yield f"{_own_name(run.name, fingerprints.get(run, ''))} {what}", about, figure
+
+
+def _own_name(name: str, fingerprint: str) -> str:
+    """A run by its name and fingerprint: no other run of the folder, and no later one of that name, has it."""
+    return f"{name.removesuffix(fingerprint)[:80]} {fingerprint}"
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -124,7 +132,12 @@ def scatter(plot: plots.Scatter) -> Figure:
     axes.set_xticks([], minor=True)
     axes.set_yticks(ticks_y, [f"{tick:g}" for tick in ticks_y])
     axes.set_title(plot.y_title, fontsize=SIZE, fontweight="normal", loc="left", pad=5, x=-25 / (wide - 31))
-    spots = {}
+    spots, whiskers = {}, []
+
+    def pixels(x: float, y: float) -> figures.Spot:
+        right, up = axes.transData.transform((x, y))
+        return right * scale, (high - up) * scale
+
     for (kind, name), members in series.items():
         members.sort(key=lambda p: (p.x, p.y))
         own = name.startswith("HcNet")
@@ -136,10 +149,10 @@ def scatter(plot: plots.Scatter) -> Figure:
             axes.errorbar(xs, ys, arms, fmt="none", ecolor=colour, elinewidth=1, zorder=2)
         marker = 4.5 if kind == "measured" else 3.5
         axes.plot(xs, ys, "o", markersize=marker, markeredgecolor=colour, markerfacecolor=face, zorder=3)
-        pixels = axes.transData.transform(list(zip(xs, ys, strict=True)))
-        spots[kind, name] = [(x * scale, (high - y) * scale) for x, y in pixels]
+        spots[kind, name] = [pixels(p.x, p.y) for p in members]
+        whiskers += [(pixels(p.x, p.ends[1]), pixels(p.x, p.ends[0])) for p in members if p.half]
     box = (29 * scale, 14 * scale, (wide - 4) * scale, (high - 28) * scale)
-    for (kind, name), place, spot in figures.place_labels(spots, box):
+    for (kind, name), place, spot in figures.place_labels(spots, box, whiskers):
         own = kind == "measured" or name.startswith("HcNet")
         weight = "bold" if kind == "measured" else "normal"
         end = figures.nearest(place, spot)
@@ -205,7 +218,9 @@ def curves(settings: dict[str, list[plots.Curve]], kind: str, title: str) -> Fig
             values += of_step
             text = shortened(name, SIZE, 165 if seeds else 200) + seeds if curve is members[0] else None
             thin = 0.6 if seeds else 1.0
-            axes.plot(steps, of_step, color=LINES[colour], linestyle=DASHES[dashes], linewidth=thin, label=text)
+            mark = "o" if len(steps) == 1 else ""  # a line through one point is not seen
+            (line,) = axes.plot(steps, of_step, color=LINES[colour], linestyle=DASHES[dashes], label=text)
+            line.set(linewidth=thin, marker=mark, markersize=3)
     if kind == "metric":  # first, far values would flatten all the rest: as on the page
         low, high = sorted(values)[int(len(values) * 0.05)], max(values)
         room = (high - low or abs(high) or 1) * 0.06

@@ -23,6 +23,7 @@ from hcnet_cli.report.escape import (
     latex_line,
     markdown_code,
     markdown_link,
+    slug,
     to_json,
 )
 from hcnet_cli.table import MISSING, Column, Row, Table, Value, is_number
@@ -181,16 +182,16 @@ def relative(path: Path, base: Path | None) -> str:
 
 
 def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
-    r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are numbered under each table."""
+    r"""Tables to \input into a paper that has \usepackage{booktabs}; sources are listed by letters under each table."""
     parts = ["% Made by hcnet report. Needs \\usepackage{booktabs}."]
     parts += [f"% {visible(note)}" for note in notes]
-    for number, table in enumerate(tables, 1):
+    for table, label in zip(tables, latex_labels(tables), strict=True):
         columns = [c for c in table.columns if c.key not in NOT_IN_LATEX]
-        sources: dict[str, int] = {}
+        sources: dict[str, str] = {}  # source -> letter
         lines = [
             r"\begin{table}[tp]",
             r"\centering\small\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{in_latex(table.title)}}}\label{{tab:{table.name}-{number}}}",
+            rf"\caption{{{in_latex(table.title)}}}\label{{{label}}}",
             rf"\begin{{tabular}}{{{''.join('l' if c.style == 'text' else 'r' for c in columns)}}}",
             r"\toprule",
             " & ".join(in_latex(c.title) for c in columns) + r" \\",
@@ -201,16 +202,15 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
                 cells = [_tex_cell(table, row, c) for c in columns]
                 names = ", ".join(run.name for run in row.runs)
                 if source := str(row.values.get("source") or "") if kind == "published" else names:
-                    cells[0] += rf"\textsuperscript{{{sources.setdefault(source, len(sources) + 1)}}}"
+                    cells[0] += rf"\textsuperscript{{{sources.setdefault(source, _letters(len(sources)))}}}"
                 lines.append(latex_line(" & ".join(cells)) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\par\medskip\begingroup\scriptsize\raggedright"]
         lines += [rf"{latex_line(in_latex(note))}\par" for note in table.notes]
-        listed = [rf"\textsuperscript{{{n}}} {in_latex(source)}.\quad" for source, n in sources.items()]
+        listed = [rf"\textsuperscript{{{letter}}} {in_latex(source)}.\quad" for source, letter in sources.items()]
         end = [r"\par\endgroup", r"\end{table}"]
         if len(listed) <= SOURCES_IN_TABLE:
             lines += listed + end
         else:  # a float cannot be longer than a page; what follows it can be broken
-            label = rf"tab:{table.name}-{number}"
             lines += [
                 *end,
                 r"\begingroup\scriptsize\raggedright\noindent",
@@ -220,6 +220,29 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
             lines += [r"\par\endgroup"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def latex_labels(tables: Sequence[Table]) -> list[str]:
+    r"""A \label for each table by what it is of, such as tab:digits-val; by the whole title where two are of one data
+    set. It does not depend on the place among the tables.
+    """
+    short = [slug(table.short or table.title.partition(":")[0]) for table in tables]
+    names = [name if name and short.count(name) == 1 else slug(t.title) for name, t in zip(short, tables, strict=True)]
+    made: list[str] = []
+    for name, table in zip(names, tables, strict=True):
+        own = name = f"tab:{name or table.name}"
+        number = 1
+        while own in made:  # two titles of the same letters
+            number += 1
+            own = f"{name}-{number}"
+        made.append(own)
+    return made
+
+
+def _letters(number: int) -> str:
+    """a, b, ... z, aa, ab, ...: no footnote looks like a row's mark, such as [1]."""
+    before, last = divmod(number, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("a") + last)
 
 
 def _tex_cell(table: Table, row: Row, column: Column) -> str:

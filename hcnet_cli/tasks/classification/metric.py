@@ -169,7 +169,7 @@ class Accuracy:
         return pairs
 
     def _draw(self) -> bytes:
-        bars = [(one.low, one.high, one.accuracy) for one in self.bins]
+        bars = [(one.low, one.high, one.accuracy, one.images) for one in self.bins]
 
         def both(left: Any, right: Any) -> None:
             charts.reliability(left, bars, calibration.calibration_error(self.bins))

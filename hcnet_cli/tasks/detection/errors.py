@@ -196,19 +196,11 @@ def draw(curves: Mapping[str, Sequence[float]], ap50: float, kinds: Mapping[str,
         lost = [max(0.0, kinds[name].lost) for name in names]
         right.barh(range(len(names)), lost, height=0.62, color=charts.HOT)
         right.set_yticks(range(len(names)), names)
-        room = max(5.0, *lost)
-        for place, name in enumerate(names):
-            text = f"{lost[place]:.1f}  ({kinds[name].number:,})"
-            right.text(
-                lost[place] + 0.02 * room,
-                place,
-                text,
-                va="center",
-                fontsize=8.5,
-                color=charts.MUTED,
-                bbox=charts.GROUND,
-            )
-        right.set(xlim=(0, 1.35 * room), ylim=(len(names) - 0.5, -0.6), xlabel="AP50 lost (number of errors)")
+        texts = [f"{value:.1f}  ({kinds[name].number:,})" for name, value in zip(names, lost, strict=True)]
+        charts.numbers_beside(right, texts, 8.5)
+        right.set(xlim=(0, max(5.0, *lost)), ylim=(len(names) - 0.5, -0.6))
+        note = "Each kind is mended alone, so the losses do not add up."
+        right.set_xlabel(f"AP50 lost (number of errors; low scores count too).\n{note}")
         right.set_title(f"What the errors cost, of AP50 {ap50:.1f}")
         right.grid(visible=True, axis="x")
         right.tick_params(length=0)
