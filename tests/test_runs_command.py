@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Hcnet
+from conftest import Hcnet, environment
 from synthetic_runs import make_run
 from synthetic_studies import study_of
 
@@ -67,6 +69,34 @@ def test_the_tab_key_offers_the_recipes_of_the_task() -> None:
     assert {"digit-stuff", "finetune-seg/digit-stuff"} <= set(of_seg)
     assert not [name for name in of_seg if name.startswith(("pretrain", "finetune-det"))]
     assert complete.recipes(SimpleNamespace(info_name="ablate"), "pretrain/d") == ["pretrain/digits"]  # type: ignore[arg-type]
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from hcnet_cli.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("recipes show pretrain/d", ["pretrain/digits"]),
+        ("recipes explain optim.no", ["optim.no_decay"]),
+        ("pretrain --model swinv2_t", ["swinv2_tiny_window16_256", "swinv2_tiny_window8_256"]),
+        ("pretrain --track tensorboard,w", ["tensorboard,wandb"]),
+        ("pretrain --init results/runs/h", ["results/runs/half"]),
+        ("evaluate w", ["whole"]),
+        ("explain results/runs/w", ["results/runs/whole"]),
+        ("export whole --format on", ["onnx"]),
+        ("report --table a", ["ade20k", "ablation", "all"]),
+        ("report --format m", ["markdown"]),
+        ("report --compare results/runs/half results/runs/w", ["results/runs/whole"]),
+        ("track whole --to m", ["mlflow"]),
+    ],
+)
+def test_the_tab_key_offers_what_a_list_holds(words: str, offered: list[str], results: Path) -> None:
+    line = f"hcnet {words}"
+    asked = {"_HCNET_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, cwd=results.parent, env=environment() | asked, capture_output=True, text=True)
+    assert done.stdout.split() == offered, done.stderr
 
 
 def test_rm_removes_what_runs_write_and_nothing_else(results: Path, hcnet: Hcnet) -> None:

@@ -25,7 +25,10 @@ def ablate(
     ctx: typer.Context,
     disable: Annotated[
         list[str] | None,
-        typer.Option(help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each."),
+        typer.Option(
+            help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each.",
+            autocompletion=complete.words((*COMPONENTS, "all")),
+        ),
     ] = None,
     study_name: Annotated[
         str | None,
@@ -45,7 +48,10 @@ def ablate(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="pretrain (default), finetune-det or finetune-seg; may repeat, for one table of all."),
+        typer.Option(
+            help="pretrain (default), finetune-det or finetune-seg; may repeat, for one table of all.",
+            autocompletion=complete.words(TASKS),
+        ),
     ] = None,
     size: options.Size = None,
     model: options.Model = None,

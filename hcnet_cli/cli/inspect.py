@@ -94,7 +94,12 @@ def shards(
 
 def explain(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="A run folder, such as results/runs/NAME, or several.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="A run folder, such as results/runs/NAME, or several.",
+            autocompletion=complete.run_folders,
+        ),
     ],
     image: Annotated[Path | None, typer.Option(help="A picture to measure on, instead of validation images.")] = None,
     out_dir: Annotated[
@@ -166,7 +171,9 @@ def replay(
 
 def track(
     run: Run,
-    to: Annotated[str, typer.Option("--to", help=f"Comma list of: {', '.join(TRACKERS)}.")],
+    to: Annotated[
+        str, typer.Option("--to", help=f"Comma list of: {', '.join(TRACKERS)}.", autocompletion=complete.trackers)
+    ],
     out_dir: options.Out = Path("results"),
 ) -> None:
     """Send the log of a run to experiment trackers: what they have not got yet, each point once.
