@@ -335,7 +335,7 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     if seconds <= LONG_SECONDS:
         return
     length = max(1, int(recipe.schedule.length * LONG_SECONDS / seconds))
-    flag = f"--epochs {length}" if recipe.schedule.unit == "epochs" else f"--set schedule.length={length}"
+    flag = f"--{recipe.schedule.unit} {length}"
     notice(f"{flag} takes about {about(LONG_SECONDS)}; a GPU, or torchrun on several, takes far less.")
 
 

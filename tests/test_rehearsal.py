@@ -413,7 +413,7 @@ def test_days_are_answered_with_a_shorter_schedule(capfd: pytest.CaptureFixture[
     plan.notice_what_fits(recipe, data, 10 * 86400)
     err = capfd.readouterr().err
     assert "Training would take about 10 d here" in err
-    assert f"schedule.length={int(recipe.schedule.length / 10)}" in err
+    assert f"{recipe.schedule.unit} {int(recipe.schedule.length / 10)}" in err
 
 
 @pytest.mark.parametrize("side", [28, 64, 96])

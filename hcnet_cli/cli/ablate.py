@@ -58,6 +58,7 @@ def ablate(
     data: options.DataPath = None,
     recipe: options.RecipeName = None,
     epochs: options.Epochs = None,
+    steps: options.Steps = None,
     batch_size: options.BatchSize = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of every arm (default: the study's, or 0,1,2).")] = None,
     test: Annotated[
@@ -132,7 +133,7 @@ def ablate(
     if detect is not None and not 0 < detect < float("inf"):
         raise UserError(f"--detect {detect:g} is no difference in points.", hint="For example: --detect 0.3")
     wanted = design.study_runs(asked, task or [], recipe or "")
-    for flag in ("data", "epochs", "batch_size"):
+    for flag in ("data", "epochs", "steps", "batch_size"):
         if len(wanted) > 1 and ctx.params[flag] is not None:
             raise UserError(
                 f"--{flag.replace('_', '-')} is for a study of one task.",

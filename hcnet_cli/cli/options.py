@@ -51,8 +51,8 @@ RecipeName = Annotated[
         "--recipe", help="A shipped recipe (hcnet recipes ls) or a YAML file.", autocompletion=complete.recipes
     ),
 ]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data, of a recipe that counts these.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps, of a recipe that counts these.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per optimizer step, over all processes.")]
 Accumulate = Annotated[
     int | None,
