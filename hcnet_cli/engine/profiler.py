@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import re
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,7 +20,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from hcnet_cli import dist
 from hcnet_cli.console import warn
 from hcnet_cli.engine.job import Job
-from hcnet_cli.files import optional, write_text
+from hcnet_cli.files import optional, replacing, write_text
+from hcnet_cli.privacy import host_id
 from hcnet_cli.report import render
 from hcnet_cli.table import Column, Row, Table
 
@@ -132,7 +136,7 @@ class Profiler:
             if trace is None:
                 warn(f"Training ended after {timed} of the {asked} steps to time, so there is no trace.json.gz.")
             else:
-                trace.export_chrome_trace(str(self.folder / "trace.json.gz"))
+                write_trace(trace, self.folder / "trace.json.gz")
 
     def table(self, timed: int) -> Table:
         """Means of `timed` steps. What is in no part is `other`, so the rows sum to the step."""
@@ -157,3 +161,15 @@ class Profiler:
 
 def _row(name: str, seconds: float, share: float) -> Row:
     return Row("measured", {"part": name, "ms": 1000 * seconds, "share": 100 * share})
+
+
+def write_trace(trace: profile, path: Path) -> None:
+    """A Chrome trace in which the computer's name is the digest that records have, and no temporary file is named."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(written))
+        text = written.read_text(encoding="utf-8")
+    text = re.sub(r'"host_name": ".*"', f'"host_name": "{host_id()}"', text, count=1)
+    text = re.sub(r'"traceName": ".*"', f'"traceName": "{path.name}"', text)
+    with replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode()))
