@@ -15,7 +15,7 @@ import torch
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, about, duration, notice, out, units, warn
+from hcnet_cli.console import UserError, about, counted, duration, notice, out, units, warn
 from hcnet_cli.cores import busy
 from hcnet_cli.data import embedded
 from hcnet_cli.data.images import UnusableImageError, shown_size
@@ -88,7 +88,8 @@ def _lines(
         **remarks,
         "model": f"{units(params, 1e6)} M parameters{_trained(recipe, task)}, {units(macs, 1e9)} G MACs at {size} "
         "(convolutions, linear layers, matrix products)",
-        "batch": f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes",
+        "batch": f"{batch} = {micro} x {counted(recipe.train.accumulate, 'micro-batch')} x "
+        f"{counted(dist.processes(), 'process')}",
         "steps": f"{plan.total} ({plan.epoch} an epoch), warm-up {plan.warmup}{shortened}, evaluation {evaluated}"
         + (f", stops after {recipe.train.patience} without a better score" if recipe.train.patience else ""),
         "learning rate": f"peak {recipe.optim.lr:g}{_scaling_advice(recipe)}",
@@ -112,7 +113,7 @@ def _lines(
         f"about {duration(tried.seconds * batch * plan.total)} on this {device.type} by one process "
         f"({1 / tried.seconds:.1f} images/s in a short trial{busy()}), evaluation not counted"
     )
-    lines["workers"] = f"{build.workers(recipe)} processes load data for each process that trains"
+    lines["workers"] = f"for each process that trains, {counted(build.workers(recipe), 'data worker')}"
     lines["stop"] = _stop_words(folder, recipe, task, tried.seconds * batch / dist.processes())
     lines["run"] = f"{folder.path}{' (exists)' if folder.record.exists() else ''}"
     free = shutil.disk_usage(existing_parent(folder.path)).free
@@ -201,7 +202,7 @@ def schedule_remarks(
 ) -> list[str]:
     """What a schedule says and the run does not do, a sentence for each. `sources`: as in recipe.Resolved."""
     schedule = recipe.schedule
-    length = f"{schedule.length} {schedule.unit}"
+    length = counted(schedule.length, schedule.unit.removesuffix("s"))
     remarks = []
     if schedule.kind == "multistep":
         at = list(zip(map(str, schedule.milestones), steps.milestones, strict=True))
@@ -218,13 +219,13 @@ def schedule_remarks(
         )
     remarks += [f"{key} has no effect: {why}." for key, why in unused(recipe, sources).items()]
     if steps.shortened:
-        given = f"{schedule.warmup:g} {schedule.warmup_unit}"
-        remarks.append(f"The warm-up ({given}) was shortened to half of the run, {steps.warmup} steps.")
+        given = counted(schedule.warmup, schedule.warmup_unit.removesuffix("s"))
+        remarks.append(f"The warm-up ({given}) was shortened to half of the run, {counted(steps.warmup, 'step')}.")
     average = recipe.train.ema_decay
     if average is not None and (kept := average**steps.total) > MUCH_OF_THE_START:
         remarks.append(
-            f"train.ema_decay {average:g} is for longer runs: after {steps.total} steps {kept:.0%} of the average is "
-            "what training started from."
+            f"train.ema_decay {average:g} is for longer runs: after {counted(steps.total, 'step')} {kept:.0%} of the "
+            "average is what training started from."
         )
     if (patience := recipe.train.patience) and patience >= -(-steps.total // steps.eval_every):
         remarks.append("train.patience has no effect: the run has no more evaluations than that.")

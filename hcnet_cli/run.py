@@ -35,7 +35,7 @@ from hcnet_cli import (
     trial,
 )
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, about, duration, main_metrics, notice, out, warn
+from hcnet_cli.console import UserError, about, counted, duration, main_metrics, notice, out, warn
 from hcnet_cli.cores import busy
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision, use_cores
@@ -283,7 +283,8 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         f"{info.protocol} · {label} · {info.data.name}: {info.data.num_train} training and "
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
-    notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
+    length = counted(info.steps_total, "step")
+    notice(f"{length} of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
     for line in info.data.remarks():
         notice(line)
     plan.notice_many_passes(build.steps(run.recipe, run.data))

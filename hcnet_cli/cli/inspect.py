@@ -13,7 +13,7 @@ import typer
 
 from hcnet_cli.cli import complete, options
 from hcnet_cli.cli.base import resolve
-from hcnet_cli.console import UserError, loading, notice, out, warn
+from hcnet_cli.console import UserError, counted, loading, notice, out, warn
 from hcnet_cli.track import TRACKERS
 
 Run = Annotated[
@@ -160,9 +160,11 @@ def replay(
         from hcnet_cli import replay as replaying
 
     losses = ", ".join(f"{name} {value}" for name, value in failure.losses.items())
-    out.print(f"Step {failure.step}, {len(failure.samples)} images, {losses} in {failure.precision}")
+    out.print(f"Step {failure.step}, {counted(len(failure.samples), 'image')}, {losses} in {failure.precision}")
     if failure.later_steps:
-        warn(f"The weights are those after {failure.later_steps} more steps: an fp16 step is looked at later.")
+        warn(
+            f"The weights are those after {counted(failure.later_steps, 'more step')}: an fp16 step is looked at later."
+        )
     found = replaying.replay(folder, info, recipe, failure, weights, device)
     for line in (line for one in found for line in one.lines()):
         out.print(line)
@@ -190,7 +192,7 @@ def track(
     folder.require()
     for name in names:
         lines = send(folder, name)
-        notice(f"{lines} lines sent. Next: {where(folder, name)}")
+        notice(f"{counted(lines, 'line')} sent. Next: {where(folder, name)}")
 
 
 def doctor(

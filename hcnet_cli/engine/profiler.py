@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hcnet_cli import dist
-from hcnet_cli.console import warn
+from hcnet_cli.console import counted, warn
 from hcnet_cli.engine.job import Job
 from hcnet_cli.files import optional, replacing, write_text
 from hcnet_cli.privacy import host_id
@@ -149,14 +149,16 @@ class Profiler:
         shown["other"] = self.whole - sum(shown.values())
         rows = [_row(name, value / timed, value / self.whole) for name, value in shown.items()]
         rows.append(_row("step", self.whole / timed, 1.0))
-        notes = [f"{self.job.batch_size} images a step on {self.job.device.type}, {self.job.precision}."]
+        notes = [f"{counted(self.job.batch_size, 'image')} a step on {self.job.device.type}, {self.job.precision}."]
         if workers:
             busy = ", ".join(f"{name} {1000 * value / timed:.1f} ms" for name, value in self.loading.items())
-            notes.append(f"Meanwhile in the {workers} data workers, summed over them: {busy} for each step.")
+            notes.append(f"Meanwhile in {counted(workers, 'data worker')}, summed over all: {busy} for each step.")
         if dist.is_distributed():
             notes.append(f"Process 0 of {dist.processes()}. All-reduce: what does not overlap with the backward pass.")
         columns = [Column("part", "part"), Column("ms", "ms", "number"), Column("share", "%", "percent")]
-        return Table("profile", f"Where the time of a step goes: means of {timed} steps", columns, rows, notes)
+        return Table(
+            "profile", f"Where the time of a step goes: means of {counted(timed, 'step')}", columns, rows, notes
+        )
 
 
 def _row(name: str, seconds: float, share: float) -> Row:
