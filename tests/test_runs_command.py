@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from synthetic_runs import make_run
 from synthetic_studies import study_of
 
 from hcnet_cli.cli import complete
-from hcnet_cli.runs import RunFolder
+from hcnet_cli.runs import RunFolder, own_folder
 
 
 @pytest.fixture
@@ -135,6 +136,18 @@ def test_mv_keeps_the_run_and_refuses_what_would_lose_it(results: Path, hcnet: H
         assert "Another process is working" in hcnet("runs", "mv", "half", "other").err
         assert "Another process is working" in hcnet("runs", "rm", "half", "--yes").err
     assert (results / "runs" / "half" / "run.json").exists()
+
+
+def test_a_copy_does_not_hide_the_finished_run(results: Path) -> None:
+    """Of unfinished ones nobody knows which is meant."""
+    runs = results / "runs"
+    whole, half = (RunFolder(runs / name).require().fingerprint for name in ("whole", "half"))
+    for name in ("whole", "half"):
+        shutil.copytree(runs / name, runs / f"{name}2")
+    assert own_folder(results, "", "usual", whole).path == runs / "whole"
+    assert own_folder(results, "", "usual", half).path == runs / "usual"
+    shutil.rmtree(runs / "half2")
+    assert own_folder(results, "", "usual", half).path == runs / "half"
 
 
 def test_a_run_of_a_study_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hcnet: Hcnet) -> None:
