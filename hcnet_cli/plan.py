@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import rich.box
 import rich.table
@@ -26,7 +27,7 @@ from hcnet_cli.models import hub
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.trial import Trial, device_memory, trial
-from hcnet_cli.values import as_typed
+from hcnet_cli.values import as_typed, place_typed
 
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
@@ -46,7 +47,13 @@ USED_BY = {  # fields of `schedule` that some kinds alone use
 
 
 def print_plan(
-    folder: RunFolder, recipe: Recipe, data: DataSplits, task: Task, device: torch.device, resolved: Resolved
+    folder: RunFolder,
+    recipe: Recipe,
+    data: DataSplits,
+    task: Task,
+    device: torch.device,
+    resolved: Resolved,
+    options: Any,
 ) -> None:
     """Every value with its origin, then batches, learning rate, cost and place."""
     table = rich.table.Table(
@@ -66,7 +73,7 @@ def print_plan(
     remark_on_training(recipe, task, notices=False)
     notice_many_passes(steps)
     remark_on_schedule(recipe, steps, resolved.sources)
-    notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total))
+    notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total), options)
     if shutil.disk_usage(existing_parent(folder.path)).free < disk_need(recipe, task):
         warn("The disk has too little space for this run's checkpoints.")
 
@@ -300,7 +307,7 @@ def training_time(recipe: Recipe, seconds: float, steps: int) -> float:
     return seconds * recipe.train.batch_size * steps / dist.processes()
 
 
-def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
+def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float, options: Any = None) -> None:
     """Says which recipe and flags fit where images are far smaller than the recipe's, where they are few for its
     schedule, or where `seconds` of training are days.
     """
@@ -330,7 +337,7 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     notice(f"Does the recipe fit the data? {'; '.join(reasons)[0].upper()}{'; '.join(reasons)[1:]}.")
     few = images < FEW_IMAGES or (sides and max(sides) <= spec.small_sides[1])
     if spec.small_recipe and few and recipe.data.path not in embedded.EMBEDDED:
-        flags = flags_of_small(recipe, images, sides)
+        flags = flags_of_small(recipe, images, sides) + (typed_options(options) if options else "")
         notice(f"Fits better: hcnet {spec.name} --recipe {small} --data {shlex.quote(str(recipe.data.path))}{flags}")
         return
     if seconds <= LONG_SECONDS:
@@ -338,6 +345,18 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     length = max(1, int(recipe.schedule.length * LONG_SECONDS / seconds))
     flag = f"--{recipe.schedule.unit} {length}"
     notice(f"{flag} takes about {about(LONG_SECONDS)}; a GPU, or torchrun on several, takes far less.")
+
+
+def typed_options(options: Any) -> str:
+    """What was typed of run.Options, which imports this module; without the name: that run has another recipe."""
+    flags = place_typed(options.results, "--out")
+    if options.device != "auto":
+        flags += f" --device {options.device}"
+    if options.profile:
+        flags += f" --profile {options.profile}"
+    if options.track:
+        flags += f" --track {','.join(options.track)}"
+    return flags
 
 
 def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:

@@ -94,7 +94,7 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         setup = _setup(resolved, options, device)
         if options.dry_run:
             if dist.is_main():
-                plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved)
+                plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved, options)
             return setup.folder.path, None, 0
         info = _describe(setup, options)
         if options.eval_only:
@@ -178,7 +178,7 @@ def _train_in(
     info.kernels = list(job.kernels)
     _announce(run, info, state)
     seconds = rehearsal.rehearse(job, recipe, run.data, folder.path)
-    _announce_time(run, info, state, seconds)
+    _announce_time(run, info, state, seconds, options)
     if dist.is_main():
         _write_recipe(run, info)
         first_batches.show_data(job, folder, info, earlier, run.data)
@@ -298,7 +298,7 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         notice(f"Going on from step {state.step}.")
 
 
-def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: float) -> None:
+def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: float, options: Options) -> None:
     """How long the training takes, from the rehearsed step, and what would fit the data better."""
     left = plan.training_time(run.recipe, seconds, info.steps_total - state.step)
     if state.step < info.steps_total:
@@ -306,7 +306,7 @@ def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: f
         by = f", {dist.processes()} processes" if dist.processes() > 1 else ""
         notice(f"About {about(left)}{to_go} on this {run.device.type}{by}{busy()}, evaluation not counted.")
     if not state.step and dist.is_main():
-        plan.notice_what_fits(run.recipe, run.data, left)
+        plan.notice_what_fits(run.recipe, run.data, left, options)
 
 
 # --- after ------------------------------------------------------------------------------------------------------------
