@@ -234,6 +234,12 @@ def units(count: float, unit: float) -> str:
     return f"{count / unit:.2f}" if count >= unit or not count else f"{count / unit:.3g}"
 
 
+def counted(number: float, noun: str) -> str:
+    """A number and its noun in the right form: 1 line, 2 lines, 3 processes."""
+    plural = f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{number:.12g} {noun if number == 1 else plural}"
+
+
 def about(seconds: float) -> str:
     """A duration as an estimate is said: 40 s, 12 min, 3.5 h, 13 d."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):

@@ -20,7 +20,7 @@ from PIL import Image, features
 
 from hcnet_cli import __version__, device, runs
 from hcnet_cli.cache import cache_dir
-from hcnet_cli.console import UserError
+from hcnet_cli.console import UserError, counted
 from hcnet_cli.cores import cores
 from hcnet_cli.files import check_output, existing_parent
 from hcnet_cli.privacy import home, mask
@@ -105,7 +105,9 @@ def _machine() -> Iterator[Finding]:
     usable = cores()
     total = os.cpu_count() or usable
     name = _first(Path("/proc/cpuinfo"), r"model name\s*: (.*)") or platform.processor() or platform.machine()
-    yield Finding("processor", f"{name}, {usable} of {total} cores usable, {torch.get_num_threads()} threads")
+    yield Finding(
+        "processor", f"{name}, {usable} of {total} cores usable, {counted(torch.get_num_threads(), 'thread')}"
+    )
     emulated = device.emulates_bf16(torch.device("cpu"))
     yield Finding(
         "bf16 on CPU",

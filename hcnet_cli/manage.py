@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from hcnet_cli import grouping, runs
-from hcnet_cli.console import UserError, duration, notice
+from hcnet_cli.console import UserError, counted, duration, notice
 from hcnet_cli.files import writing
 from hcnet_cli.results import command
 from hcnet_cli.runs import RunFolder, RunInfo
@@ -57,7 +57,7 @@ def listed(results: Path) -> tuple[Table, list[str]]:
         }
         rows.append(Row("measured" if info.status == "finished" else "unfinished", values))
     unfinished = sum(info.status != "finished" for _, info in good)
-    notes = [f"{len(good)} run{'s' * (len(good) != 1)}, {unfinished} unfinished, {in_units(total)} in all."]
+    notes = [f"{counted(len(good), 'run')}, {unfinished} unfinished, {in_units(total)} in all."]
     if any(runs.FINGERPRINT.fullmatch(folder.name[-8:]) for folder, _ in good):
         notes.append("The last eight characters of a long name are enough: hcnet runs show 1a2b3c4d.")
     if unfinished:
@@ -100,7 +100,7 @@ def shown(folder: RunFolder) -> list[tuple[str, list[str]]]:
                 *data.remarks(),
             ],
         ),
-        ("recipe", [f"{info.protocol or 'own'}, seed {info.seed}, {info.batch_size} images a step"]),
+        ("recipe", [f"{info.protocol or 'own'}, seed {info.seed}, {counted(info.batch_size, 'image')} a step"]),
         ("changes", [grouping.changes_text(info)]),
         ("starts from", [str(info.init.get("source", ""))]),
         ("scores", scores),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import rich.box
 import rich.table
@@ -15,7 +16,7 @@ import torch
 
 from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, about, duration, notice, out, units, warn
+from hcnet_cli.console import UserError, about, counted, duration, notice, out, units, warn
 from hcnet_cli.cores import busy
 from hcnet_cli.data import embedded
 from hcnet_cli.data.images import UnusableImageError, shown_size
@@ -26,7 +27,7 @@ from hcnet_cli.models import hub
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.trial import Trial, device_memory, trial
-from hcnet_cli.values import as_typed
+from hcnet_cli.values import as_typed, place_typed
 
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
@@ -46,7 +47,13 @@ USED_BY = {  # fields of `schedule` that some kinds alone use
 
 
 def print_plan(
-    folder: RunFolder, recipe: Recipe, data: DataSplits, task: Task, device: torch.device, resolved: Resolved
+    folder: RunFolder,
+    recipe: Recipe,
+    data: DataSplits,
+    task: Task,
+    device: torch.device,
+    resolved: Resolved,
+    options: Any,
 ) -> None:
     """Every value with its origin, then batches, learning rate, cost and place."""
     table = rich.table.Table(
@@ -66,7 +73,7 @@ def print_plan(
     remark_on_training(recipe, task, notices=False)
     notice_many_passes(steps)
     remark_on_schedule(recipe, steps, resolved.sources)
-    notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total))
+    notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total), options)
     if shutil.disk_usage(existing_parent(folder.path)).free < disk_need(recipe, task):
         warn("The disk has too little space for this run's checkpoints.")
 
@@ -88,7 +95,8 @@ def _lines(
         **remarks,
         "model": f"{units(params, 1e6)} M parameters{_trained(recipe, task)}, {units(macs, 1e9)} G MACs at {size} "
         "(convolutions, linear layers, matrix products)",
-        "batch": f"{batch} = {micro} x {recipe.train.accumulate} micro-batches x {dist.processes()} processes",
+        "batch": f"{batch} = {micro} x {counted(recipe.train.accumulate, 'micro-batch')} x "
+        f"{counted(dist.processes(), 'process')}",
         "steps": f"{plan.total} ({plan.epoch} an epoch), warm-up {plan.warmup}{shortened}, evaluation {evaluated}"
         + (f", stops after {recipe.train.patience} without a better score" if recipe.train.patience else ""),
         "learning rate": f"peak {recipe.optim.lr:g}{_scaling_advice(recipe)}",
@@ -112,7 +120,7 @@ def _lines(
         f"about {duration(tried.seconds * batch * plan.total)} on this {device.type} by one process "
         f"({1 / tried.seconds:.1f} images/s in a short trial{busy()}), evaluation not counted"
     )
-    lines["workers"] = f"{build.workers(recipe)} processes load data for each process that trains"
+    lines["workers"] = f"for each process that trains, {counted(build.workers(recipe), 'data worker')}"
     lines["stop"] = _stop_words(folder, recipe, task, tried.seconds * batch / dist.processes())
     lines["run"] = f"{folder.path}{' (exists)' if folder.record.exists() else ''}"
     free = shutil.disk_usage(existing_parent(folder.path)).free
@@ -204,7 +212,7 @@ def schedule_remarks(
 ) -> list[str]:
     """What a schedule says and the run does not do, a sentence for each. `sources`: as in recipe.Resolved."""
     schedule = recipe.schedule
-    length = f"{schedule.length} {schedule.unit}"
+    length = counted(schedule.length, schedule.unit.removesuffix("s"))
     remarks = []
     if schedule.kind == "multistep":
         at = list(zip(map(str, schedule.milestones), steps.milestones, strict=True))
@@ -221,13 +229,13 @@ def schedule_remarks(
         )
     remarks += [f"{key} has no effect: {why}." for key, why in unused(recipe, sources).items()]
     if steps.shortened:
-        given = f"{schedule.warmup:g} {schedule.warmup_unit}"
-        remarks.append(f"The warm-up ({given}) was shortened to half of the run, {steps.warmup} steps.")
+        given = counted(schedule.warmup, schedule.warmup_unit.removesuffix("s"))
+        remarks.append(f"The warm-up ({given}) was shortened to half of the run, {counted(steps.warmup, 'step')}.")
     average = recipe.train.ema_decay
     if average is not None and (kept := average**steps.total) > MUCH_OF_THE_START:
         remarks.append(
-            f"train.ema_decay {average:g} is for longer runs: after {steps.total} steps {kept:.0%} of the average is "
-            "what training started from."
+            f"train.ema_decay {average:g} is for longer runs: after {counted(steps.total, 'step')} {kept:.0%} of the "
+            "average is what training started from."
         )
     if (patience := recipe.train.patience) and patience >= -(-steps.total // steps.eval_every):
         remarks.append("train.patience has no effect: the run has no more evaluations than that.")
@@ -302,7 +310,7 @@ def training_time(recipe: Recipe, seconds: float, steps: int) -> float:
     return seconds * recipe.train.batch_size * steps / dist.processes()
 
 
-def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
+def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float, options: Any = None) -> None:
     """Says which recipe and flags fit where images are far smaller than the recipe's, where they are few for its
     schedule, or where `seconds` of training are days.
     """
@@ -332,14 +340,26 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     notice(f"Does the recipe fit the data? {'; '.join(reasons)[0].upper()}{'; '.join(reasons)[1:]}.")
     few = images < FEW_IMAGES or (sides and max(sides) <= spec.small_sides[1])
     if spec.small_recipe and few and recipe.data.path not in embedded.EMBEDDED:
-        flags = flags_of_small(recipe, images, sides)
+        flags = flags_of_small(recipe, images, sides) + (typed_options(options) if options else "")
         notice(f"Fits better: hcnet {spec.name} --recipe {small} --data {shlex.quote(str(recipe.data.path))}{flags}")
         return
     if seconds <= LONG_SECONDS:
         return
     length = max(1, int(recipe.schedule.length * LONG_SECONDS / seconds))
-    flag = f"--epochs {length}" if recipe.schedule.unit == "epochs" else f"--set schedule.length={length}"
+    flag = f"--{recipe.schedule.unit} {length}"
     notice(f"{flag} takes about {about(LONG_SECONDS)}; a GPU, or torchrun on several, takes far less.")
+
+
+def typed_options(options: Any) -> str:
+    """What was typed of run.Options, which imports this module; without the name: that run has another recipe."""
+    flags = place_typed(options.results, "--out")
+    if options.device != "auto":
+        flags += f" --device {options.device}"
+    if options.profile:
+        flags += f" --profile {options.profile}"
+    if options.track:
+        flags += f" --track {','.join(options.track)}"
+    return flags
 
 
 def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:

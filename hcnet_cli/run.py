@@ -35,7 +35,7 @@ from hcnet_cli import (
     trial,
 )
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError, about, duration, main_metrics, notice, out, warn
+from hcnet_cli.console import UserError, about, counted, duration, main_metrics, notice, out, warn
 from hcnet_cli.cores import busy
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.device import pick_device, pick_precision, use_cores
@@ -98,7 +98,7 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         dist.from_main(lambda: notice_others(*there))
         if options.dry_run:
             if dist.is_main():
-                plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved)
+                plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved, options)
             return setup.folder.path, None, 0
         info = _describe(setup, options)
         # what goes wrong on the main process, goes wrong on all
@@ -179,7 +179,7 @@ def _train_in(
     info.kernels = list(job.kernels)
     _announce(run, info, state)
     seconds = rehearsal.rehearse(job, recipe, run.data, folder.path)
-    _announce_time(run, info, state, seconds)
+    _announce_time(run, info, state, seconds, options)
     if dist.is_main():
         _write_recipe(run, info)
         first_batches.show_data(job, folder, info, earlier, run.data)
@@ -285,7 +285,8 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         f"{info.protocol} · {label} · {info.data.name}: {info.data.num_train} training and "
         f"{info.data.num_val} validation images, {info.data.num_classes} classes"
     )
-    notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
+    length = counted(info.steps_total, "step")
+    notice(f"{length} of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
     for line in info.data.remarks():
         notice(line)
     plan.notice_many_passes(build.steps(run.recipe, run.data))
@@ -299,7 +300,7 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         notice(f"Going on from step {state.step}.")
 
 
-def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: float) -> None:
+def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: float, options: Options) -> None:
     """How long the training takes, from the rehearsed step, and what would fit the data better."""
     left = plan.training_time(run.recipe, seconds, info.steps_total - state.step)
     if state.step < info.steps_total:
@@ -307,7 +308,7 @@ def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: f
         by = f", {dist.processes()} processes" if dist.processes() > 1 else ""
         notice(f"About {about(left)}{to_go} on this {run.device.type}{by}{busy()}, evaluation not counted.")
     if not state.step and dist.is_main():
-        plan.notice_what_fits(run.recipe, run.data, left)
+        plan.notice_what_fits(run.recipe, run.data, left, options)
 
 
 # --- after ------------------------------------------------------------------------------------------------------------

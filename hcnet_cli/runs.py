@@ -254,14 +254,18 @@ def find_run(run_name: str, results: Path) -> RunFolder:
 
 def own_folder(results: Path, name: str, default: str, fingerprint: str) -> RunFolder:
     """The folder of the run that a command makes: `name` if it gives one, else `default`, or where the run of this
-    fingerprint is called otherwise, as `hcnet runs mv` leaves it.
+    fingerprint is called otherwise, as `hcnet runs mv` leaves it. Of finished copies any will do; which one of several
+    unfinished runs is meant is not known, so a new one begins.
     """
     usual = results / "runs" / (name or default)
     if name or os.path.lexists(usual):
         return RunFolder(usual)
     good, _ = find_runs(results)
-    same = [path for path, info in good if info.fingerprint == fingerprint and not info.evaluated_only]
-    return RunFolder(same[0] if len(same) == 1 else usual)
+    same = [(path, info) for path, info in good if info.fingerprint == fingerprint and not info.evaluated_only]
+    finished = [path for path, info in same if info.status == "finished"]
+    if not finished and len(same) > 1:
+        return RunFolder(usual)
+    return RunFolder([*finished, *(path for path, _ in same), usual][0])
 
 
 def find_runs(results: Path) -> tuple[list[tuple[Path, RunInfo]], list[tuple[Path, str]]]:

@@ -100,7 +100,7 @@ def test_the_plan_is_printed_and_nothing_is_started(hcnet: Hcnet, folder_of_imag
     done = hcnet(*arguments, "--dry-run", "--seeds", "0,1")
     assert done.code == 0, done.err
     plan = " ".join(done.out.split())
-    for words in ("no-conservation", "12, of which 0 are finished", "about 0:0", "pretrain/digits", "1 epochs"):
+    for words in ("no-conservation", "12, of which 0 are finished", "about 0:0", "pretrain/digits", "1 epoch,"):
         assert words in plan
     assert not (tmp_path / "new").exists()
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer.main
 
 from hcnet_cli.cli import app
+from hcnet_cli.console import counted
 
 GOLDEN = Path(__file__).parent / "golden" / "commands.txt"
 
@@ -34,6 +36,14 @@ def surface() -> str:
 
 def test_commands_and_flags_are_the_frozen_ones() -> None:
     assert surface() == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "said"),
+    [(1, "line", "1 line"), (0, "line", "0 lines"), (2, "process", "2 processes"), (1.0, "epoch", "1 epoch")],
+)
+def test_one_of_a_thing_is_said_in_the_singular(number: float, noun: str, said: str) -> None:
+    assert counted(number, noun) == said
 
 
 if __name__ == "__main__":

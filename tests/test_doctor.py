@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Hcnet
 
-from hcnet_cli import device, doctor
+from hcnet_cli import console, device, doctor
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_a_machine_in_order(hcnet: Hcnet, tmp_path: Path, monkeypatch: pytest.Mo
     lines = {line[2:20].strip(): line[20:] for line in done.out.splitlines()}
     assert lines["torch"] == metadata.version("torch")
     assert lines["bf16 on CPU"] == "in hardware"
-    assert lines["processor"].endswith(f"{torch.get_num_threads()} threads")
+    assert lines["processor"].endswith(console.counted(torch.get_num_threads(), "thread"))
     assert "hf_abcdefghijklmnop" not in done.out
     assert not list(tmp_path.iterdir())
 

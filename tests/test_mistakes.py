@@ -139,10 +139,10 @@ extra | unexpected extra argument
 PRETRAIN = """
 --epochs 0 | --epochs: "schedule.length" cannot be 0
 --epochs one | it takes a whole number.
---recipe small --epochs 3 | This recipe counts steps, not epochs.
+--recipe small --epochs 3 | This recipe counts steps, not epochs. Use --steps N;
 --recipe coco-1x | hcnet finetune-det --recipe coco-1x
 --recipe finetune-seg/digit-stuff | is for finetune-seg, not for pretrain
---steps 3 | Use --set schedule.length=...
+--steps 3 | This recipe counts epochs, not steps. Use --epochs N;
 --set optim.wd=0.1 | Did you mean "optim.weight_decay"?
 --set data.auto_augment=none | for none, write null
 --set data.auto_augment=rand-m9-mstd | a policy of timm
@@ -173,6 +173,7 @@ DETECTION = """
 """
 SEGMENTATION = """
 --steps 0 | --steps: "schedule.length" cannot be 0
+--epochs 1 | Use --steps N;
 --eval-mode tiles | whole or slide
 --set data.ratio_range=[2,0.5] | the first number must not be above the second
 --set data.ignore_index=256 | from 0 to 255

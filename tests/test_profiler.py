@@ -20,6 +20,7 @@ from hcnet_cli import engine
 from hcnet_cli.data import decoding, loader
 from hcnet_cli.engine import profiler
 from hcnet_cli.engine.profiler import TRACED, WARM_UP, Profiler
+from hcnet_cli.privacy import host_id
 from hcnet_cli.runs import RunFolder
 
 Hcnet = Callable[..., Done]
@@ -119,10 +120,9 @@ def test_a_profiled_run_is_the_run(folder_of_images: Path, hcnet: Hcnet, tmp_pat
     found = cells(folder)
     assert list(found) == ["wait for data", "transfer", "forward", "backward", "optimizer", "other", "step"]
     assert sum(share for _, share in found.values()) == pytest.approx(200, abs=0.1)
-    assert re.search(
-        r"in the 1 data workers.*: decode [\d.]+ ms, augment [\d.]+ ms", (folder / "profile.md").read_text()
-    )
+    assert re.search(r"in 1 data worker, .*: decode [\d.]+ ms, augment [\d.]+ ms", (folder / "profile.md").read_text())
     trace = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))
+    assert (trace["host_name"], trace["traceName"]) == (host_id(), "trace.json.gz")
     names = [event.get("name") for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
     assert [name for name in names if name in found] == [*list(found)[:-2], "optimizer"] * TRACED  # update, check
     again = hcnet(*run, "--name", "profiled", "--profile", "3")

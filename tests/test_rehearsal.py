@@ -22,6 +22,7 @@ from PIL import Image
 from hcnet_cli import build, engine, plan, rehearsal, runs, trial
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
+from hcnet_cli.run import Options
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification.metric import Accuracy
 from hcnet_cli.tasks.detection.metric import CocoAP
@@ -410,13 +411,19 @@ def test_the_small_recipes_of_fine_tuning_train(
     assert "Fits better" not in done.err
 
 
+def test_the_small_recipe_is_proposed_with_what_else_was_typed() -> None:
+    typed = Options(results=Path("my runs"), name="mine", device="cpu", profile=5, track=["tensorboard", "mlflow"])
+    assert plan.typed_options(typed) == " --out 'my runs' --device cpu --profile 5 --track tensorboard,mlflow"
+    assert plan.typed_options(Options()) == ""
+
+
 def test_days_are_answered_with_a_shorter_schedule(capfd: pytest.CaptureFixture[str]) -> None:
     recipe = rcp.resolve(rcp.recipe_file("finetune-seg/digit-stuff")).recipe
     data = build.open_data(recipe)
     plan.notice_what_fits(recipe, data, 10 * 86400)
     err = capfd.readouterr().err
     assert "Training would take about 10 d here" in err
-    assert f"schedule.length={int(recipe.schedule.length / 10)}" in err
+    assert f"{recipe.schedule.unit} {int(recipe.schedule.length / 10)}" in err
 
 
 @pytest.mark.parametrize("side", [28, 64, 96])

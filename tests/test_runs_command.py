@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import Hcnet
+from conftest import Hcnet, environment
 from synthetic_runs import make_run
 from synthetic_studies import study_of
 
 from hcnet_cli.cli import complete
-from hcnet_cli.runs import RunFolder
+from hcnet_cli.runs import RunFolder, own_folder
 
 
 @pytest.fixture
@@ -69,6 +72,34 @@ def test_the_tab_key_offers_the_recipes_of_the_task() -> None:
     assert complete.recipes(SimpleNamespace(info_name="ablate"), "pretrain/d") == ["pretrain/digits"]  # type: ignore[arg-type]
 
 
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from hcnet_cli.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("recipes show pretrain/d", ["pretrain/digits"]),
+        ("recipes explain optim.no", ["optim.no_decay"]),
+        ("pretrain --model swinv2_t", ["swinv2_tiny_window16_256", "swinv2_tiny_window8_256"]),
+        ("pretrain --track tensorboard,w", ["tensorboard,wandb"]),
+        ("pretrain --init results/runs/h", ["results/runs/half"]),
+        ("evaluate w", ["whole"]),
+        ("explain results/runs/w", ["results/runs/whole"]),
+        ("export whole --format on", ["onnx"]),
+        ("report --table a", ["ade20k", "ablation", "all"]),
+        ("report --format m", ["markdown"]),
+        ("report --compare results/runs/half results/runs/w", ["results/runs/whole"]),
+        ("track whole --to m", ["mlflow"]),
+    ],
+)
+def test_the_tab_key_offers_what_a_list_holds(words: str, offered: list[str], results: Path) -> None:
+    line = f"hcnet {words}"
+    asked = {"_HCNET_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    command = [sys.executable, "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, cwd=results.parent, env=environment() | asked, capture_output=True, text=True)
+    assert done.stdout.split() == offered, done.stderr
+
+
 def test_rm_removes_what_runs_write_and_nothing_else(results: Path, hcnet: Hcnet) -> None:
     whole, half = (results / "runs" / name for name in ("whole", "half"))
     (half / "notes.txt").write_text("mine")
@@ -105,6 +136,18 @@ def test_mv_keeps_the_run_and_refuses_what_would_lose_it(results: Path, hcnet: H
         assert "Another process is working" in hcnet("runs", "mv", "half", "other").err
         assert "Another process is working" in hcnet("runs", "rm", "half", "--yes").err
     assert (results / "runs" / "half" / "run.json").exists()
+
+
+def test_a_copy_does_not_hide_the_finished_run(results: Path) -> None:
+    """Of unfinished ones nobody knows which is meant."""
+    runs = results / "runs"
+    whole, half = (RunFolder(runs / name).require().fingerprint for name in ("whole", "half"))
+    for name in ("whole", "half"):
+        shutil.copytree(runs / name, runs / f"{name}2")
+    assert own_folder(results, "", "usual", whole).path == runs / "whole"
+    assert own_folder(results, "", "usual", half).path == runs / "usual"
+    shutil.rmtree(runs / "half2")
+    assert own_folder(results, "", "usual", half).path == runs / "half"
 
 
 def test_a_run_of_a_study_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hcnet: Hcnet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,6 +102,21 @@ def test_what_was_sent_and_not_noted_is_not_doubled(run: RunFolder) -> None:
         kept.write_text(damage)
         send(run, "tensorboard")
         assert_shown(run.path, entries(9))
+
+
+def test_what_was_sent_is_not_sent_again(run: RunFolder) -> None:
+    """Nor after it was gone back and nothing came: step 8 is forgotten once. What was removed is sent again."""
+    events = run.path / "track" / "tensorboard"
+    for written, first in ((entries(8), 10), (entries(5), 0), (entries(9), 3)):
+        write(run, written)
+        assert send(run, "tensorboard") == first
+        made = list(events.iterdir())
+        assert [send(run, "tensorboard"), send(run, "tensorboard")] == [0, 0]
+        assert list(events.iterdir()) == made
+    assert_shown(run.path, entries(9))
+    shutil.rmtree(events)
+    assert send(run, "tensorboard") == 11
+    assert_shown(run.path, entries(9))
 
 
 def test_a_line_that_is_not_whole_is_left_for_later(tmp_path: Path) -> None:

@@ -207,8 +207,7 @@ def option_hint(message: str, command: str) -> str:
     fields = dict(options.RECIPE_KEYS.values())
     if not found or found[1] not in fields or command.split()[-1] not in (*TASKS, "ablate"):
         return ""
-    unit = " (in the unit that the recipe counts)" if fields[found[1]] == "schedule.length" else ""
-    return f"Use --set {fields[found[1]]}=...{unit}"
+    return f"Use --set {fields[found[1]]}=..."
 
 
 def places_hint(message: str, ctx: Any) -> str:

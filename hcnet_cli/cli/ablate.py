@@ -25,7 +25,10 @@ def ablate(
     ctx: typer.Context,
     disable: Annotated[
         list[str] | None,
-        typer.Option(help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each."),
+        typer.Option(
+            help=f"Train without a component: {', '.join(COMPONENTS)}; a+b for two at once; all for each.",
+            autocompletion=complete.words((*COMPONENTS, "all")),
+        ),
     ] = None,
     study_name: Annotated[
         str | None,
@@ -45,13 +48,17 @@ def ablate(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="pretrain (default), finetune-det or finetune-seg; may repeat, for one table of all."),
+        typer.Option(
+            help="pretrain (default), finetune-det or finetune-seg; may repeat, for one table of all.",
+            autocompletion=complete.words(TASKS),
+        ),
     ] = None,
     size: options.Size = None,
     model: options.Model = None,
     data: options.DataPath = None,
     recipe: options.RecipeName = None,
     epochs: options.Epochs = None,
+    steps: options.Steps = None,
     batch_size: options.BatchSize = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds of every arm (default: the study's, or 0,1,2).")] = None,
     test: Annotated[
@@ -126,7 +133,7 @@ def ablate(
     if detect is not None and not 0 < detect < float("inf"):
         raise UserError(f"--detect {detect:g} is no difference in points.", hint="For example: --detect 0.3")
     wanted = design.study_runs(asked, task or [], recipe or "")
-    for flag in ("data", "epochs", "batch_size"):
+    for flag in ("data", "epochs", "steps", "batch_size"):
         if len(wanted) > 1 and ctx.params[flag] is not None:
             raise UserError(
                 f"--{flag.replace('_', '-')} is for a study of one task.",

@@ -62,8 +62,8 @@ def base_recipe(task: str, given: Mapping[str, Any]) -> tuple[Path, list[Overrid
         if given.get(parameter) is not None and parameter != found.schedule.unit:
             raise UserError(
                 f"This recipe counts {found.schedule.unit}, not {parameter}.",
-                hint=f"Use --set schedule.length=N, in {found.schedule.unit}; with --set schedule.unit={parameter} "
-                f"too it counts {parameter}, and train.eval_every does.",
+                hint=f"Use --{found.schedule.unit} N; with --set schedule.unit={parameter} too it counts {parameter}, "
+                "and train.eval_every does.",
             )
     if source == "embedded":
         notice(f"No --data and no ${spec.data_variable}: using the embedded {data} ({spec.embedded_note}).")

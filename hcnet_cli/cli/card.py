@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hcnet_cli.cli import complete, options
-from hcnet_cli.console import UserError, loading, notice, out
+from hcnet_cli.console import UserError, counted, loading, notice, out
 
 
 def card(
@@ -103,6 +103,5 @@ def _verify(file: Path, name: str | None, data: str | None, model: str | None, r
     if differing:
         notice(f"Not as the card says: {', '.join(dict.fromkeys(differing))}.")
     else:
-        rows = f"{len(claims)} row" + "s" * (len(claims) > 1)
-        notice(f"Equal to the card's table of {rows}.")
+        notice(f"Equal to the card's table of {counted(len(claims), 'row')}.")
     return not differing

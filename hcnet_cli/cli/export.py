@@ -30,7 +30,12 @@ def export(
         Path, typer.Option("--output", help="The new file, or the new folder of a detector or of --format timm.")
     ],
     fmt: Annotated[
-        str | None, typer.Option("--format", help="onnx, pt2, torchscript or timm; else what the output's ending says.")
+        str | None,
+        typer.Option(
+            "--format",
+            help="onnx, pt2, torchscript or timm; else what the output's ending says.",
+            autocompletion=complete.words(ENDINGS),
+        ),
     ] = None,
     features: Annotated[
         bool, typer.Option("--features", help="The backbone's maps at strides 4, 8, 16 and 32, instead of its answers.")

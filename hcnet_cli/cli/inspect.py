@@ -13,7 +13,7 @@ import typer
 
 from hcnet_cli.cli import complete, options
 from hcnet_cli.cli.base import resolve
-from hcnet_cli.console import UserError, loading, notice, out, warn
+from hcnet_cli.console import UserError, counted, loading, notice, out, warn
 from hcnet_cli.track import TRACKERS
 
 Run = Annotated[
@@ -102,7 +102,12 @@ def _num_bytes(size: str) -> int:
 
 def explain(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="A run folder, such as results/runs/NAME, or several.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="A run folder, such as results/runs/NAME, or several.",
+            autocompletion=complete.run_folders,
+        ),
     ],
     image: Annotated[Path | None, typer.Option(help="A picture to measure on, instead of validation images.")] = None,
     out_dir: Annotated[
@@ -163,9 +168,11 @@ def replay(
         from hcnet_cli import replay as replaying
 
     losses = ", ".join(f"{name} {value}" for name, value in failure.losses.items())
-    out.print(f"Step {failure.step + 1}, {len(failure.samples)} images, {losses} in {failure.precision}")
+    out.print(f"Step {failure.step + 1}, {counted(len(failure.samples), 'image')}, {losses} in {failure.precision}")
     if failure.later_steps:
-        warn(f"The weights are those after {failure.later_steps} more steps: an fp16 step is looked at later.")
+        warn(
+            f"The weights are those after {counted(failure.later_steps, 'more step')}: an fp16 step is looked at later."
+        )
     found = replaying.replay(folder, info, recipe, failure, weights, device)
     for line in (line for one in found for line in one.lines()):
         out.print(line)
@@ -174,7 +181,9 @@ def replay(
 
 def track(
     run: Run,
-    to: Annotated[str, typer.Option("--to", help=f"Comma list of: {', '.join(TRACKERS)}.")],
+    to: Annotated[
+        str, typer.Option("--to", help=f"Comma list of: {', '.join(TRACKERS)}.", autocompletion=complete.trackers)
+    ],
     out_dir: options.Out = Path("results"),
 ) -> None:
     """Send the log of a run to experiment trackers: what they have not got yet, each point once.
@@ -191,7 +200,7 @@ def track(
     folder.require()
     for name in names:
         lines = send(folder, name)
-        notice(f"{lines} lines sent. Next: {where(folder, name)}")
+        notice(f"{counted(lines, 'line')} sent. Next: {where(folder, name)}")
 
 
 def doctor(

@@ -19,12 +19,14 @@ def _number_or_word(text: str) -> int | str:
 A_RUN = "its folder, its name under results/runs/, or the last eight characters of that."  # what RUN may be
 
 Size = Annotated[
-    str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.", autocompletion=complete.sizes)
+    str | None, typer.Option("--size", help=f"Size of HcNet: {', '.join(SIZES)}.", autocompletion=complete.words(SIZES))
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", help="Another model than HcNet: a name of timm, or FILE.py:FUNCTION, which runs that file of yours."
+        "--model",
+        help="Another model than HcNet: a name of timm, or FILE.py:FUNCTION, which runs that file of yours.",
+        autocompletion=complete.models,
     ),
 ]
 OwnModel = Annotated[
@@ -49,8 +51,8 @@ RecipeName = Annotated[
         "--recipe", help="A shipped recipe (hcnet recipes ls) or a YAML file.", autocompletion=complete.recipes
     ),
 ]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training data.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data, of a recipe that counts these.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps, of a recipe that counts these.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per optimizer step, over all processes.")]
 Accumulate = Annotated[
     int | None,
@@ -73,14 +75,27 @@ Init = Annotated[
         "--init",
         help="Weights to start from: a run folder, a weights file, none, or auto: the best pretrain run of the same "
         "model (on embedded data none if there is none).",
+        autocompletion=complete.weights,
     ),
 ]
 Name = Annotated[
     str | None, typer.Option("--name", help="Name of the run folder, instead of one made from the recipe.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Results folder; runs go to OUT/runs/.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
-Precision = Annotated[str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="auto, cpu, cuda, cuda:N or mps.",
+        autocompletion=complete.words(("auto", "cpu", "cuda", "mps")),
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision", help="auto, fp32, bf16 or fp16.", autocompletion=complete.words(("auto", "fp32", "bf16", "fp16"))
+    ),
+]
 Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")]
 Workers = Annotated[
     Any,
@@ -102,7 +117,11 @@ Profile = Annotated[
 ]
 Track = Annotated[
     str | None,
-    typer.Option("--track", help=f"Send what is logged to trackers, a comma list of: {', '.join(TRACKERS)}."),
+    typer.Option(
+        "--track",
+        help=f"Send what is logged to trackers, a comma list of: {', '.join(TRACKERS)}.",
+        autocompletion=complete.trackers,
+    ),
 ]
 EvalOnly = Annotated[
     bool,

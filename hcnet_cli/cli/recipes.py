@@ -10,11 +10,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from hcnet_cli.cli import complete
 from hcnet_cli.console import UserError, notice, out
 from hcnet_cli.files import read_text
 
 app = typer.Typer(help="List, show, copy and explain recipes.", no_args_is_help=True)
-Name = Annotated[str, typer.Argument(help="For example pretrain/imagenet.")]
+Name = Annotated[str, typer.Argument(help="For example pretrain/imagenet.", autocompletion=complete.shipped)]
 
 
 @app.command("ls")
@@ -58,7 +59,12 @@ def cp(name: Name, destination: Annotated[Path, typer.Argument(help="A new YAML 
 
 @app.command("explain")
 def explain(
-    key: Annotated[str | None, typer.Argument(help="A field or a section, such as optim.no_decay or optim.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            help="A field or a section, such as optim.no_decay or optim.", autocompletion=complete.recipe_fields
+        ),
+    ] = None,
 ) -> None:
     """Tell what a recipe field means, its type, default and unit, and which tasks have it."""
     from hcnet_cli.recipe_reference import explain_field

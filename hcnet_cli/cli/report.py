@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hcnet_cli.cli import complete
 from hcnet_cli.console import UserError, notice, out, warn
 
 if TYPE_CHECKING:
@@ -20,9 +21,15 @@ DEFAULT_PORT = 8787  # of the page that --watch serves
 def report(
     fmt: Annotated[
         str | None,
-        typer.Option("--format", help="rich, markdown, csv, json, latex or html; else what the output's ending names."),
+        typer.Option(
+            "--format",
+            help="rich, markdown, csv, json, latex or html; else what the output's ending names.",
+            autocompletion=complete.report_formats,
+        ),
     ] = None,
-    table: Annotated[str, typer.Option(help="imagenet, coco, ade20k, ablation or all.")] = "all",
+    table: Annotated[
+        str, typer.Option(help="imagenet, coco, ade20k, ablation or all.", autocompletion=complete.report_tables)
+    ] = "all",
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; may be repeated.")] = None,
     published: Annotated[list[Path] | None, typer.Option(help="CSV of further published numbers; may repeat.")] = None,
     output: Annotated[Path | None, typer.Option(help="A file to write instead of standard output.")] = None,
@@ -38,7 +45,10 @@ def report(
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Two classifiers image by image; --output FILE.png draws images on which they differ."),
+        typer.Option(
+            help="Two classifiers image by image; --output FILE.png draws images on which they differ.",
+            autocompletion=complete.run_folders,
+        ),
     ] = None,
     watch: Annotated[
         bool,

@@ -42,14 +42,14 @@ def _parameters(spec: Spec) -> Parameters:
         option.name: (Annotated[option.type | None, typer.Option(*option.flags, help=option.help)], None)
         for option in spec.options
     }
-    length = {"epochs": options.Epochs, "steps": options.Steps}[spec.length_flag]
     return {
         "size": (options.Size, None),
         "model": (options.Model, None),
         "data": (options.DataPath, None),
         "data_trust": (options.DataTrust, None),
         "recipe": (options.RecipeName, None),
-        spec.length_flag: (length, None),
+        "epochs": (options.Epochs, None),
+        "steps": (options.Steps, None),
         "batch_size": (options.BatchSize, None),
         "accumulate": (options.Accumulate, None),
         "lr": (options.LearningRate, None),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import re
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,9 +18,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hcnet_cli import dist
-from hcnet_cli.console import warn
+from hcnet_cli.console import counted, warn
 from hcnet_cli.engine.job import Job
-from hcnet_cli.files import optional, write_text
+from hcnet_cli.files import optional, replacing, write_text
+from hcnet_cli.privacy import host_id
 from hcnet_cli.report import render
 from hcnet_cli.table import Column, Row, Table
 
@@ -132,7 +136,7 @@ class Profiler:
             if trace is None:
                 warn(f"Training ended after {timed} of the {asked} steps to time, so there is no trace.json.gz.")
             else:
-                trace.export_chrome_trace(str(self.folder / "trace.json.gz"))
+                write_trace(trace, self.folder / "trace.json.gz")
 
     def table(self, timed: int) -> Table:
         """Means of `timed` steps. What is in no part is `other`, so the rows sum to the step."""
@@ -145,15 +149,29 @@ class Profiler:
         shown["other"] = self.whole - sum(shown.values())
         rows = [_row(name, value / timed, value / self.whole) for name, value in shown.items()]
         rows.append(_row("step", self.whole / timed, 1.0))
-        notes = [f"{self.job.batch_size} images a step on {self.job.device.type}, {self.job.precision}."]
+        notes = [f"{counted(self.job.batch_size, 'image')} a step on {self.job.device.type}, {self.job.precision}."]
         if workers:
             busy = ", ".join(f"{name} {1000 * value / timed:.1f} ms" for name, value in self.loading.items())
-            notes.append(f"Meanwhile in the {workers} data workers, summed over them: {busy} for each step.")
+            notes.append(f"Meanwhile in {counted(workers, 'data worker')}, summed over all: {busy} for each step.")
         if dist.is_distributed():
             notes.append(f"Process 0 of {dist.processes()}. All-reduce: what does not overlap with the backward pass.")
         columns = [Column("part", "part"), Column("ms", "ms", "number"), Column("share", "%", "percent")]
-        return Table("profile", f"Where the time of a step goes: means of {timed} steps", columns, rows, notes)
+        return Table(
+            "profile", f"Where the time of a step goes: means of {counted(timed, 'step')}", columns, rows, notes
+        )
 
 
 def _row(name: str, seconds: float, share: float) -> Row:
     return Row("measured", {"part": name, "ms": 1000 * seconds, "share": 100 * share})
+
+
+def write_trace(trace: profile, path: Path) -> None:
+    """A Chrome trace in which the computer's name is the digest that records have, and no temporary file is named."""
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(written))
+        text = written.read_text(encoding="utf-8")
+    text = re.sub(r'"host_name": ".*"', f'"host_name": "{host_id()}"', text, count=1)
+    text = re.sub(r'"traceName": ".*"', f'"traceName": "{path.name}"', text)
+    with replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode()))

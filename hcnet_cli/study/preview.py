@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
-from hcnet_cli.console import duration, out, units
+from hcnet_cli.console import counted, duration, out, units
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.study.design import Design
 from hcnet_cli.study.planning import detect_seeds, find_spread, power_lines
@@ -64,9 +64,9 @@ def preview(design: Design, settings: Settings, cost: Callable[[Recipe], Cost]) 
     protocols = ", ".join(design.recipes[design.baseline, task].protocol for task in design.tasks)
     finished = sum(cell.state == "finished" for cell in cells)
     source = "from a short trial" if tried else "at the speed of earlier runs"
+    length = counted(recipe.schedule.length, recipe.schedule.unit.removesuffix("s"))
     lines = {
-        "base": f"{protocols}, size {recipe.model.label}, {recipe.schedule.length} {recipe.schedule.unit}, data "
-        f"{recipe.data.path}",
+        "base": f"{protocols}, size {recipe.model.label}, {length}, data {recipe.data.path}",
         "runs": f"{len(cells)}, of which {finished} are finished",
         "time": f"about {duration(seconds_left)} of training one after another, evaluation and start-up not counted "
         f"({source})",

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from hcnet_cli import recipe as rcp
 from hcnet_cli import runs
-from hcnet_cli.console import UserError, duration, err, launch, notice, warn
+from hcnet_cli.console import UserError, counted, duration, err, launch, notice, warn
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.finished import FINISHED
 from hcnet_cli.grouping import Run
@@ -178,7 +178,7 @@ class StudyProcess:
                 cell.state = "finished"
                 others += foreign
         for what, names_of_old in self.today.changed.items():
-            runs_like_these = f"{len(names_of_old)} run{'s' * (len(names_of_old) != 1)} of this study"
+            runs_like_these = f"{counted(len(names_of_old), 'run')} of this study"
             warn(f"{what} changed since {runs_like_these} began: the old results are not taken.")
         if others and any(cell.state != "finished" for cell in self.record.cells):
             warn(

@@ -13,7 +13,7 @@ import rich.box
 import rich.table
 from rich.text import Text
 
-from hcnet_cli.console import UserError, duration
+from hcnet_cli.console import UserError, counted, duration
 from hcnet_cli.grouping import Run
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.study import slurm
@@ -43,7 +43,7 @@ class StudyStatus:
     def __str__(self) -> str:
         counts = Counter(cell.state for cell in self.cells)
         known = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-        return f"{self.name}: {len(self.cells)} cells, {known}"
+        return f"{self.name}: {counted(len(self.cells), 'cell')}, {known}"
 
     @property
     def is_over(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.text import Text
 
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import notice, out
+from hcnet_cli.console import counted, notice, out
 from hcnet_cli.files import write_text, writing
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder
@@ -60,7 +60,9 @@ def submit_study(design: Design, settings: Settings, cluster: Cluster, dry_run: 
             process.write()
         if not todo:
             return record
-        notice(f"{len(record.cells)} cells, {len(record.cells) - len(todo)} of them finished · {process.file}")
+        notice(
+            f"{counted(len(record.cells), 'cell')}, {len(record.cells) - len(todo)} of them finished · {process.file}"
+        )
         arrays = [(_array(process, task), *_cells(process, task)) for task in design.tasks]
         submit_arrays(folder, arrays, cluster, dry_run)
         return None
@@ -177,7 +179,7 @@ def submit_arrays(
                 job = array.file.removesuffix(".sh").upper()  # stands for a number
             else:
                 job = submit(part, cluster)
-                notice(f"Job {job}: {len(part.cells)} cells, {cluster.cost(len(part.cells))}.")
+                notice(f"Job {job}: {counted(len(part.cells), 'cell')}, {cluster.cost(len(part.cells))}.")
             jobs |= {stem: f"{job}_{n}" for n, stem in part.cells.items()}
             total += len(part.cells)
             if not dry_run:

@@ -93,7 +93,6 @@ class Spec:
     evaluation: type[EvaluationPart]
     evaluations: Mapping[str, Mapping[str, Any]]  # entries that every recipe has, the first is the primary one
     options: Sequence[Option]
-    length_flag: Literal["epochs", "steps"]
     further: Sequence[str] = ()  # values of an entry's `on` that `hcnet evaluate --on` knows by name
     in_folders: Sequence[str] = ()  # those of `further` whose images lie in a folder of their own, the entry's `path`
     check_evaluation: Callable[[EvaluationPart, Sequence[str]], None] | None = None  # an entry, the model's classes

@@ -59,9 +59,12 @@ def where(folder: RunFolder, name: str) -> str:
 
 
 def _send(folder: RunFolder, kept: Path, tracker: Tracker, training: Callable[[], bool]) -> int:
-    last = -1 if tracker.whole else last_step(kept)
-    tracker.begin(last, about(folder))
+    last, length = (-1, -1) if tracker.whole else sent_before(kept)
     log, sent = Tail(folder.log_file), 0
+    if length == log.length() and not training():
+        return 0
+    tracker.begin(last, about(folder))
+    step = last
     try:
         while True:
             goes_on = training()  # asked first: all that was logged before it ended is read
@@ -70,9 +73,10 @@ def _send(folder: RunFolder, kept: Path, tracker: Tracker, training: Callable[[]
                 kind = "train" if "lr" in line else "val"
                 values = {f"{kind}/{key}": float(v) for key, v in line.items() if key != "step" and is_number(v)}
                 tracker.send(line["step"], values)
-            if lines:
+            if lines or not goes_on:
                 tracker.flush()
-                write_text(kept, json.dumps({"step": max(line["step"] for line in lines)}) + "\n")
+                step = max([step, *(line["step"] for line in lines)])
+                write_text(kept, json.dumps({"step": step, "bytes": log.offset}) + "\n")
                 sent += len(lines)
             if not goes_on:
                 return sent
@@ -81,12 +85,13 @@ def _send(folder: RunFolder, kept: Path, tracker: Tracker, training: Callable[[]
         tracker.close()
 
 
-def last_step(kept: Path) -> int:
-    """The last step that was sent; -1 where none was, or where that is not known: then all is sent again."""
+def sent_before(kept: Path) -> tuple[int, int]:
+    """The last step that was sent, and the bytes of the log then; -1 where that is not known: all is sent again."""
     with contextlib.suppress(UserError, ValueError, TypeError, KeyError):
         content = read_json(kept)
-        return int(content["step"])
-    return -1
+        if kept.with_suffix("").is_dir():  # else what was sent has been removed
+            return int(content["step"]), int(content.get("bytes", -1))
+    return -1, -1
 
 
 class Tail:
@@ -94,6 +99,10 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset = path, 0
+
+    def length(self) -> int:
+        """Bytes of the log now."""
+        return self.path.stat().st_size if self.path.is_file() else 0
 
     def read(self) -> list[dict[str, Any]]:
         """The entries since the last call; a line that is none is left out."""

@@ -243,7 +243,6 @@ SPEC = Spec(
             key="data.order",
         ),
     ),
-    length_flag="epochs",
     embedded="digits",
     embedded_note="1,797 real handwritten digits, drawn 32 x 32 on textures",
     default_recipe="imagenet",

@@ -141,7 +141,6 @@ SPEC = Spec(
             "eval_backend", ("--eval-backend",), str, "faster-coco-eval or pycocotools.", key="evaluation.val.backend"
         ),
     ),
-    length_flag="epochs",
     starts_from="pretrain",
     renamed={"data.eval_backend": "evaluation.val.backend"},
     embedded="digit-scenes",

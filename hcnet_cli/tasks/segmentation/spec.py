@@ -126,7 +126,6 @@ SPEC = Spec(
             "eval_mode", ("--eval-mode",), str, "whole images, or slide a window over them.", key="evaluation.ss.mode"
         ),
     ),
-    length_flag="steps",
     starts_from="pretrain",
     renamed={
         "data.eval_mode": "evaluation.ss.mode",
