@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hcnet_cli import privacy, runs
 from hcnet_cli.grouping import Run, changes_text, deduplicate, group_by_config, independent, init_label, tell_apart
+from hcnet_cli.last_step import last_step
 from hcnet_cli.privacy import mask
 from hcnet_cli.published import METRICS, read_published, shipped_published
 from hcnet_cli.runs import RunInfo
@@ -209,7 +210,7 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "n": len(group),
         "seeds": ", ".join(str(i.seed) for i in infos),
         "epochs": epochs(info),
-        "steps_done": info.steps_done,
+        "steps_done": last_step(group[0].folder, group[0].info),
         "steps_total": info.steps_total,
         "batch_size": info.batch_size,
         "precision": info.precision,
