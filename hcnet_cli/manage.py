@@ -66,7 +66,7 @@ def listed(results: Path) -> tuple[Table, list[str]]:
 
 
 def _state(folder: Path, info: RunInfo) -> str:
-    """ "finished", "50 %" where interrupted, "running 50 %" or "failed 50 %": a row fits into 80 columns."""
+    """finished; 50 % where interrupted; running 50 % or failed 50 %: a row fits into 80 columns."""
     if info.status == "finished":
         return info.status
     share = f"{100 * last_step(folder, info) // max(1, info.steps_total)} %"

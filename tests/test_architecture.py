@@ -51,7 +51,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
-    *("header", "last_step", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
+    *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
+    "last_step",
     *(
         "own_model",
         "cores",
