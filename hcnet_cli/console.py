@@ -266,16 +266,24 @@ def brief(value: float) -> str:
     """A number in at most 7 characters, for columns."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.{min(3, max(0, 3 - math.floor(math.log10(abs(value))))) if value else 0}f}"
+    return two_digits(value)
+
+
+def two_digits(value: float) -> str:
+    """1.3e-3, with two digits whatever the size, as learning rates are shown."""
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
 def main_metrics(metrics: Iterable[str], most: int = 6) -> list[str]:
-    """The names to show where a line has room for few: the first of each kind (box_, mask_) before further ones."""
-    names = [name for name in metrics if "_95_" not in name]  # without the ends of intervals
+    """The names to show where a line has room for few: the first of each kind (box_, mask_), then further ones."""
+    names = [name for name in metrics if "_95_" not in name and name not in COUNTS]  # without the ends of intervals
     kinds = [name.partition("_")[0] if "_" in name else "" for name in names]
     rank = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
-    return [names[i] for i in sorted(range(len(names)), key=lambda i: (rank[i] // 3, i))][:most]
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: (min(rank[i], 1 + rank[i] // 3), i))][:most]
+
+
+COUNTS = ("num_present",)  # among the metrics, and no scores
 
 
 class Bar(RichProgress):
@@ -316,6 +324,7 @@ class Progress:
         self.began = self.printed = time.monotonic()
         self.at_work = f"step {start + 1}/{total}"  # what takes place now, for a step that is long
         self.work_began = self.began
+        self.evaluation_began = 0.0
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
         self.bar = Bar(*columns, console=err, disable=not self.live, expand=True)
         self.row = self.bar.add_task("", total=total, completed=start)
@@ -368,9 +377,14 @@ class Progress:
             of["memory"] = megabytes(entry["memory_mb"])
         if "data_wait" in entry:
             of["wait"] = f"{entry['data_wait']:.0%}"
-        for name, key in (("loss", "loss"), ("lr", "lr"), ("|grad|", "grad_norm"), ("img/s", "images_per_second")):
+        for name, key in (("loss", "loss"), ("|grad|", "grad_norm")):
             if key in entry:
                 of[name] = brief(entry[key])
+        if "lr" in entry:
+            of["lr"] = two_digits(entry["lr"])
+        if "images_per_second" in entry:
+            rate = entry["images_per_second"]
+            of["img/s"] = f"{rate:.{1 if rate < 99.95 else 0}f}"
         if self.live:
             self._show(step, of)
         elif self.due or step == self.total:
@@ -386,17 +400,25 @@ class Progress:
         values += [of["memory"]] if "memory" in of else []
         values += [f"{of['img/s']} img/s"] if "img/s" in of else []
         self.bar.values = " · ".join([*values, f"wait {of['wait']}"] if "wait" in of else values)
-        self.bar.update(self.row, completed=step, description=f"{epochs}{of['left']} left, ends {of['ends']}")
+        self.bar.update(
+            self.row, completed=step, total=self.total, description=f"{epochs}{of['left']} left, ends {of['ends']}"
+        )
         self.printed = time.monotonic()
 
     def evaluating(self, done: int, of: int) -> None:
-        self.bar.update(self.row, description=f"evaluating {done}/{of}")
+        now = time.monotonic()
+        if done == 1:
+            self.evaluation_began = now
+        left = f" · {about((now - self.evaluation_began) / (done - 1) * (of - done))} left" if 1 < done < of else ""
+        self.bar.values = ""
+        self.bar.update(self.row, completed=done, total=of, description=f"evaluating{left}")
         self.begin(f"evaluating · batch {done}/{of}" if done < of else "evaluating · scoring")
         if not self.live and self.due:
             self._line(f"evaluating · batch {done}/{of}")
 
     def evaluated(self, step: int, metrics: Mapping[str, float], before: float | None) -> None:
         """A line with the scores and the change since the best before: as many as fit into 80 columns."""
+        self.bar.update(self.row, completed=step, total=self.total, description="")
         line = f"step {step} · evaluated:"
         for number, name in enumerate(main_metrics(metrics)):
             part = f"{' ·' if number else ''} {name} {metrics[name]:.2f}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from hcnet_cli import grouping, runs
 from hcnet_cli.console import UserError, counted, duration, notice
 from hcnet_cli.files import writing
+from hcnet_cli.last_step import last_step
 from hcnet_cli.results import command
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.study.record import read_studies
@@ -16,7 +17,7 @@ from hcnet_cli.table import Column, Row, Table, Value, number
 from hcnet_cli.tasks import TASKS
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,199}")
-COLUMNS = (Column("run", "run"), Column("score", "score"), Column("size", "size"))
+COLUMNS = (Column("run", "run"), Column("state", "state"), Column("score", "score"), Column("size", "size"))
 
 
 def size_of(folder: Path) -> int:
@@ -51,11 +52,9 @@ def listed(results: Path) -> tuple[Table, list[str]]:
             "run": folder.name,
             "score": _score(info),
             "size": in_units(size),
-            "status": info.status,
-            "steps_done": info.steps_done,
-            "steps_total": info.steps_total,
+            "state": _state(folder, info),
         }
-        rows.append(Row("measured" if info.status == "finished" else "unfinished", values))
+        rows.append(Row("measured", values))
     unfinished = sum(info.status != "finished" for _, info in good)
     notes = [f"{counted(len(good), 'run')}, {unfinished} unfinished, {in_units(total)} in all."]
     if any(runs.FINGERPRINT.fullmatch(folder.name[-8:]) for folder, _ in good):
@@ -64,6 +63,14 @@ def listed(results: Path) -> tuple[Table, list[str]]:
         notes.append("The command that started a run goes on with it: hcnet runs show RUN prints it.")
     lines = [f"Not counted: {reason}" for _, reason in broken]
     return Table("runs", f"Runs in {results / 'runs'}", COLUMNS, rows, notes), lines
+
+
+def _state(folder: Path, info: RunInfo) -> str:
+    """finished; 50 % where interrupted; running 50 % or failed 50 %: a row fits into 80 columns."""
+    if info.status == "finished":
+        return info.status
+    share = f"{100 * last_step(folder, info) // max(1, info.steps_total)} %"
+    return share if info.status == "interrupted" else f"{info.status} {share}"
 
 
 def _score(info: RunInfo) -> str:
@@ -89,7 +96,10 @@ def shown(folder: RunFolder) -> list[tuple[str, list[str]]]:
     files = [f"{entry.name:<18} {in_units(size_of(entry))}" for entry in entries]
     made = [
         ("run", [str(folder.path)]),
-        ("status", [f"{info.status}, step {info.steps_done:,} of {info.steps_total:,}{early}", info.error]),
+        (
+            "status",
+            [f"{info.status}, step {last_step(folder.path, info):,} of {info.steps_total:,}{early}", info.error],
+        ),
         ("not believed", [runs.contradiction(folder, info)]),
         ("model", [f"{info.model or info.size} {info.variant}".strip()]),
         (

@@ -146,7 +146,7 @@ def sheet(panels: Sequence[Image.Image], caption: str, legend: Sequence[tuple[st
     """Panels of one size in a row; below them a legend of names with their colours, and a caption."""
     width, height = panels[0].size
     total = len(panels) * (width + GAP) + GAP
-    names = _legend(legend, total - 2 * GAP)
+    names = legend_image(legend, total - 2 * GAP)
     top = height + GAP  # of the legend
     image = Image.new("RGB", (total, top + names.height + 44), PAPER)
     for n, one in enumerate(panels):
@@ -209,7 +209,7 @@ def grid(
     rows = -(-len(tiles) // columns)
     width, height = tiles[0].size
     total = columns * (width + GAP) + GAP
-    names = _legend(legend, total - 2 * GAP)
+    names = legend_image(legend, total - 2 * GAP)
     image = Image.new("RGB", (total, rows * (height + GAP) + GAP + names.height + 40), PAPER)
     for n, one in enumerate(tiles):
         image.paste(one, (GAP + n % columns * (width + GAP), GAP + n // columns * (height + GAP)))
@@ -219,7 +219,7 @@ def grid(
     return image
 
 
-def _legend(entries: Sequence[tuple[str, Colour]], width: int) -> Image.Image:
+def legend_image(entries: Sequence[tuple[str, Colour]], width: int) -> Image.Image:
     """Names behind their colours, in rows of `width` pixels."""
     entries = [(one_line(name), colour) for name, colour in entries]
     places, rows = _flow([name for name, _ in entries], width)

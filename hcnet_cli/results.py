@@ -22,6 +22,7 @@ from hcnet_cli.grouping import (
     recipe_values,
     tell_apart,
 )
+from hcnet_cli.last_step import last_step
 from hcnet_cli.privacy import mask
 from hcnet_cli.published import METRICS, read_published, shipped_published
 from hcnet_cli.runs import RunInfo
@@ -214,6 +215,7 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
     spec = TASKS[info.task]
     sessions = [session for i in infos for session in i.all_sessions()]
     speeds = [i.images_per_second for i in infos if i.images_per_second is not None]
+    done = last_step(group[0].folder, info)
     values: dict[str, Value] = {
         "table": spec.table,
         "task": info.task,
@@ -234,8 +236,8 @@ def _measured_values(group: Sequence[Run]) -> dict[str, Value]:
         "images_per_second": sum(speeds) / len(speeds) if timed_alike(infos) else None,
         "n": len(group),
         "seeds": ", ".join(str(i.seed) for i in infos),
-        "epochs": epochs(info, None if group[0].finished else info.steps_done),
-        "steps_done": info.steps_done,
+        "epochs": epochs(info, None if group[0].finished else done),
+        "steps_done": done,
         "steps_total": info.steps_total,
         "batch_size": info.batch_size,
         "precision": info.precision,

@@ -39,7 +39,7 @@ LAYERS = [
     ["results", "recipe_reference", "pretrained"],
     ["published", "statistics", "calibration", "grouping", "charts"],
     ["pictures"],
-    ["table", "runs"],
+    ["table", "runs", "last_step"],
     ["recipe", "record"],
     ["plausible"],
     ["declarations", "header", "model_names", "cache"],  # tasks/__init__.py, tasks/spec.py, tasks/*/spec.py
@@ -52,6 +52,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = [
     *("cli", "recipe", "recipe_reference", "tasks", "sizes", "schema", "runs", "files", "console", "table", "values"),
     *("header", "plain_json", "plausible", "pretrained", "record", "grouping", "privacy", "inputs", "pictures"),
+    "last_step",
     *(
         "own_model",
         "cores",

@@ -124,7 +124,7 @@ def test_lines_come_by_time_whatever_a_step_or_an_evaluation_takes(
         progress.printed -= 1
         progress.step(2, {"loss": 1.0, "images_per_second": 3.21, "data_wait": 0.0})
         *_, row = capfd.readouterr().err.splitlines()
-        assert row.split()[:4] == ["2", "1.000", "3.210", "0%"]
+        assert row.split()[:4] == ["2", "1.000", "3.2", "0%"]
 
 
 def progress_entry(loss: float = 1.234, **more: float) -> dict[str, float]:
@@ -177,6 +177,43 @@ def test_progress_has_all_values_in_80_columns(
     assert "…" not in text
 
 
+def test_learning_rates_have_two_digits_and_speeds_no_more_than_they_mean(capfd: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(1000)
+    for step, (lr, rate, shown) in enumerate(
+        [(9.6e-4, 5.69, "9.6e-4 5.7"), (1.3e-3, 99.97, "1.3e-3 100"), (0.0, 185.8, "0.0e0 186"), (1.0, 9, "1.0e0 9.0")]
+    ):
+        progress.printed -= 100
+        progress.step(step + 1, {"lr": lr, "images_per_second": rate})
+        assert shown in " ".join(capfd.readouterr().err.split())
+
+
+def test_the_bar_of_an_evaluation_is_the_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And training's again at the next step."""
+    terminal = console.ErrorConsole(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "err", terminal)
+    progress = Progress(400, 0, "mIoU")
+    progress.step(200, progress_entry())
+    for batch in range(1, 37):
+        progress.evaluating(batch, 50)
+        progress.evaluation_began -= 1.0
+    with terminal.capture() as captured:
+        terminal.print(progress.bar.get_renderable())
+    assert "36/50 evaluating · 14 s left" in captured.get()
+    assert "loss" not in captured.get()
+    progress.step(201, progress_entry())
+    with terminal.capture() as captured:
+        terminal.print(progress.bar.get_renderable())
+    assert "201/400" in captured.get()
+
+
+def test_lines_have_the_main_scores_first_and_no_counts() -> None:
+    boxes = [f"box_{name}" for name in ("AP", "AP50", "AP75", "AP_s")]
+    both = [*boxes, *(name.replace("box", "mask") for name in boxes)]
+    assert console.main_metrics(both) == ["box_AP", "mask_AP", "box_AP50", "box_AP75", "mask_AP50", "mask_AP75"]
+    assert console.main_metrics(["mIoU", "mAcc", "aAcc", "num_present"]) == ["mIoU", "mAcc", "aAcc"]
+    assert console.main_metrics(["top1", "top5", "nll"]) == ["top1", "top5", "nll"]
+
+
 def test_each_evaluation_says_the_change_since_the_best(capfd: pytest.CaptureFixture[str]) -> None:
     progress = Progress(100, 0, "box_AP")
     numbers = {f"{kind}_{name}": 12.5 for kind in ("box", "mask") for name in ("AP", "AP50", "AP75", "AP_s")}
@@ -185,7 +222,7 @@ def test_each_evaluation_says_the_change_since_the_best(capfd: pytest.CaptureFix
     progress.evaluated(30, {"box_AP": 13.0}, 14.0)
     progress.evaluated(40, {"box_AP": 14.0}, 14.0)
     first, better, worse, equal = capfd.readouterr().err.splitlines()
-    assert first.startswith("step 10 · evaluated: box_AP 12.50 · box_AP50 12.50")
+    assert first.startswith("step 10 · evaluated: box_AP 12.50 · mask_AP 12.50")
     assert len(first) <= 80
     assert better == "step 20 · evaluated: box_AP 14.00 (+1.50, the best)"
     assert worse == "step 30 · evaluated: box_AP 13.00 (-1.00 from the best)"

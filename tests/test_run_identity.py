@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_data
 import torch
 from conftest import SMALL_MODEL, Hcnet, only_run, run_here
 from PIL import Image
@@ -195,11 +196,16 @@ def test_every_session_of_a_run_is_listed(
     assert "," in str(row.values["commit"])
 
 
+def code_of_the_page() -> dict[str, Any]:
+    """The functions of docs/weights.md."""
+    scope: dict[str, Any] = {}
+    exec("".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text(), re.DOTALL)), scope)
+    return scope
+
+
 def test_the_weights_say_what_they_must_be_given(trained: Path, folder_of_images: Path) -> None:
     """The snippet of docs/weights.md, with timm alone, gives the accuracy of the record."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "weights.md").read_text(), flags=re.DOTALL)
-    scope: dict[str, Any] = {}
-    exec(code, scope)
+    scope = code_of_the_page()
     info = runs.read_record(only_run(trained) / "run.json")
     best = only_run(trained) / "best.safetensors"
     model, transform, classes = scope["load_classifier"](str(best))
@@ -216,6 +222,50 @@ def test_the_weights_say_what_they_must_be_given(trained: Path, folder_of_images
     assert (about["fingerprint"], about["step"], about["metrics"]) == (info.fingerprint, info.best_step, info.metrics)
     documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "weights.md").read_text()))
     assert about.keys() <= documented
+
+
+SHORT = ("--batch-size", "2", "--workers", "0")
+IMAGES = (*SHORT, "--recipe", "digits", "--set", "data.img_size=32", "--epochs", "1")
+SCENES = (*SHORT, "--recipe", "digit-scenes", "--init", "none", "--set", "data.img_scale=[64,64]")
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "make"),
+    [
+        ("pretrain", (*IMAGES, *SMALL_MODEL), small_data.classes),
+        ("pretrain", (*IMAGES, "--model", "test_convnext"), small_data.classes),
+        ("finetune-det", (*SCENES, *SMALL_MODEL, "--epochs", "1", "--no-masks"), small_data.coco),
+        ("finetune-det", (*SCENES, "--model", "resnet10t", "--epochs", "1", "--no-masks"), small_data.coco),
+        (
+            "finetune-seg",
+            (*SCENES[:4], "--recipe", "digit-stuff", *SCENES[6:], "--steps", "2", "--model", "test_convnext"),
+            small_data.scenes,
+        ),
+    ],
+)
+def test_the_backbone_of_any_run_is_loaded_as_the_page_says(
+    task: str, options: tuple[str, ...], make: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Each way of docs/weights.md gives the maps that the run's model computes."""
+    run_here(task, *options, "--data", make(tmp_path / "data"), "--out", tmp_path)
+    folder = runs.RunFolder(only_run(tmp_path))
+    best = str(folder.best)
+    about, page = read_metadata(folder.best), code_of_the_page()
+    predictor = build.build_predictor(rcp.resolve(folder.recipe_file).recipe, about["classes"])
+    build.load_own(predictor.task, folder.path)
+    trained: Any = predictor.task.model.eval()
+    backbone = getattr(trained, "backbone", trained)
+    loaded = [page["load_backbone"](best)]
+    if task == "pretrain":
+        loaded += [page["load_features"](best, about["model"], len(about["classes"]), **about["model_args"]).eval()]
+        run_here("export", folder.path, "--format", "timm", "--output", tmp_path / "folder")
+        loaded += [page["load_exported_features"](tmp_path / "folder").eval()]
+    image = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = backbone.forward_intermediates(image, intermediates_only=True)[-4:]
+        assert [64 // one.shape[-1] for one in expected] == [4, 8, 16, 32]
+        for maps in loaded:
+            assert all(map(torch.equal, maps(image)[-4:], expected))
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from synthetic_runs import make_run
 from synthetic_studies import study_of
 
 from hcnet_cli.cli import complete
-from hcnet_cli.runs import RunFolder, own_folder
+from hcnet_cli.runs import RunFolder, own_folder, read_record
 
 
 @pytest.fixture
@@ -35,11 +36,26 @@ def test_ls_has_every_run_with_its_score_size_and_state(results: Path, hcnet: Hc
     assert done.code == 0
     assert "elsewhere" in done.out
     assert hcnet("runs", "show", "elsewhere").code == 0
-    assert done.out.index("half (interrupted at 50 %)") < done.out.index("whole")
+    assert re.search(r"half +50 %(.|\n)+whole +finished", done.out)
     assert "top-1 91.50" in done.out
     assert "3.5 MB" in done.out
     assert "3 runs, 1 unfinished" in done.out
     assert "broken has no run.json." in done.err
+
+
+def test_a_running_run_is_as_far_as_its_log_says(results: Path, hcnet: Hcnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record is written at checkpoints alone. Long names fit into 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "finetune-det-digit-scenes-pico-s0-1a2b3c4d"
+    make_run(results, seed=3, done=0.0, status="running", name=name)
+    folder = RunFolder(results / "runs" / name)
+    info = read_record(folder.record)
+    folder.log_file.write_text(f'{{"step": 100}}\n{{"step": {info.steps_total * 3 // 4}}}\n{{"ste')
+    with folder.lock():
+        assert re.search(rf"{name} +running 7[45] %", hcnet("runs", "ls").out)
+        assert f"step {info.steps_total * 3 // 4:,} of" in hcnet("runs", "show", name).out
+        assert re.search(r"\(running at 7[45] %\)", hcnet("report", "--results", "results").out.replace("\n", " "))
+    assert read_record(folder.record).steps_done == 0
 
 
 def test_show_names_the_command_that_goes_on(results: Path, hcnet: Hcnet) -> None:

@@ -95,3 +95,20 @@ def test_every_task_draws_the_same_images_each_time(world: Any, tmp_path: Path) 
             answers = [found.getpixel((1, 1)) for _, found in pairs]
             right = [n % 3 == n % 2 for n in read]
             assert [one[1] > one[0] for one in answers] == right  # type: ignore[index]  # green, not red
+
+
+def test_segmentation_names_its_colours_below_the_rows(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 80, 3)).astype(np.uint8))
+    scenes = MeanIoU(["sky", "tree", "road"], read=lambda path: noise)
+    labels = [torch.full((60, 80), n % 2, dtype=torch.uint8) for n in range(3)]
+    labels[0][:5] = scenes.ignore_index
+    predictions = [label.clamp(max=1) for label in labels]
+    scenes.update(predictions, {"label": labels, "sample": torch.arange(3), "path": [f"{n}.png" for n in range(3)]})
+    scenes.compute()
+    names = scenes.strip_legend()
+    assert [name for name, _ in names] == ["sky", "tree", "road", "ignored"]
+    assert names[1][1] == tuple(pictures.palette(3)[1].tolist())
+    add_row(tmp_path, scenes, 10, 1, "mIoU 1.0")
+    with Image.open(tmp_path / "progress.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert (pixels[2 * (pictures.SMALL + 8) :] == names[2][1]).all(-1).any()  # a class that is in no image too

@@ -25,6 +25,15 @@ class DrawsStrip(Protocol):
         ...
 
 
+@runtime_checkable
+class NamesColours(Protocol):
+    """An evaluator whose row has colours that stand for classes."""
+
+    def strip_legend(self) -> list[tuple[str, pictures.Colour]]:
+        """The names with their colours."""
+        ...
+
+
 def add_row(run: Path, evaluator: object, step: int, evaluation: int, score: str) -> None:
     """Adds the row of the `evaluation`-th evaluation of a run; rows of later ones are of a run that went back."""
     if not isinstance(evaluator, DrawsStrip):
@@ -50,6 +59,9 @@ def add_row(run: Path, evaluator: object, step: int, evaluation: int, score: str
     for file in (folder / "truth.jpg", *rows):
         with Image.open(file, formats=["JPEG"]) as image:
             images.append(image.convert("RGB"))
+    if isinstance(evaluator, NamesColours):
+        names = pictures.legend_image(evaluator.strip_legend(), images[0].width - LABEL)
+        images.append(pictures.beside([pictures.label([], LABEL, names.height), names], gap=6, margin=4))
     with replacing(run / "progress.png") as temporary:
         pictures.stacked(images).save(temporary, "PNG", compress_level=1)
 

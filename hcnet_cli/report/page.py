@@ -18,6 +18,7 @@ from PIL import Image
 from hcnet_cli import files
 from hcnet_cli.console import UserError, units, visible
 from hcnet_cli.grouping import Run, changes_text
+from hcnet_cli.last_step import last_step
 from hcnet_cli.privacy import public_text
 from hcnet_cli.report import figures, plots
 from hcnet_cli.report.escape import to_json
@@ -234,7 +235,7 @@ def _run(run: Run, anchor: str, public: bool) -> dict[str, Any]:
         "id": anchor,
         "run": run,
         "label": plots.label(run, model_name(i), i.changes, f", seed {run.info.seed}"),
-        "share": math.floor(100 * i.steps_done / max(1, i.steps_total)),
+        "share": math.floor(100 * last_step(run.folder, i) / max(1, i.steps_total)),
         "facts": {what: text for what, text in facts.items() if text},
         "recipe": public_text(text) if public else text,
     }

@@ -156,6 +156,19 @@ class MeanIoU:
             pairs.append((true, found))
         return pairs
 
+    def strip_legend(self) -> list[tuple[str, pictures.Colour]]:
+        """See engine.strip: every class, or the largest in the images of the strip."""
+        areas = (np.arange(256) < len(self.class_names)).astype(np.int64)
+        ignored = False
+        for sample in sorted(self._kept)[:IMAGES]:
+            _, label, prediction = self._kept[sample]
+            counts = np.bincount(np.concatenate([label.ravel(), prediction.ravel()]), minlength=256)
+            areas += np.where(areas > 0, counts, 0)
+            ignored |= bool((label == self.ignore_index).any())
+        if self.ignore_index < len(areas):
+            areas[self.ignore_index] = 0
+        return legend(areas, self.class_names, ignored)
+
 
 def _rounded(x: float) -> float | None:
     return None if np.isnan(x) else round(float(x), 4)
