@@ -124,12 +124,13 @@ def main() -> None:
         if message := error.format_message():  # empty: the help was printed instead
             command = error.ctx.command_path if error.ctx else "hcnet"
             hint = option_hint(message, command) or places_hint(message, error.ctx) or f"See {command} --help."
-            _report_mistake(usage_sentence(message), hint)
+            print_error(usage_sentence(message), hint=hint)
         code = UserError.exit_code
     except UserError as error:
         if os.environ.get("HCNET_TRACEBACK"):
             raise
-        _report_mistake(str(error), error.hint)
+        print_error(str(error), error.hint)
+        _report_to_torchrun(f"error: {error}", error.hint)
         code = error.exit_code
     except typer.Abort:
         code = 130
@@ -140,9 +141,10 @@ def main() -> None:
         code = UserError.exit_code
         if error.errno in DISK_FULL and error.filename is None:
             _close_output()
-            _report_mistake("The disk is full: what is printed here could not be written.")
+            print_error("The disk is full: what is printed here could not be written.")
         elif sentence := file_sentence(error):
-            _report_mistake(sentence, "HCNET_TRACEBACK=1 shows where this comes from.")
+            print_error(sentence, hint="HCNET_TRACEBACK=1 shows where this comes from.")
+            _report_to_torchrun(f"error: {sentence}", "")
         else:
             raise
     sys.exit(code)
@@ -155,21 +157,23 @@ def file_sentence(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {error.strerror}."
 
 
-def _report_mistake(message: str, hint: str = "") -> None:
-    """Prints a mistake, or hands it to torchrun, which prints it last, after a traceback of its own.
+def _report_to_torchrun(message: str, hint: str) -> None:
+    """Hands the sentence to torchrun, which ends what it prints with it, after a traceback of its own.
 
-    torchrun ends all processes once one has ended, so the others leave the main process five seconds to fail first. It
-    prints nothing of an attempt after which it starts the processes again.
+    torchrun ends all processes once one has ended, so the others leave the main process a second to speak.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file and not is_main_process():
-        time.sleep(5)
-    if file and os.environ.get("TORCHELASTIC_RESTART_COUNT") == os.environ.get("TORCHELASTIC_MAX_RESTARTS"):
-        text = "\n".join(filter(None, (visible(f"error: {message}"), visible(hint))))
+    if not file:
+        return
+    if is_main_process():
         with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
-            return
-    print_error(message, hint)
+            content = {
+                "message": "\n".join(filter(None, (visible(message), visible(hint)))),
+                "timestamp": int(time.time()),
+            }
+            Path(file).write_text(json.dumps(content))
+    else:
+        time.sleep(1)
 
 
 def usage_sentence(message: str) -> str:
