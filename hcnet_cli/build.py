@@ -79,7 +79,9 @@ class TaskModule(Protocol):
 class FormatModule(Protocol):
     """What the module of a data format provides."""
 
-    def open_data(self, config: DataPart, head: Part, root: Path, seed: int) -> DataSplits: ...
+    def open_data(
+        self, config: DataPart, head: Part, root: Path, seed: int, validation_only: bool = False
+    ) -> DataSplits: ...
 
 
 def task_module(recipe: Recipe) -> TaskModule:
@@ -94,12 +96,16 @@ def task_part(recipe: Recipe, name: str) -> Any:
 # --- data, model, task ------------------------------------------------------------------------------------------------
 
 
-def open_data(recipe: Recipe) -> DataSplits:
-    """Scans the data and makes the data sets; UserError for what is wrong with them."""
+def open_data(recipe: Recipe, eval_only: bool = False) -> DataSplits:
+    """Scans the data and makes the data sets; UserError for what is wrong. eval_only: there may be no training part."""
     assert recipe.data.path is not None, "the command line fills in data.path"
-    root = embedded.data_folder(recipe.data.path)
-    module = cast(FormatModule, importlib.import_module(recipe.spec.formats[recipe.data.format].module))
-    return module.open_data(recipe.data, recipe.head, root, recipe.train.seed)
+    root, form = embedded.data_folder(recipe.data.path), recipe.spec.formats[recipe.data.format]
+    module = cast(FormatModule, importlib.import_module(form.module))
+    if not (eval_only and form.validation_only(root)):
+        return module.open_data(recipe.data, recipe.head, root, recipe.train.seed)
+    data = module.open_data(recipe.data, recipe.head, root, recipe.train.seed, validation_only=True)
+    data.info.notes.append(f"{data.info.name} had validation images alone, no training images.")
+    return data
 
 
 def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:

@@ -24,9 +24,9 @@ PARQUET = "Parquet files"
 EMBEDDED = frozenset(spec.embedded for spec in TASKS.values())
 
 
-def check_inputs(recipe: Recipe, results: Path) -> None:
+def check_inputs(recipe: Recipe, results: Path, eval_only: bool = False) -> None:
     """UserError for data, or weights to start from, that are not there or are plainly of another kind."""
-    check_data(recipe)
+    check_data(recipe, eval_only=eval_only)
     check_model(recipe)
     if recipe.init == TIMM:
         if not recipe.model.name or is_own(recipe.model.name):
@@ -60,16 +60,19 @@ def check_model(recipe: Recipe) -> None:
         raise model_names.unknown_model(recipe.model.name)
 
 
-def check_data(recipe: Recipe, hint: str = "") -> None:
+def check_data(recipe: Recipe, hint: str = "", eval_only: bool = False) -> None:
     """UserError unless the data folder has the layout of the recipe's format, as far as its folders show.
 
-    hint: what to do about a folder that is not there; what it should hold, where none is given.
+    hint: what to do about a folder that is not there; what it should hold, where none is given. eval_only: the
+    validation part is enough.
     """
     path, form = recipe.data.path or "", recipe.spec.formats[recipe.data.format]
     if path in EMBEDDED:
         return
     root = Path(os.path.expanduser(path))
     check_folder(str(root), hint or f"Its layout is to be {form.layout}.")
+    if eval_only and form.validation_only(root):
+        return
     if form.recognise(root):
         form.require(root)
         return

@@ -111,7 +111,7 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
     own = recipe.model.digest
     source = own_model.read_source(recipe.model.name, own) if own else ""
     optim.check_optimizer(recipe.optim.name, recipe.optim.args)
-    data = reading.open_data(recipe)
+    data = reading.open_data(recipe, options.eval_only)
     task = build.build_task(recipe, data)
     if not options.eval_only:
         build.check_trainable(task)
@@ -227,7 +227,7 @@ def _write_recipe(run: RunSetup, info: RunInfo) -> None:
 def _describe(run: RunSetup, options: Options) -> RunInfo:
     recipe, data, task, device = run.recipe, run.data, run.task, run.device
     commit, dirty = runs.git_state()
-    steps = build.steps(recipe, data)
+    steps = build.steps_of_schedule(recipe, 0) if options.eval_only else build.steps(recipe, data)
     start: Any = {**vars(run.init), "source": home(run.init.source)} if run.init else {}
     return RunInfo(
         task=recipe.task,

@@ -83,7 +83,10 @@ def train_task(task: str, given: dict[str, Any]) -> None:
     name = given["name"]
     if name is not None and (Path(name).name != name or name in ("", ".", "..")):
         raise UserError(f'--name "{name}" is not the name of a folder.', hint="Use --out for the place.")
-    for flag, others in (("eval_only", ("fresh", "dry_run", "profile", "track", "on")), ("dry_run", ("profile", "track"))):
+    for flag, others in (
+        ("eval_only", ("fresh", "dry_run", "profile", "track", "on")),
+        ("dry_run", ("profile", "track")),
+    ):
         if given[flag] and (found := [other for other in others if given[other]]):
             one, other = (word.replace("_", "-") for word in (flag, found[0]))
             raise UserError(f"--{one} trains nothing: it cannot be combined with --{other}.")
@@ -92,7 +95,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
     resolved = resolve(task, given)
     if cluster is None:
         check_device(given["device"])  # this and what follows before PyTorch is loaded, which takes seconds
-    check_inputs(resolved.recipe, given["out_dir"])
+    check_inputs(resolved.recipe, given["out_dir"], given["eval_only"])
     if not given["eval_only"]:
         check_batch(resolved.recipe)
     if cluster is not None:
