@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL_MODEL, Hcnet, only_run
@@ -63,6 +64,23 @@ def test_coco_annotations_alone_do_not_stand_for_training_images(tmp_path: Path,
     refused = hcnet(*LINES["coco"], *SMALL["coco"], "--data", root, "--out", tmp_path, "--eval-only")
     assert refused.code == 2
     assert "val2017" in refused.err
+
+
+@pytest.mark.parametrize("kept", ["whole", "validation"])
+def test_weights_of_more_classes_than_the_data_are_told_by_their_names(kept: str, tmp_path: Path, hcnet: Hcnet) -> None:
+    def pretrain(*more: Any) -> Any:
+        return hcnet(*LINES["classes"], "--data", root, *more)
+
+    root = classes(tmp_path / "c")
+    assert pretrain("--out", tmp_path / "o").code == 0
+    for split in ("train", "val"):
+        shutil.copytree(root / split / "b", root / split / "c")
+    if kept == "validation":
+        without_training(root)
+    refused = pretrain("--out", tmp_path / "e", "--eval-only", "--init", only_run(tmp_path / "o"))
+    assert refused.code == 2
+    assert "best.safetensors is of 2 classes (a, b), the data have 3 (a, b, c)" in " ".join(refused.err.split())
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_validation_part_of_other_classes_is_refused(tmp_path: Path, hcnet: Hcnet) -> None:
