@@ -47,7 +47,7 @@ from hcnet_cli.models import backbone as backbones
 from hcnet_cli.models import layers
 from hcnet_cli.plain_json import unicode
 from hcnet_cli.pretrained import weights_file
-from hcnet_cli.recipe import Recipe, recipes_dir, resolve
+from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
 from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Part
 from hcnet_cli.sizes import SIZES
@@ -296,23 +296,9 @@ class Steps:
     shortened: bool  # the warm-up was cut to half of a short run
 
 
-def shipped_small(recipe: Recipe) -> Recipe:
-    """The shipped recipe of the task for small data."""
-    return resolve(recipes_dir() / recipe.task / f"{recipe.spec.small_recipe}.yaml").recipe
-
-
 def steps(recipe: Recipe, data: DataSplits) -> Steps:
     """Durations of the schedule on these data. UserError for fewer images than a batch."""
-    try:
-        epoch = data.steps_per_epoch(recipe.train.batch_size)
-    except UserError as error:
-        small = f"{recipe.task}/{recipe.spec.small_recipe}"
-        if recipe.spec.small_recipe and recipe.protocol != small:
-            few = data.info.num_train
-            flag = f" --batch-size {max(2, few // 4)}" if few < shipped_small(recipe).train.batch_size else ""
-            raise UserError(str(error), hint=f"{error.hint} A recipe for few images: --recipe {small}{flag}.") from None
-        raise
-    return steps_of_schedule(recipe, epoch)
+    return steps_of_schedule(recipe, data.steps_per_epoch(recipe.train.batch_size))
 
 
 def steps_of_schedule(recipe: Recipe, epoch: int) -> Steps:

@@ -299,6 +299,17 @@ def training_time(recipe: Recipe, seconds: float, steps: int) -> float:
     return seconds * recipe.train.batch_size * steps / dist.processes()
 
 
+def check_enough_images(recipe: Recipe, data: DataSplits) -> None:
+    """UserError, with the command that fits, for fewer training images than a batch."""
+    try:
+        build.steps(recipe, data)
+    except UserError as error:
+        if not _has_small(recipe) or recipe.protocol == f"{recipe.task}/{recipe.spec.small_recipe}":
+            raise
+        fitting = _small_command(recipe, data.info.num_train, typical_sides(data))
+        raise UserError(str(error), hint=f"{error.hint} Fits better: {fitting}") from None
+
+
 def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     """Says which recipe and flags fit where images are far smaller than the recipe's, where they are few for its
     schedule, or where `seconds` of training are days.
@@ -306,7 +317,7 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     spec = recipe.spec
     small = f"{spec.name}/{spec.small_recipe}"
     if recipe.protocol == small:
-        shipped = build.shipped_small(recipe)
+        shipped = _shipped_small(recipe)
         if recipe.data.path not in embedded.EMBEDDED and image_sides(recipe) == image_sides(shipped):
             sides = typical_sides(data)
             if sides and (flags := size_flags(shipped, sides)):
@@ -328,9 +339,8 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
         return
     notice(f"Does the recipe fit the data? {'; '.join(reasons)[0].upper()}{'; '.join(reasons)[1:]}.")
     few = images < FEW_IMAGES or (sides and max(sides) <= spec.small_sides[1])
-    if spec.small_recipe and few and recipe.data.path not in embedded.EMBEDDED:
-        flags = flags_of_small(recipe, images, sides)
-        notice(f"Fits better: hcnet {spec.name} --recipe {small} --data {shlex.quote(str(recipe.data.path))}{flags}")
+    if few and _has_small(recipe):
+        notice(f"Fits better: {_small_command(recipe, images, sides)}")
         return
     if seconds <= LONG_SECONDS:
         return
@@ -339,10 +349,25 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     notice(f"{flag} takes about {about(LONG_SECONDS)}; a GPU, or torchrun on several, takes far less.")
 
 
+def _has_small(recipe: Recipe) -> bool:
+    """Whether there is a recipe for small data, which the embedded sets do not need."""
+    return bool(recipe.spec.small_recipe) and recipe.data.path not in embedded.EMBEDDED
+
+
+def _shipped_small(recipe: Recipe) -> Recipe:
+    """The shipped recipe of the task for small data."""
+    return rcp.resolve(rcp.recipes_dir() / recipe.task / f"{recipe.spec.small_recipe}.yaml").recipe
+
+
+def _small_command(recipe: Recipe, images: int, sides: tuple[float, float] | None) -> str:
+    small, data = f"{recipe.task}/{recipe.spec.small_recipe}", shlex.quote(str(recipe.data.path))
+    return f"hcnet {recipe.task} --recipe {small} --data {data}{flags_of_small(recipe, images, sides)}"
+
+
 def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:
     """What the recipe for small data is to be told: the images' size, a batch of fewer, what was said of the data."""
     model, weights = recipe.model, recipe.init not in ("none", "auto")
-    small = build.shipped_small(recipe)
+    small = _shipped_small(recipe)
     asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
     flags = size_flags(small, sides)
     if model.name:
@@ -359,7 +384,7 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
         if key in other and asked.get(key) != other[key]:
             flags += f" {as_typed(key, asked[key])}"
     if images < small.train.batch_size:
-        flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 4))}"
+        flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 8 * 2))}"  # even: for mixing in pairs
     return flags
 
 

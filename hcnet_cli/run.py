@@ -112,6 +112,8 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
     source = own_model.read_source(recipe.model.name, own) if own else ""
     optim.check_optimizer(recipe.optim.name, recipe.optim.args)
     data = reading.open_data(recipe, options.eval_only)
+    if not options.eval_only:
+        plan.check_enough_images(recipe, data)
     task = build.build_task(recipe, data)
     if not options.eval_only:
         build.check_trainable(task)

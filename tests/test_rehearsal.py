@@ -7,7 +7,7 @@ import os
 import random
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +372,30 @@ def test_few_images_of_ones_own_are_answered_with_the_small_recipe(
     assert capfd.readouterr().err == ""
     plan.notice_what_fits(rcp.resolve(rcp.recipe_file(f"{task}/small"), own).recipe, data, 60.0)
     assert ("fits them better" in capfd.readouterr().err) is ("img_scale" in flags)
+
+
+def few_classes(root: Path, sides: Sequence[int]) -> Path:
+    """Two classes, an image of 20 x side for each number; and as many validation images."""
+    for split in ("train", "val"):
+        for number, side in enumerate(sides):
+            save(root / split / "ab"[number % 2] / f"{number:03d}.png", np.zeros((side, side + 20, 3)))
+    return root
+
+
+def test_fewer_images_than_a_batch_are_answered_with_the_whole_command(hcnet: Hcnet, tmp_path: Path) -> None:
+    root = few_classes(tmp_path / "my data", [80] * 30)
+    plain = ("pretrain", "--size", "pico", "--data", root, "--out", tmp_path)
+    for more in (("--dry-run",), ()):
+        refused = hcnet(*plain, *more)
+        assert refused.code == 2
+        assert refused.out == ""  # before the plan
+        said = " ".join(refused.err.split())
+        assert "The training set has 30 images, fewer than one batch of 256. Choose --batch-size 30 or smaller." in said
+        assert (
+            f"Fits better: hcnet pretrain --recipe pretrain/small --data '{root}' --set data.img_size=96 --batch-size 6"
+            in said
+        )
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
