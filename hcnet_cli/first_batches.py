@@ -5,7 +5,7 @@ from __future__ import annotations
 from hcnet_cli import engine, pictures, rng
 from hcnet_cli.console import UserError, notice
 from hcnet_cli.data.audit import distinct
-from hcnet_cli.data.images import shown_size
+from hcnet_cli.data.images import Size, shown_size
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import to_device
 from hcnet_cli.files import optional, replacing
@@ -52,6 +52,11 @@ def describe_data(data: DataSplits) -> DataCard:
     """The card of the training data: counts of the classes, and sizes of at most SIZES_READ images, evenly spaced."""
     names = distinct(data.class_names)
     counts = {} if data.class_counts is None else dict(zip(names, data.class_counts.tolist(), strict=True))
+    return data_card(data.class_unit, counts, training_sizes(data))
+
+
+def training_sizes(data: DataSplits) -> list[Size]:
+    """The sizes (height, width) of at most SIZES_READ training images, evenly spaced."""
     sizes = []
     count = len(data.train)
     for number in range(min(count, SIZES_READ)):
@@ -59,4 +64,4 @@ def describe_data(data: DataSplits) -> DataCard:
             sizes.append(shown_size(data.train.sample_path(number * count // min(count, SIZES_READ))))
         except UserError:
             continue  # training says so when it meets the image
-    return data_card(data.class_unit, counts, sizes)
+    return sizes

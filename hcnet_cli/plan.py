@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import shutil
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,12 +13,11 @@ import rich.box
 import rich.table
 import torch
 
-from hcnet_cli import build, dist, engine, profile
+from hcnet_cli import build, dist, engine, first_batches, profile
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, notice, out, units, warn
 from hcnet_cli.cores import busy
 from hcnet_cli.data import embedded
-from hcnet_cli.data.images import UnusableImageError, shown_size
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
 from hcnet_cli.files import existing_parent, write_speed
@@ -321,12 +320,12 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
         if recipe.data.path not in embedded.EMBEDDED and image_sides(recipe) == image_sides(shipped):
             sides = typical_sides(data)
             if sides and (flags := size_flags(shipped, sides)):
-                notice(f"The images have about {min(sides)} pixels a side:{flags} fits them better.")
+                notice(f"The images have about {min(sides):.0f} pixels a side:{flags} fits them better.")
         return
     sides, img_size = typical_sides(data), min(image_sides(recipe), default=0)
     reasons = []
     if sides and 2 * min(sides) <= img_size:
-        reasons.append(f"the images have about {min(sides)} pixels a side and would be enlarged to {img_size}")
+        reasons.append(f"the images have about {min(sides):.0f} pixels a side and would be enlarged to {img_size}")
     steps, images = build.steps(recipe, data).total, data.info.num_train
     passes = steps * recipe.train.batch_size / images
     if spec.small_recipe and images < FEW_IMAGES and passes > MANY_FOR_FEW:
@@ -364,7 +363,7 @@ def _small_command(recipe: Recipe, images: int, sides: tuple[float, float] | Non
     return f"hcnet {recipe.task} --recipe {small} --data {data}{flags_of_small(recipe, images, sides)}"
 
 
-def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:
+def flags_of_small(recipe: Recipe, images: int, sides: tuple[float, float] | None) -> str:
     """What the recipe for small data is to be told: the images' size, a batch of fewer, what was said of the data."""
     model, weights = recipe.model, recipe.init not in ("none", "auto")
     small = _shipped_small(recipe)
@@ -388,12 +387,12 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
     return flags
 
 
-def size_flags(small: Recipe, sides: tuple[int, int] | None) -> str:
+def size_flags(small: Recipe, sides: tuple[float, float] | None) -> str:
     """The options that set the images' size of the shipped recipe to that of the data; "" where it fits."""
     usual, values = image_sides(small), rcp.flatten(small.model_dump())
     smallest, largest = small.spec.small_sides
     side = (sides or usual)[len(usual) > 1]  # an image is to cover one side, or to fit into two
-    fitting = min(largest, max(smallest, 32 * round(side / 32)))
+    fitting = min(range(smallest, largest + 1, 32), key=lambda size: max(size / side, side / size))
     if fitting == usual[0]:
         return ""
     sizes = {key: [fitting, fitting] if isinstance(values[key], tuple) else fitting for key in small.spec.size_keys}
@@ -406,13 +405,10 @@ def image_sides(recipe: Recipe) -> tuple[int, ...]:
     return sides if isinstance(sides, tuple) else (sides,)
 
 
-def typical_sides(data: DataSplits) -> tuple[int, int] | None:
-    """The medians, over some training images, of the shorter and the longer side in pixels; None without an image."""
-    count = min(16, len(data.train))
-    sides = []
-    for n in range(count):
-        file = data.train.sample_path(n * len(data.train) // count)
-        with contextlib.suppress(UnusableImageError):
-            sides.append(sorted(shown_size(file)))
-    shorter, longer = (sorted(side)[len(sides) // 2] for side in zip(*sides, strict=True)) if sides else (0, 0)
+def typical_sides(data: DataSplits) -> tuple[float, float] | None:
+    """The medians, over evenly spread training images, of the shorter and the longer side in pixels; None without an
+    image.
+    """
+    sides = [sorted(size) for size in first_batches.training_sizes(data)]
+    shorter, longer = (statistics.median(side) for side in zip(*sides, strict=True)) if sides else (0.0, 0.0)
     return (shorter, longer) if sides else None

@@ -398,6 +398,19 @@ def test_fewer_images_than_a_batch_are_answered_with_the_whole_command(hcnet: Hc
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("side", "size"), [(33, 32), (70, 64), (79.5, 96), (80, 96), (81, 96), (500, 96)])
+def test_the_proposed_size_is_the_nearest_one_in_proportion(side: float, size: int) -> None:
+    small = rcp.resolve(rcp.recipe_file("pretrain/small")).recipe
+    flags = "" if size == 32 else f" --set data.img_size={size}"
+    assert plan.size_flags(small, (side, side + 20)) == flags
+
+
+def test_the_typical_side_is_the_median_of_all_images_where_they_are_few(tmp_path: Path) -> None:
+    sides = [40] * 12 + [*range(60, 100, 2)] + [130] * 13
+    data = small_data.opened(few_classes(tmp_path / "c", sides))
+    assert plan.typical_sides(data) == (float(np.median(sides)), float(np.median(sides)) + 20)
+
+
 @pytest.mark.parametrize(
     ("given", "flags"),
     [
