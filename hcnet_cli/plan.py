@@ -28,6 +28,7 @@ from hcnet_cli.trial import Trial, device_memory, trial
 from hcnet_cli.values import as_typed
 
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
+USUAL_PASSES = 300  # those of ImageNet's recipe
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
 FEW_STEPS = 500  # of training that a recipe for a large data set takes on a small one
 ABOUT_DATA = ("head.with_masks", "data.folds", "data.num_classes", "data.reduce_zero_label", "data.ignore_index")
@@ -63,7 +64,7 @@ def print_plan(
         out.print(f"{name + ':':<15}{text}")
     steps = build.steps(recipe, data)
     remark_on_training(recipe, task, notices=False)
-    notice_many_passes(steps)
+    notice_many_passes(recipe, steps)
     remark_on_schedule(recipe, steps, resolved.sources)
     notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total))
     if shutil.disk_usage(existing_parent(folder.path)).free < disk_need(recipe, task):
@@ -175,10 +176,13 @@ def _average(recipe: Recipe) -> str:
     return f"the moving average (train.ema_decay {recipe.train.ema_decay:g}) is evaluated and kept as best.safetensors"
 
 
-def notice_many_passes(steps: build.Steps) -> None:
+def notice_many_passes(recipe: Recipe, steps: build.Steps) -> None:
     """Says so where a schedule passes over the images far more often than any shipped recipe does."""
-    if (passes := steps.total // max(1, steps.epoch)) > MANY_PASSES:
-        notice(f"That is {passes:,} passes over the training images; --set schedule.length=N gives a shorter schedule.")
+    if (passes := steps.total // max(1, steps.epoch)) <= MANY_PASSES:
+        return
+    fewer = max(USUAL_PASSES, -(-FEW_STEPS // steps.epoch))
+    length = fewer if recipe.schedule.unit == "epochs" else fewer * steps.epoch
+    notice(f"That is {passes:,} passes over the training images; --set schedule.length={length} makes {fewer:,}.")
 
 
 def remark_on_schedule(recipe: Recipe, steps: build.Steps, sources: Mapping[str, str] = MappingProxyType({})) -> None:

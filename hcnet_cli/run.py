@@ -288,7 +288,7 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
     notice(f"{info.steps_total} steps of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
     for line in info.data.remarks():
         notice(line)
-    plan.notice_many_passes(build.steps(run.recipe, run.data))
+    plan.notice_many_passes(run.recipe, build.steps(run.recipe, run.data))
     if run.recipe.train.compile and info.device == "cpu":
         notice("On a CPU, training is not faster compiled (docs/speed.md).")
     plan.remark_on_schedule(run.recipe, build.steps(run.recipe, run.data))

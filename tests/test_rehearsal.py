@@ -412,6 +412,20 @@ def test_the_typical_side_is_the_median_of_all_images_where_they_are_few(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("unit", "epoch", "said"), [("steps", 1, "length=500 makes 500"), ("steps", 4, "length=1200 makes 300")]
+)
+def test_many_passes_are_answered_with_a_length(
+    unit: str, epoch: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = rcp.resolve(rcp.recipe_file("pretrain/small"), [("schedule.length", 20_000, "--set")]).recipe
+    assert recipe.schedule.unit == unit
+    plan.notice_many_passes(recipe, build.steps_of_schedule(recipe, epoch))
+    assert capfd.readouterr().err.strip().endswith(said + ".")
+    plan.notice_many_passes(recipe, build.steps_of_schedule(recipe, 20))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
     ("given", "flags"),
     [
         ({"init": "none"}, "--init none"),
