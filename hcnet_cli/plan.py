@@ -108,9 +108,10 @@ def _lines(
             f"{program / 2**30:.1f} the program, {state_bytes / 2**30:.2f} weights, gradients and optimizer, "
             f"{tried.per_image / 2**20:.{0 if tried.per_image > 2**23 else 1}f} MiB activations an image"
         )
+    total, rate = tried.seconds * batch * plan.total, 1 / tried.seconds
     lines["time"] = (
-        f"about {duration(tried.seconds * batch * plan.total)} on this {device.type} by one process "
-        f"({1 / tried.seconds:.1f} images/s in a short trial{busy()}), evaluation not counted"
+        f"about {about(total) if total >= LONG_SECONDS else duration(total)} on this {device.type} by one process "
+        f"({rate:{'.1f' if rate >= 0.1 else '.3g'}} images/s in a short trial{busy()}), evaluation not counted"
     )
     lines["workers"] = f"{build.workers(recipe)} processes load data for each process that trains"
     lines["stop"] = _stop_words(folder, recipe, task, tried.seconds * batch / dist.processes())

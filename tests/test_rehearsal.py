@@ -425,6 +425,15 @@ def test_many_passes_are_answered_with_a_length(
     assert capfd.readouterr().err == ""
 
 
+def test_a_slow_machine_has_a_rate_and_days(
+    hcnet: Hcnet, tmp_path: Path, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "trial", lambda *_: trial.Trial(45_000.0, per_image=1.0))
+    done = hcnet(*CLASSIFY, "--data", folder_of_images, "--out", tmp_path, "--dry-run")
+    assert done.code == 0, done.err
+    assert re.search(r"time: +about 12 d on this cpu by one process \(2\.22e-05 images/s", done.out)
+
+
 @pytest.mark.parametrize(
     ("given", "flags"),
     [
