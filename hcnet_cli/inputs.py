@@ -14,6 +14,7 @@ from pathlib import Path
 from hcnet_cli import model_names
 from hcnet_cli.console import UserError, launch
 from hcnet_cli.files import is_image, parquet_files
+from hcnet_cli.header import check_content
 from hcnet_cli.own_model import is_own
 from hcnet_cli.pretrained import TIMM, find_init, weights_file
 from hcnet_cli.recipe import Recipe
@@ -35,7 +36,7 @@ def check_inputs(recipe: Recipe, results: Path, eval_only: bool = False) -> None
                 hint="--pretrained goes with --model NAME, a name of timm; --init names weights of HcNet.",
             )
     elif recipe.init not in ("auto", "none"):
-        weights_file(recipe.init)
+        check_content(weights_file(recipe.init))
     elif recipe.init == "auto" and not recipe.model.name and recipe.data.path not in EMBEDDED:
         # another model is built first: whether it can carry the head at all comes before "pretrain it first"
         find_init(recipe, results)
