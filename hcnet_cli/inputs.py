@@ -95,6 +95,8 @@ def check_data(recipe: Recipe, hint: str = "", eval_only: bool = False) -> None:
         f"The data folder {root} is not laid out as {recipe.task} reads it: {form.layout}.",
         hint=f"It looks like data for another command: hcnet {others[0]} --data {shlex.quote(str(root))}"
         if others
+        else "It has the validation part alone, which is enough to score weights: --eval-only --init RUN"
+        if form.validation_only(root)
         else _like(root) or inside,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,23 @@ def test_the_validation_part_alone_gives_the_same_score(layout: str, tmp_path: P
     refused = hcnet(*again)  # training
     assert refused.code == 2
     assert "train" in refused.err
+
+
+def test_evaluate_says_what_scores_a_held_out_folder(tmp_path: Path, hcnet: Hcnet) -> None:
+    """The command of the hint does it; a folder with the validation part alone is answered too."""
+    root = classes(tmp_path / "c")
+    assert hcnet(*LINES["classes"], "--data", root, "--out", tmp_path / "o").code == 0
+    other = classes(tmp_path / "held out", suffix="png")
+    refused = hcnet("evaluate", only_run(tmp_path / "o"), "--data", other)
+    assert refused.code == 2
+    command = shlex.split(refused.err.partition("are scored with: ")[2])
+    without_training(other)
+    done = hcnet(*command[1:], "--out", tmp_path / "e")
+    assert done.code == 0, done.err
+    assert runs.read_record(only_run(tmp_path / "e") / "run.json").data.name == "held-out"
+    refused = hcnet("evaluate", only_run(tmp_path / "o"), "--data", other)
+    assert refused.code == 2
+    assert "It has the validation part alone, which is enough to score weights: --eval-only --init RUN" in refused.err
 
 
 def test_coco_annotations_alone_do_not_stand_for_training_images(tmp_path: Path, hcnet: Hcnet) -> None:
