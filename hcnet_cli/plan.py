@@ -13,12 +13,12 @@ import rich.box
 import rich.table
 import torch
 
-from hcnet_cli import build, dist, engine, first_batches, profile
+from hcnet_cli import build, dist, engine, profile
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, duration, notice, out, units, warn
 from hcnet_cli.cores import busy
 from hcnet_cli.data import embedded
-from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.data.splits import DataSplits, training_sizes
 from hcnet_cli.engine import Task
 from hcnet_cli.files import existing_parent, write_speed
 from hcnet_cli.models import hub
@@ -414,6 +414,6 @@ def typical_sides(data: DataSplits) -> tuple[float, float] | None:
     """The medians, over evenly spread training images, of the shorter and the longer side in pixels; None without an
     image.
     """
-    sides = [sorted(size) for size in first_batches.training_sizes(data)]
+    sides = [sorted(size) for size in training_sizes(data)]
     shorter, longer = (statistics.median(side) for side in zip(*sides, strict=True)) if sides else (0.0, 0.0)
     return (shorter, longer) if sides else None
