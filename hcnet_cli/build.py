@@ -47,7 +47,7 @@ from hcnet_cli.models import backbone as backbones
 from hcnet_cli.models import layers
 from hcnet_cli.plain_json import unicode
 from hcnet_cli.pretrained import weights_file
-from hcnet_cli.recipe import Recipe, recipes_dir, resolve
+from hcnet_cli.recipe import Recipe
 from hcnet_cli.runs import RunFolder, read_record, weights_contradiction
 from hcnet_cli.schema import SHAPE_FIELDS, DataPart, EvaluationPart, Part
 from hcnet_cli.sizes import SIZES
@@ -79,7 +79,9 @@ class TaskModule(Protocol):
 class FormatModule(Protocol):
     """What the module of a data format provides."""
 
-    def open_data(self, config: DataPart, head: Part, root: Path, seed: int) -> DataSplits: ...
+    def open_data(
+        self, config: DataPart, head: Part, root: Path, seed: int, validation_only: bool = False
+    ) -> DataSplits: ...
 
 
 def task_module(recipe: Recipe) -> TaskModule:
@@ -94,12 +96,16 @@ def task_part(recipe: Recipe, name: str) -> Any:
 # --- data, model, task ------------------------------------------------------------------------------------------------
 
 
-def open_data(recipe: Recipe) -> DataSplits:
-    """Scans the data and makes the data sets; UserError for what is wrong with them."""
+def open_data(recipe: Recipe, eval_only: bool = False) -> DataSplits:
+    """Scans the data and makes the data sets; UserError for what is wrong. eval_only: there may be no training part."""
     assert recipe.data.path is not None, "the command line fills in data.path"
-    root = embedded.data_folder(recipe.data.path)
-    module = cast(FormatModule, importlib.import_module(recipe.spec.formats[recipe.data.format].module))
-    return module.open_data(recipe.data, recipe.head, root, recipe.train.seed)
+    root, form = embedded.data_folder(recipe.data.path), recipe.spec.formats[recipe.data.format]
+    module = cast(FormatModule, importlib.import_module(form.module))
+    if not (eval_only and form.validation_only(root)):
+        return module.open_data(recipe.data, recipe.head, root, recipe.train.seed)
+    data = module.open_data(recipe.data, recipe.head, root, recipe.train.seed, validation_only=True)
+    data.info.notes.append(f"{data.info.name} had validation images alone, no training images.")
+    return data
 
 
 def build_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -290,23 +296,9 @@ class Steps:
     shortened: bool  # the warm-up was cut to half of a short run
 
 
-def shipped_small(recipe: Recipe) -> Recipe:
-    """The shipped recipe of the task for small data."""
-    return resolve(recipes_dir() / recipe.task / f"{recipe.spec.small_recipe}.yaml").recipe
-
-
 def steps(recipe: Recipe, data: DataSplits) -> Steps:
     """Durations of the schedule on these data. UserError for fewer images than a batch."""
-    try:
-        epoch = data.steps_per_epoch(recipe.train.batch_size)
-    except UserError as error:
-        small = f"{recipe.task}/{recipe.spec.small_recipe}"
-        if recipe.spec.small_recipe and recipe.protocol != small:
-            few = data.info.num_train
-            flag = f" --batch-size {max(2, few // 4)}" if few < shipped_small(recipe).train.batch_size else ""
-            raise UserError(str(error), hint=f"{error.hint} A recipe for few images: --recipe {small}{flag}.") from None
-        raise
-    return steps_of_schedule(recipe, epoch)
+    return steps_of_schedule(recipe, data.steps_per_epoch(recipe.train.batch_size))
 
 
 def steps_of_schedule(recipe: Recipe, epoch: int) -> Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from hcnet_cli import build, dist, engine, files, runs
@@ -30,9 +31,7 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
         if data.info.digest != info.data.digest:
             raise UserError(
                 f"{data.info.path} holds other data than the run was trained and validated on ({info.data.name}).",
-                hint="Name the run's data with --data."
-                if info.data.digest.startswith("v2")
-                else "The run is of an older version, which knew data by names and sizes; train it again.",
+                hint=_what_scores(folder, info, data.info.path),
             )
         task = build.build_task(recipe, data)
         build.load_own(task, folder.path)
@@ -73,6 +72,15 @@ def evaluate(folder: RunFolder, request: EvaluationRequest, device: str, argv: S
             )
             _record(folder, info, recipe)
     return info
+
+
+def _what_scores(folder: RunFolder, info: RunInfo, data: str) -> str:
+    """What to do about data that are not the run's, for people."""
+    if not info.data.digest.startswith("v2"):
+        return "The run is of an older version, which knew data by names and sizes; train it again."
+    words = [info.task, "--recipe", folder.recipe_file, "--eval-only", "--init", folder.path, "--data", data]
+    command = shlex.join(map(str, ["hcnet", *words]))
+    return f"--data is for the run's own data. Other data of the same classes are scored with: {command}"
 
 
 def _record(folder: RunFolder, info: RunInfo, recipe: Recipe) -> None:

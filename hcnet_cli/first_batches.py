@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from hcnet_cli import engine, pictures, rng
-from hcnet_cli.console import UserError, notice
+from hcnet_cli.console import notice
 from hcnet_cli.data.audit import distinct
-from hcnet_cli.data.images import shown_size
-from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.data.splits import DataSplits, training_sizes
 from hcnet_cli.engine import to_device
 from hcnet_cli.files import optional, replacing
 from hcnet_cli.record import DataCard, data_card
 from hcnet_cli.runs import RunFolder, RunInfo
 
 BATCHES, SAMPLES = 3, 8  # that are drawn, and of each
-SIZES_READ = 200  # image files whose headers are read for the card
 
 
 def show_data(job: engine.Job, folder: RunFolder, info: RunInfo, earlier: RunInfo | None, data: DataSplits) -> None:
@@ -49,14 +47,7 @@ def draw_batches(job: engine.Job, folder: RunFolder) -> None:
 
 
 def describe_data(data: DataSplits) -> DataCard:
-    """The card of the training data: counts of the classes, and sizes of at most SIZES_READ images, evenly spaced."""
+    """The card of the training data: counts of the classes, and sizes of images spread evenly over them."""
     names = distinct(data.class_names)
     counts = {} if data.class_counts is None else dict(zip(names, data.class_counts.tolist(), strict=True))
-    sizes = []
-    count = len(data.train)
-    for number in range(min(count, SIZES_READ)):
-        try:
-            sizes.append(shown_size(data.train.sample_path(number * count // min(count, SIZES_READ))))
-        except UserError:
-            continue  # training says so when it meets the image
-    return data_card(data.class_unit, counts, sizes)
+    return data_card(data.class_unit, counts, training_sizes(data))

@@ -1,12 +1,14 @@
-"""A safetensors file without PyTorch: its metadata, which say of which run the weights are, and its digest."""
+"""Files of weights without PyTorch: whether they can be any, and of safetensors the metadata and the digest."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hcnet_cli.console import UserError
 from hcnet_cli.files import open_regular
 from hcnet_cli.plain_json import parse_json
 
@@ -48,6 +50,28 @@ def tensors_digest(path: Path) -> str:
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             raise ValueError("its header is damaged") from None
     return total.hexdigest()[:16]
+
+
+def check_content(path: Path) -> None:
+    """UserError for a file that begins with text instead of weights, of any kind."""
+    with open_regular(path) as file:
+        head = file.read(512)
+    if what := _other_content(head):
+        raise UserError(f"{path} holds no weights: it is {what}.", hint="Download the file itself, and name that.")
+
+
+def _other_content(head: bytes) -> str:
+    """What a file is that begins with text instead of weights, in words; "" for anything else."""
+    if not head:
+        return "empty"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, which stands for the file"
+    if start.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page"
+    if re.fullmatch(rb"[\t\n\r\x20-\x7e]{8,}", head):
+        return f'text ("{head.splitlines()[0][:60].decode()}")'
+    return ""
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]]:

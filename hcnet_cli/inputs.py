@@ -14,6 +14,7 @@ from pathlib import Path
 from hcnet_cli import model_names
 from hcnet_cli.console import UserError, launch
 from hcnet_cli.files import is_image, parquet_files
+from hcnet_cli.header import check_content
 from hcnet_cli.own_model import is_own
 from hcnet_cli.pretrained import TIMM, find_init, weights_file
 from hcnet_cli.recipe import Recipe
@@ -24,9 +25,9 @@ PARQUET = "Parquet files"
 EMBEDDED = frozenset(spec.embedded for spec in TASKS.values())
 
 
-def check_inputs(recipe: Recipe, results: Path) -> None:
+def check_inputs(recipe: Recipe, results: Path, eval_only: bool = False) -> None:
     """UserError for data, or weights to start from, that are not there or are plainly of another kind."""
-    check_data(recipe)
+    check_data(recipe, eval_only=eval_only)
     check_model(recipe)
     if recipe.init == TIMM:
         if not recipe.model.name or is_own(recipe.model.name):
@@ -35,7 +36,7 @@ def check_inputs(recipe: Recipe, results: Path) -> None:
                 hint="--pretrained goes with --model NAME, a name of timm; --init names weights of HcNet.",
             )
     elif recipe.init not in ("auto", "none"):
-        weights_file(recipe.init)
+        check_content(weights_file(recipe.init))
     elif recipe.init == "auto" and not recipe.model.name and recipe.data.path not in EMBEDDED:
         # another model is built first: whether it can carry the head at all comes before "pretrain it first"
         find_init(recipe, results)
@@ -60,16 +61,19 @@ def check_model(recipe: Recipe) -> None:
         raise model_names.unknown_model(recipe.model.name)
 
 
-def check_data(recipe: Recipe, hint: str = "") -> None:
+def check_data(recipe: Recipe, hint: str = "", eval_only: bool = False) -> None:
     """UserError unless the data folder has the layout of the recipe's format, as far as its folders show.
 
-    hint: what to do about a folder that is not there; what it should hold, where none is given.
+    hint: what to do about a folder that is not there; what it should hold, where none is given. eval_only: the
+    validation part is enough.
     """
     path, form = recipe.data.path or "", recipe.spec.formats[recipe.data.format]
     if path in EMBEDDED:
         return
     root = Path(os.path.expanduser(path))
     check_folder(str(root), hint or f"Its layout is to be {form.layout}.")
+    if eval_only and form.validation_only(root):
+        return
     if form.recognise(root):
         form.require(root)
         return
@@ -91,6 +95,8 @@ def check_data(recipe: Recipe, hint: str = "") -> None:
         f"The data folder {root} is not laid out as {recipe.task} reads it: {form.layout}.",
         hint=f"It looks like data for another command: hcnet {others[0]} --data {shlex.quote(str(root))}"
         if others
+        else "It has the validation part alone, which is enough to score weights: --eval-only --init RUN"
+        if form.validation_only(root)
         else _like(root) or inside,
     )
 

@@ -12,7 +12,7 @@ from hcnet_cli.console import UserError, warn
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.engine import Task
 from hcnet_cli.header import read_metadata
-from hcnet_cli.plain_json import read_json
+from hcnet_cli.plain_json import read_json, unicode
 from hcnet_cli.pretrained import weights_file
 from hcnet_cli.recipe import Recipe
 from hcnet_cli.values import as_typed
@@ -53,6 +53,8 @@ def init_origin(source: str) -> dict[str, Any]:
 
 def check(init: LoadReport, task: Task, recipe: Recipe, data: DataSplits, eval_only: bool) -> None:
     """Says where weights were made for another use than they are to have; UserError if they are only to be scored."""
+    if eval_only and (reason := _other_number_of_classes(init, recipe, data)):
+        raise UserError(f"{reason}.", hint="Weights are scored on data of the same classes.")
     for other in _contradictions(init, task, recipe, data):
         if eval_only:
             raise UserError(f"{other}: the score would mean nothing.")
@@ -71,6 +73,19 @@ def _contradictions(init: LoadReport, task: Task, recipe: Recipe, data: DataSpli
         if key in theirs and key in ours and not _equal(theirs[key], ours[key]):
             yield f"{init.source} was trained with {as_typed(f'data.{key}', theirs[key])}, here it is {ours[key]}"
     yield from _other_arguments(init.source, theirs, ours)
+
+
+def _other_number_of_classes(init: LoadReport, recipe: Recipe, data: DataSplits) -> str:
+    """What is wrong with weights of this task that are of more or of fewer classes than the data have."""
+    known = about(Path(init.source))
+    there, here = known.get("classes") or [], [unicode(name) for name in data.class_names]
+    if not there or known.get("task", recipe.task) != recipe.task or len(there) == len(here):
+        return ""
+    return f"{init.source} is of {len(there)} classes ({_first(there)}), the data have {len(here)} ({_first(here)})"
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*map(str, names[:5]), *(["..."] if len(names) > 5 else [])])
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import shutil
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import rich.box
 import rich.table
@@ -19,17 +18,17 @@ from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError, about, counted, duration, notice, out, units, warn
 from hcnet_cli.cores import busy
 from hcnet_cli.data import embedded
-from hcnet_cli.data.images import UnusableImageError, shown_size
-from hcnet_cli.data.splits import DataSplits
+from hcnet_cli.data.splits import DataSplits, training_sizes
 from hcnet_cli.engine import Task
 from hcnet_cli.files import existing_parent, write_speed
 from hcnet_cli.models import hub
 from hcnet_cli.recipe import Recipe, Resolved
 from hcnet_cli.runs import RunFolder
 from hcnet_cli.trial import Trial, device_memory, trial
-from hcnet_cli.values import as_typed, place_typed
+from hcnet_cli.values import as_typed
 
 MANY_PASSES = 1000  # over the training images: a schedule made for a larger data set
+USUAL_PASSES = 300  # those of ImageNet's recipe
 FEW_IMAGES, MANY_FOR_FEW = 20_000, 100  # training images, and passes over them that are many for so few
 FEW_STEPS = 500  # of training that a recipe for a large data set takes on a small one
 ABOUT_DATA = ("head.with_masks", "data.folds", "data.num_classes", "data.reduce_zero_label", "data.ignore_index")
@@ -47,13 +46,7 @@ USED_BY = {  # fields of `schedule` that some kinds alone use
 
 
 def print_plan(
-    folder: RunFolder,
-    recipe: Recipe,
-    data: DataSplits,
-    task: Task,
-    device: torch.device,
-    resolved: Resolved,
-    options: Any,
+    folder: RunFolder, recipe: Recipe, data: DataSplits, task: Task, device: torch.device, resolved: Resolved
 ) -> None:
     """Every value with its origin, then batches, learning rate, cost and place."""
     table = rich.table.Table(
@@ -71,9 +64,9 @@ def print_plan(
         out.print(f"{name + ':':<15}{text}")
     steps = build.steps(recipe, data)
     remark_on_training(recipe, task, notices=False)
-    notice_many_passes(steps)
+    notice_many_passes(recipe, steps)
     remark_on_schedule(recipe, steps, resolved.sources)
-    notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total), options)
+    notice_what_fits(recipe, data, training_time(recipe, seconds, steps.total))
     if shutil.disk_usage(existing_parent(folder.path)).free < disk_need(recipe, task):
         warn("The disk has too little space for this run's checkpoints.")
 
@@ -116,9 +109,10 @@ def _lines(
             f"{program / 2**30:.1f} the program, {state_bytes / 2**30:.2f} weights, gradients and optimizer, "
             f"{tried.per_image / 2**20:.{0 if tried.per_image > 2**23 else 1}f} MiB activations an image"
         )
+    total, rate = tried.seconds * batch * plan.total, 1 / tried.seconds
     lines["time"] = (
-        f"about {duration(tried.seconds * batch * plan.total)} on this {device.type} by one process "
-        f"({1 / tried.seconds:.1f} images/s in a short trial{busy()}), evaluation not counted"
+        f"about {about(total) if total >= LONG_SECONDS else duration(total)} on this {device.type} by one process "
+        f"({rate:{'.1f' if rate >= 0.1 else '.3g'}} images/s in a short trial{busy()}), evaluation not counted"
     )
     lines["workers"] = f"for each process that trains, {counted(build.workers(recipe), 'data worker')}"
     lines["stop"] = _stop_words(folder, recipe, task, tried.seconds * batch / dist.processes())
@@ -187,10 +181,13 @@ def _average(recipe: Recipe) -> str:
     return f"the moving average (train.ema_decay {recipe.train.ema_decay:g}) is evaluated and kept as best.safetensors"
 
 
-def notice_many_passes(steps: build.Steps) -> None:
+def notice_many_passes(recipe: Recipe, steps: build.Steps) -> None:
     """Says so where a schedule passes over the images far more often than any shipped recipe does."""
-    if (passes := steps.total // max(1, steps.epoch)) > MANY_PASSES:
-        notice(f"That is {passes:,} passes over the training images; --set schedule.length=N gives a shorter schedule.")
+    if (passes := steps.total // max(1, steps.epoch)) <= MANY_PASSES:
+        return
+    fewer = max(USUAL_PASSES, -(-FEW_STEPS // steps.epoch))
+    length = fewer if recipe.schedule.unit == "epochs" else fewer * steps.epoch
+    notice(f"That is {passes:,} passes over the training images; --set schedule.length={length} makes {fewer:,}.")
 
 
 def remark_on_schedule(recipe: Recipe, steps: build.Steps, sources: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -310,23 +307,34 @@ def training_time(recipe: Recipe, seconds: float, steps: int) -> float:
     return seconds * recipe.train.batch_size * steps / dist.processes()
 
 
-def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float, options: Any = None) -> None:
+def check_enough_images(recipe: Recipe, data: DataSplits) -> None:
+    """UserError, with the command that fits, for fewer training images than a batch."""
+    try:
+        build.steps(recipe, data)
+    except UserError as error:
+        if not _has_small(recipe) or recipe.protocol == f"{recipe.task}/{recipe.spec.small_recipe}":
+            raise
+        fitting = _small_command(recipe, data.info.num_train, typical_sides(data))
+        raise UserError(str(error), hint=f"{error.hint} Fits better: {fitting}") from None
+
+
+def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float) -> None:
     """Says which recipe and flags fit where images are far smaller than the recipe's, where they are few for its
     schedule, or where `seconds` of training are days.
     """
     spec = recipe.spec
     small = f"{spec.name}/{spec.small_recipe}"
     if recipe.protocol == small:
-        shipped = build.shipped_small(recipe)
+        shipped = _shipped_small(recipe)
         if recipe.data.path not in embedded.EMBEDDED and image_sides(recipe) == image_sides(shipped):
             sides = typical_sides(data)
             if sides and (flags := size_flags(shipped, sides)):
-                notice(f"The images have about {min(sides)} pixels a side:{flags} fits them better.")
+                notice(f"The images have about {min(sides):.0f} pixels a side:{flags} fits them better.")
         return
     sides, img_size = typical_sides(data), min(image_sides(recipe), default=0)
     reasons = []
     if sides and 2 * min(sides) <= img_size:
-        reasons.append(f"the images have about {min(sides)} pixels a side and would be enlarged to {img_size}")
+        reasons.append(f"the images have about {min(sides):.0f} pixels a side and would be enlarged to {img_size}")
     steps, images = build.steps(recipe, data).total, data.info.num_train
     passes = steps * recipe.train.batch_size / images
     if spec.small_recipe and images < FEW_IMAGES and passes > MANY_FOR_FEW:
@@ -339,9 +347,8 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float, options: 
         return
     notice(f"Does the recipe fit the data? {'; '.join(reasons)[0].upper()}{'; '.join(reasons)[1:]}.")
     few = images < FEW_IMAGES or (sides and max(sides) <= spec.small_sides[1])
-    if spec.small_recipe and few and recipe.data.path not in embedded.EMBEDDED:
-        flags = flags_of_small(recipe, images, sides) + (typed_options(options) if options else "")
-        notice(f"Fits better: hcnet {spec.name} --recipe {small} --data {shlex.quote(str(recipe.data.path))}{flags}")
+    if few and _has_small(recipe):
+        notice(f"Fits better: {_small_command(recipe, images, sides)}")
         return
     if seconds <= LONG_SECONDS:
         return
@@ -350,22 +357,25 @@ def notice_what_fits(recipe: Recipe, data: DataSplits, seconds: float, options: 
     notice(f"{flag} takes about {about(LONG_SECONDS)}; a GPU, or torchrun on several, takes far less.")
 
 
-def typed_options(options: Any) -> str:
-    """What was typed of run.Options, which imports this module; without the name: that run has another recipe."""
-    flags = place_typed(options.results, "--out")
-    if options.device != "auto":
-        flags += f" --device {options.device}"
-    if options.profile:
-        flags += f" --profile {options.profile}"
-    if options.track:
-        flags += f" --track {','.join(options.track)}"
-    return flags
+def _has_small(recipe: Recipe) -> bool:
+    """Whether there is a recipe for small data, which the embedded sets do not need."""
+    return bool(recipe.spec.small_recipe) and recipe.data.path not in embedded.EMBEDDED
 
 
-def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -> str:
+def _shipped_small(recipe: Recipe) -> Recipe:
+    """The shipped recipe of the task for small data."""
+    return rcp.resolve(rcp.recipes_dir() / recipe.task / f"{recipe.spec.small_recipe}.yaml").recipe
+
+
+def _small_command(recipe: Recipe, images: int, sides: tuple[float, float] | None) -> str:
+    small, data = f"{recipe.task}/{recipe.spec.small_recipe}", shlex.quote(str(recipe.data.path))
+    return f"hcnet {recipe.task} --recipe {small} --data {data}{flags_of_small(recipe, images, sides)}"
+
+
+def flags_of_small(recipe: Recipe, images: int, sides: tuple[float, float] | None) -> str:
     """What the recipe for small data is to be told: the images' size, a batch of fewer, what was said of the data."""
     model, weights = recipe.model, recipe.init not in ("none", "auto")
-    small = build.shipped_small(recipe)
+    small = _shipped_small(recipe)
     asked, other = rcp.flatten(recipe.model_dump()), rcp.flatten(small.model_dump())
     flags = size_flags(small, sides)
     if model.name:
@@ -382,16 +392,16 @@ def flags_of_small(recipe: Recipe, images: int, sides: tuple[int, int] | None) -
         if key in other and asked.get(key) != other[key]:
             flags += f" {as_typed(key, asked[key])}"
     if images < small.train.batch_size:
-        flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 4))}"
+        flags += f" --batch-size {min(recipe.train.batch_size, max(2, images // 8 * 2))}"  # even: for mixing in pairs
     return flags
 
 
-def size_flags(small: Recipe, sides: tuple[int, int] | None) -> str:
+def size_flags(small: Recipe, sides: tuple[float, float] | None) -> str:
     """The options that set the images' size of the shipped recipe to that of the data; "" where it fits."""
     usual, values = image_sides(small), rcp.flatten(small.model_dump())
     smallest, largest = small.spec.small_sides
     side = (sides or usual)[len(usual) > 1]  # an image is to cover one side, or to fit into two
-    fitting = min(largest, max(smallest, 32 * round(side / 32)))
+    fitting = min(range(smallest, largest + 1, 32), key=lambda size: max(size / side, side / size))
     if fitting == usual[0]:
         return ""
     sizes = {key: [fitting, fitting] if isinstance(values[key], tuple) else fitting for key in small.spec.size_keys}
@@ -404,13 +414,10 @@ def image_sides(recipe: Recipe) -> tuple[int, ...]:
     return sides if isinstance(sides, tuple) else (sides,)
 
 
-def typical_sides(data: DataSplits) -> tuple[int, int] | None:
-    """The medians, over some training images, of the shorter and the longer side in pixels; None without an image."""
-    count = min(16, len(data.train))
-    sides = []
-    for n in range(count):
-        file = data.train.sample_path(n * len(data.train) // count)
-        with contextlib.suppress(UnusableImageError):
-            sides.append(sorted(shown_size(file)))
-    shorter, longer = (sorted(side)[len(sides) // 2] for side in zip(*sides, strict=True)) if sides else (0, 0)
+def typical_sides(data: DataSplits) -> tuple[float, float] | None:
+    """The medians, over evenly spread training images, of the shorter and the longer side in pixels; None without an
+    image.
+    """
+    sides = [sorted(size) for size in training_sizes(data)]
+    shorter, longer = (statistics.median(side) for side in zip(*sides, strict=True)) if sides else (0.0, 0.0)
     return (shorter, longer) if sides else None

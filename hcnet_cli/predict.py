@@ -208,9 +208,9 @@ def _write(predictor: Predictor, output: Path, origin: dict[str, Any], drawn: li
         write_text(output, gallery.html(origin["run"], drawn, note))
         notice(f"Wrote {output}.")
     else:
-        file = predictor.finish(output, origin)
+        files = ", ".join(map(str, predictor.finish(output, origin)))
         more = f" and pictures of the first {MAX_PICTURES}" if done > MAX_PICTURES else " and pictures"
-        notice(f"Wrote {file}{more} ({output / 'pictures'}).")
+        notice(f"Wrote {files}{more} ({output / 'pictures'}).")
 
 
 def _predictions(

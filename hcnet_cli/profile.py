@@ -110,6 +110,13 @@ def timed(run: Callable[[], object], repeats: int, device: torch.device) -> floa
     return time.perf_counter() - start
 
 
+def inference_speed(model: Any, img_size: int, device: torch.device, precision: str, batch: int) -> float:
+    """Images/s of a run's model for the table, without gradient checkpointing."""
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(False)
+    return round(throughput(model, img_size, batch_size=batch, seconds=1, device=device, precision=precision), 1)
+
+
 def peak_memory_mb(device: str | torch.device | None = None) -> float:
     """MiB at the peak: allocated by PyTorch on a CUDA device, else the resident set of this process since its start."""
     if torch.device(device or "cpu").type == "cuda":

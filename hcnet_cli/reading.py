@@ -11,10 +11,10 @@ from hcnet_cli.finished import data_root, data_section
 from hcnet_cli.recipe import Recipe
 
 
-def open_data(recipe: Recipe) -> DataSplits:
+def open_data(recipe: Recipe, eval_only: bool = False) -> DataSplits:
     """As `build.open_data`. The digest is kept: the next start knows data that did not change without reading them."""
     begun = time.time()
-    data = build.open_data(recipe)
+    data = build.open_data(recipe, eval_only)
     if dist.is_main():
         known = cache.KnownData(data.info.name, data.info.digest)
         cache.keep_data(data_root(recipe), data_section(recipe), known, begun)

@@ -98,7 +98,7 @@ def train(resolved: Resolved, options: Options) -> tuple[Path, RunInfo | None, i
         dist.from_main(lambda: notice_others(*there))
         if options.dry_run:
             if dist.is_main():
-                plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved, options)
+                plan.print_plan(setup.folder, setup.recipe, setup.data, setup.task, device, resolved)
             return setup.folder.path, None, 0
         info = _describe(setup, options)
         # what goes wrong on the main process, goes wrong on all
@@ -113,7 +113,9 @@ def _setup(resolved: Resolved, options: Options, device: torch.device) -> RunSet
     own = recipe.model.digest
     source = own_model.read_source(recipe.model.name, own) if own else ""
     optim.check_optimizer(recipe.optim.name, recipe.optim.args)
-    data = reading.open_data(recipe)
+    data = reading.open_data(recipe, options.eval_only)
+    if not options.eval_only:
+        plan.check_enough_images(recipe, data)
     task = build.build_task(recipe, data)
     if not options.eval_only:
         build.check_trainable(task)
@@ -179,7 +181,7 @@ def _train_in(
     info.kernels = list(job.kernels)
     _announce(run, info, state)
     seconds = rehearsal.rehearse(job, recipe, run.data, folder.path)
-    _announce_time(run, info, state, seconds, options)
+    _announce_time(run, info, state, seconds)
     if dist.is_main():
         _write_recipe(run, info)
         first_batches.show_data(job, folder, info, earlier, run.data)
@@ -230,7 +232,7 @@ def _write_recipe(run: RunSetup, info: RunInfo) -> None:
 def _describe(run: RunSetup, options: Options) -> RunInfo:
     recipe, data, task, device = run.recipe, run.data, run.task, run.device
     commit, dirty = runs.git_state()
-    steps = build.steps(recipe, data)
+    steps = build.steps_of_schedule(recipe, 0) if options.eval_only else build.steps(recipe, data)
     start: Any = {**vars(run.init), "source": home(run.init.source)} if run.init else {}
     return RunInfo(
         task=recipe.task,
@@ -289,7 +291,7 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
     notice(f"{length} of {info.batch_size} · {info.device}, {info.precision} · {run.folder.path}")
     for line in info.data.remarks():
         notice(line)
-    plan.notice_many_passes(build.steps(run.recipe, run.data))
+    plan.notice_many_passes(run.recipe, build.steps(run.recipe, run.data))
     if run.recipe.train.compile and info.device == "cpu":
         notice("On a CPU, training is not faster compiled (docs/speed.md).")
     plan.remark_on_schedule(run.recipe, build.steps(run.recipe, run.data))
@@ -300,7 +302,7 @@ def _announce(run: RunSetup, info: RunInfo, state: engine.State) -> None:
         notice(f"Going on from step {state.step}.")
 
 
-def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: float, options: Options) -> None:
+def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: float) -> None:
     """How long the training takes, from the rehearsed step, and what would fit the data better."""
     left = plan.training_time(run.recipe, seconds, info.steps_total - state.step)
     if state.step < info.steps_total:
@@ -308,7 +310,7 @@ def _announce_time(run: RunSetup, info: RunInfo, state: engine.State, seconds: f
         by = f", {dist.processes()} processes" if dist.processes() > 1 else ""
         notice(f"About {about(left)}{to_go} on this {run.device.type}{by}{busy()}, evaluation not counted.")
     if not state.step and dist.is_main():
-        plan.notice_what_fits(run.recipe, run.data, left, options)
+        plan.notice_what_fits(run.recipe, run.data, left)
 
 
 # --- after ------------------------------------------------------------------------------------------------------------
@@ -343,19 +345,13 @@ def _measure_speed(info: RunInfo, run: RunSetup) -> None:
     """Inference images/s of the model, for the table, where the task's has such a column."""
     if not run.recipe.spec.times_inference or not dist.is_main():
         return
-    model: Any = run.task.model
-    batch = 64
     assert info.img_size is not None
-    if hasattr(model, "set_grad_checkpointing"):
-        model.set_grad_checkpointing(False)
     try:
-        rate = profile.throughput(
-            model, info.img_size, batch_size=batch, seconds=1.0, device=run.device, precision=info.precision
-        )
+        speed = profile.inference_speed(run.task.model, info.img_size, run.device, info.precision, batch := 64)
     except Exception as error:  # too little memory for the batch, say: a column stays empty, the run is whole
         warn(f"The speed of inference could not be measured: {str(error).splitlines()[0] if str(error) else error!r}.")
         return
-    info.images_per_second = round(rate, 1)
+    info.images_per_second = speed
     info.speed_notes = f"inference, batch {batch}, {info.precision}, {info.device}, {torch.get_num_threads()} threads"
 
 

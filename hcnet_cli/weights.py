@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hcnet_cli.console import UserError, notice, visible
-from hcnet_cli.files import open_regular
-from hcnet_cli.header import read_metadata
+from hcnet_cli.header import check_content, read_metadata
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 MIN_MATCHED = 0.5  # of the model's backbone parameters; less is a mistake, not a choice
@@ -56,10 +55,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.exists():
         raise UserError(f"There is no weights file {path}.")
-    with open_regular(path) as file:
-        head, num_bytes = file.read(512), file.seek(0, 2)
-    if what := _other_content(head):
-        raise UserError(f"{path} holds no weights: it is {what}.", hint="Download the file itself, and name that.")
+    check_content(path)
+    num_bytes = path.stat().st_size
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path, num_bytes)
     parts = [key for key in PARTS if isinstance(content, Mapping) and _holds_tensors(content.get(key))]
     if len(parts) > 1:
@@ -74,20 +71,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values())
-
-
-def _other_content(head: bytes) -> str:
-    """What a file is that begins with text instead of weights, in words; "" for anything else."""
-    if not head:
-        return "empty"
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, which stands for the file"
-    if start.lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page"
-    if re.fullmatch(rb"[\t\n\r\x20-\x7e]{8,}", head):
-        return f'text ("{head.splitlines()[0][:60].decode()}")'
-    return ""
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -97,4 +97,7 @@ def evaluate_and_predict(hcnet: Callable[..., Any], run: Path, on: str, folder: 
         Image.fromarray(noise(number)).resize(size).save(path)
     done = hcnet("predict", run, folder / "photos", "--output", folder / "predictions", "--workers", 0)
     assert done.code == 0, done.err
+    kept = {path.name for path in (folder / "predictions").iterdir()} - {"pictures"}
+    said = next(line for line in done.err.splitlines() if line.startswith("Wrote "))
+    assert all(str(folder / "predictions" / name) in said for name in kept), (kept, said)
     assert {path.name for path in (folder / "predictions" / "pictures").iterdir()} == {"0.png", "1.png"}

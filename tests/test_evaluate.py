@@ -131,6 +131,10 @@ def test_an_evaluation_that_sees_the_same_pixels_gives_the_same_score(run: Path,
         (("--set", "evaluation.val.on=imagenet-a"), "stays as it is"),
         (("--set", "evaluation.x.mode=slide"), "unknown key"),
         (("--data", "digits"), "holds other data"),
+        (
+            ("--data", "digits"),
+            "--data is for the run's own data. Other data of the same classes are scored with: hcnet",
+        ),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], words: str, run: Path, hcnet: Hcnet) -> None:

@@ -71,7 +71,9 @@ def test_mistakes_are_said_before_torch_is_loaded(tmp_path: Path) -> None:
     for name in ("cvat/annotations/instances_default.json", "cvat/images/default/1.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "w.pth").write_text("these are my weights\n")
     expected = {
+        "pretrain --init w.pth": 'w.pth holds no weights: it is text ("these are my weights")',
         "evaluate nowhere": "There is no run nowhere",
         "explain nowhere": "not a run",
         "pretrain --device gpu": 'no device "gpu"',

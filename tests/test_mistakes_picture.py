@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hcnet_cli import pictures
 from hcnet_cli.tasks.classification.metric import Accuracy
-from hcnet_cli.tasks.classification.mistakes import MOST
+from hcnet_cli.tasks.classification.mistakes import MOST, Mistake, draw_mistakes
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 200])
@@ -37,6 +38,16 @@ def test_the_worst_mistakes_of_all_images_are_drawn(batch_size: int, tmp_path: P
         assert (one.of_answer, one.of_label) == pytest.approx((shares[one.sample].max(), shares[one.sample, one.label]))
     with Image.open(tmp_path / "mistakes.png") as image:
         assert image.width > image.height > 500
+
+
+def test_captions_name_the_folder_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    tile = pictures.tile
+    monkeypatch.setattr(pictures, "tile", lambda image, lines: [captions.append(lines[-1][0]), tile(image, lines)][1])
+    found = [Mistake(0, 0, 1, 0.9, 0.1), Mistake(1, 1, 0, 0.8, 0.2)]
+    names = ["val/apple/img_001.jpg", "val/brick/img_001.jpg"]
+    draw_mistakes(found, ["apple", "brick"], lambda sample: Image.new("RGB", (8, 8)), names.__getitem__)
+    assert captions == ["apple/img_001.jpg", "brick/img_001.jpg"]
 
 
 def test_without_a_mistake_there_is_no_picture(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from PIL import Image
 from hcnet_cli import build, engine, plan, rehearsal, runs, trial
 from hcnet_cli import recipe as rcp
 from hcnet_cli.console import UserError
-from hcnet_cli.run import Options
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification.metric import Accuracy
 from hcnet_cli.tasks.detection.metric import CocoAP
@@ -378,6 +377,66 @@ def test_few_images_of_ones_own_are_answered_with_the_small_recipe(
     assert ("fits them better" in capfd.readouterr().err) is ("img_scale" in flags)
 
 
+def few_classes(root: Path, sides: Sequence[int]) -> Path:
+    """Two classes, an image of 20 x side for each number; and as many validation images."""
+    for split in ("train", "val"):
+        for number, side in enumerate(sides):
+            save(root / split / "ab"[number % 2] / f"{number:03d}.png", np.zeros((side, side + 20, 3)))
+    return root
+
+
+def test_fewer_images_than_a_batch_are_answered_with_the_whole_command(hcnet: Hcnet, tmp_path: Path) -> None:
+    root = few_classes(tmp_path / "my data", [80] * 30)
+    plain = ("pretrain", "--size", "pico", "--data", root, "--out", tmp_path)
+    for more in (("--dry-run",), ()):
+        refused = hcnet(*plain, *more)
+        assert refused.code == 2
+        assert refused.out == ""  # before the plan
+        said = " ".join(refused.err.split())
+        assert "The training set has 30 images, fewer than one batch of 256. Choose --batch-size 30 or smaller." in said
+        assert (
+            f"Fits better: hcnet pretrain --recipe pretrain/small --data '{root}' --set data.img_size=96 --batch-size 6"
+            in said
+        )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("side", "size"), [(33, 32), (70, 64), (79.5, 96), (80, 96), (81, 96), (500, 96)])
+def test_the_proposed_size_is_the_nearest_one_in_proportion(side: float, size: int) -> None:
+    small = rcp.resolve(rcp.recipe_file("pretrain/small")).recipe
+    flags = "" if size == 32 else f" --set data.img_size={size}"
+    assert plan.size_flags(small, (side, side + 20)) == flags
+
+
+def test_the_typical_side_is_the_median_of_all_images_where_they_are_few(tmp_path: Path) -> None:
+    sides = [40] * 12 + [*range(60, 100, 2)] + [130] * 13
+    data = small_data.opened(few_classes(tmp_path / "c", sides))
+    assert plan.typical_sides(data) == (float(np.median(sides)), float(np.median(sides)) + 20)
+
+
+@pytest.mark.parametrize(
+    ("unit", "epoch", "said"), [("steps", 1, "length=500 makes 500"), ("steps", 4, "length=1200 makes 300")]
+)
+def test_many_passes_are_answered_with_a_length(
+    unit: str, epoch: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = rcp.resolve(rcp.recipe_file("pretrain/small"), [("schedule.length", 20_000, "--set")]).recipe
+    assert recipe.schedule.unit == unit
+    plan.notice_many_passes(recipe, build.steps_of_schedule(recipe, epoch))
+    assert capfd.readouterr().err.strip().endswith(said + ".")
+    plan.notice_many_passes(recipe, build.steps_of_schedule(recipe, 20))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_slow_machine_has_a_rate_and_days(
+    hcnet: Hcnet, tmp_path: Path, folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "trial", lambda *_: trial.Trial(45_000.0, per_image=1.0))
+    done = hcnet(*CLASSIFY, "--data", folder_of_images, "--out", tmp_path, "--dry-run")
+    assert done.code == 0, done.err
+    assert re.search(r"time: +about 12 d on this cpu by one process \(2\.22e-05 images/s", done.out)
+
+
 @pytest.mark.parametrize(
     ("given", "flags"),
     [
@@ -409,12 +468,6 @@ def test_the_small_recipes_of_fine_tuning_train(
     done = hcnet(*command, "--recipe", "small", "--data", make(tmp_path / "mine"), *settings)
     assert done.code == 0, done.err
     assert "Fits better" not in done.err
-
-
-def test_the_small_recipe_is_proposed_with_what_else_was_typed() -> None:
-    typed = Options(results=Path("my runs"), name="mine", device="cpu", profile=5, track=["tensorboard", "mlflow"])
-    assert plan.typed_options(typed) == " --out 'my runs' --device cpu --profile 5 --track tensorboard,mlflow"
-    assert plan.typed_options(Options()) == ""
 
 
 def test_days_are_answered_with_a_shorter_schedule(capfd: pytest.CaptureFixture[str]) -> None:

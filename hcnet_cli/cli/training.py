@@ -95,7 +95,7 @@ def train_task(task: str, given: dict[str, Any]) -> None:
     resolved = resolve(task, given)
     if cluster is None:
         check_device(given["device"])  # this and what follows before PyTorch is loaded, which takes seconds
-    check_inputs(resolved.recipe, given["out_dir"])
+    check_inputs(resolved.recipe, given["out_dir"], given["eval_only"])
     if not given["eval_only"]:
         check_batch(resolved.recipe)
     if cluster is not None:

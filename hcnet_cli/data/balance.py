@@ -17,7 +17,7 @@ def class_weights(wanted: str | Sequence[float], data: DataSplits) -> tuple[floa
     `class_weight="balanced"` of scikit-learn: the mean over the samples is 1. A class without any has no weight and is
     not among the K. UserError for a list of another length than the classes', or all of zeros.
     """
-    if wanted == "none":
+    if wanted == "none" or not len(data.train):  # an evaluation alone
         return ()
     if wanted == "balanced":
         counts = class_counts(data)

@@ -100,6 +100,8 @@ class Shards(NamedTuple):
 
 def steps_per_epoch(count: int, batch_size: int, groups: NDArray[np.integer] | None = None) -> int:
     """The number of full batches in an epoch; UserError if there is none."""
+    if not count:  # validation images alone: nothing is trained
+        return 0
     sizes = [count] if groups is None else np.unique(groups, return_counts=True)[1].tolist()
     steps = sum(size // batch_size for size in sizes)
     if not steps:
@@ -282,7 +284,6 @@ class TrainLoader:
         max_unreadable: int = 100,
     ) -> None:
         assert 0 <= rank < world_size
-        assert len(dataset) > 0
         assert groups is None or len(groups) == len(dataset)
         check_divides(batch_size, accumulate, world_size)
         self.steps_per_epoch = steps_per_epoch(len(dataset), batch_size, groups)

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hcnet_cli.console import UserError
 from hcnet_cli.data import loader
+from hcnet_cli.data.images import Size, shown_size
 from hcnet_cli.runs import DataInfo
+
+SIZES_READ = 200  # image files whose headers are read for the typical size
 
 
 @dataclass(kw_only=True)
@@ -36,3 +40,15 @@ class DataSplits:
     def steps_per_epoch(self, batch_size: int) -> int:
         """Optimizer steps in one pass over the training samples."""
         return loader.steps_per_epoch(len(self.train), batch_size, self.groups)
+
+
+def training_sizes(data: DataSplits) -> list[Size]:
+    """The sizes (height, width) of at most SIZES_READ training images, evenly spaced."""
+    sizes = []
+    count = len(data.train)
+    for number in range(min(count, SIZES_READ)):
+        try:
+            sizes.append(shown_size(data.train.sample_path(number * count // min(count, SIZES_READ))))
+        except UserError:
+            continue  # training says so when it meets the image
+    return sizes

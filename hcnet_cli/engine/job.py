@@ -87,8 +87,10 @@ class Predictor(Protocol):
         """
         ...
 
-    def finish(self, folder: Path, about: dict[str, Any]) -> Path:
-        """Writes the file of all predictions; `about` says which model made them."""
+    def finish(self, folder: Path, about: dict[str, Any]) -> Sequence[Path]:
+        """Writes the file of all predictions; `about` says which model made them. Returns the files and folders that
+        hold the predictions.
+        """
         ...
 
     def draw(self, image: Image.Image, prediction: Any, title: str) -> Image.Image: ...

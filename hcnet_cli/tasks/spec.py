@@ -67,7 +67,8 @@ class Format:
 
     The module provides `open_data(config, head, root, seed) -> DataSplits` and `audit(config, head, root) -> Audit`.
     `recognise`: whether a folder looks like this format. `require`: UserError for a recognised folder that lacks what
-    even an evaluation needs, by the names of its files alone.
+    even an evaluation needs, by the names of its files alone. `validation_only`: whether a folder has the validation
+    part and no training part, which is enough for `--eval-only`; `open_data` then gets `validation_only=True`.
     """
 
     config: type[DataPart]
@@ -75,6 +76,7 @@ class Format:
     layout: str  # one line for people
     recognise: Callable[[Path], bool]
     require: Callable[[Path], object] = bool
+    validation_only: Callable[[Path], bool] = lambda root: False
 
 
 @dataclass(frozen=True)

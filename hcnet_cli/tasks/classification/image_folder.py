@@ -33,10 +33,9 @@ from hcnet_cli.data.member import Member, Source
 from hcnet_cli.data.problems import Report, refuse, reported
 from hcnet_cli.data.splits import DataSplits
 from hcnet_cli.files import EXTENSIONS, is_image
-from hcnet_cli.inputs import check_folder
+from hcnet_cli.inputs import check_folder, task_of
 from hcnet_cli.runs import DataInfo
 from hcnet_cli.schema import MAX_PIXELS, Part
-from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification import spec
 from hcnet_cli.tasks.classification.folds import NOTE, deal
 from hcnet_cli.tasks.classification.imagenet import is_imagenet, part_of_imagenet
@@ -117,7 +116,7 @@ def scan(
 ) -> Index:
     """Lists the files and reads each once, for the digest (see data/identity.py).
 
-    splits: The ones that are needed. Another may be missing, and what is wrong with it does not matter.
+    splits: The ones that are needed; the first has the classes. Another may be missing, or wrong.
     UserError for a folder that does not have this layout; classes that contradict each other are reported.
     """
     root = Path(root)
@@ -127,7 +126,7 @@ def scan(
         _check_layout(root, archives.tars, splits)
         tars = {split: archive.read(archives, split) for split in SPLITS if split in archives.tars}
         folders = [split for split in SPLITS if split not in tars and (root / split).is_dir()]
-        classes = tars["train"].classes if "train" in tars else tuple(subfolders(root / "train"))
+        classes = tars[splits[0]].classes if splits[0] in tars else tuple(subfolders(root / splits[0]))
         files = dict.fromkeys(SPLITS, NO_FILES)
         tell = {split: report if split in splits else lambda problem: None for split in (*tars, *folders)}
         for split in tell:
@@ -186,14 +185,9 @@ def _check_layout(root: Path, tars: Mapping[str, Sequence[Path]], splits: Sequen
     missing = [split for split in splits if split not in tars and not (root / split).is_dir()]
     if not missing:
         return
-    others = [
-        task.name
-        for task in TASKS.values()
-        if task is not spec.SPEC and any(form.recognise(root) for form in task.formats.values())
-    ]
     hint = LAYOUT
-    if others:
-        hint = f"It looks like data for another command: hcnet {others[0]} --data {shlex.quote(str(root))}"
+    if (task := task_of(str(root))) != spec.SPEC.name:
+        hint = f"It looks like data for another command: hcnet {task} --data {shlex.quote(str(root))}"
     elif missing == ["val"]:
         hint += f" {WITHOUT_VAL}"
     elif found := subfolders(root):
@@ -321,14 +315,15 @@ class ImageFolder(Dataset[dict[str, Any]]):
 # --- from a recipe's section ------------------------------------------------------------------------------------------
 
 
-def open_data(config: spec.ImageFolder, head: Part, root: Path, seed: int) -> DataSplits:
+def open_data(config: spec.ImageFolder, head: Part, root: Path, seed: int, validation_only: bool = False) -> DataSplits:
     """Scans the folder and makes both data sets; UserError for what is wrong with it."""
-    return splits(config, scan(root, **config.model_dump(include=READING), splits=needed(config)), seed)
+    index = scan(root, **config.model_dump(include=READING), splits=needed(config, validation_only))
+    return splits(config, index, seed)
 
 
-def needed(config: spec.ImageFolder) -> Sequence[str]:
+def needed(config: spec.ImageFolder, validation_only: bool = False) -> Sequence[str]:
     """The splits without which a run has no images to train on or to score."""
-    return SPLITS if config.folds is None else SPLITS[:1]
+    return SPLITS[:1] if config.folds is not None else SPLITS[1:] if validation_only else SPLITS
 
 
 def degenerate(index: Index) -> str:

@@ -44,13 +44,13 @@ def draw_mistakes(
     load_image: Callable[[int], Image.Image],
     sample_name: Callable[[int], str],
 ) -> Image.Image:
-    """The images with the answer, the label below it, their probabilities and the name of the file."""
+    """The images with the answer, the label below it, their probabilities, and the file with its folder."""
     tiles = []
     for one in found:
         lines = [
             (f"{class_names[one.answer]}: {100 * one.of_answer:.0f} %", RED),
             (f"is {class_names[one.label]}: {100 * one.of_label:.0f} %", pictures.INK),
-            (sample_name(one.sample).rpartition("/")[2], pictures.GREY),
+            ("/".join(sample_name(one.sample).split("/")[-2:]), pictures.GREY),
         ]
         tiles.append(pictures.tile(load_image(one.sample), lines))
     caption = f"The {len(found)} mistakes with the highest probability: the answer in red, then what it is"

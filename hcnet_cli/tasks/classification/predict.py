@@ -52,9 +52,9 @@ class Predictor:
         line["probabilities"] = [round(value, 6) for value in answer.probabilities]
         self.lines.append(json.dumps(line))
 
-    def finish(self, folder: Path, about: dict[str, Any]) -> Path:
+    def finish(self, folder: Path, about: dict[str, Any]) -> Sequence[Path]:
         write_text(folder / "predictions.jsonl", "".join(f"{line}\n" for line in self.lines))
-        return folder / "predictions.jsonl"
+        return [folder / "predictions.jsonl"]
 
     def draw(self, image: Image.Image, answer: Answer, title: str) -> Image.Image:
         bars = list(zip(answer.classes, answer.probabilities, strict=True))

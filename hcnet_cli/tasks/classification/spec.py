@@ -213,6 +213,12 @@ def is_image_folder(root: Path) -> bool:
     return (root / "train").is_dir() or (root / "_info.json").is_file() or any(root.glob("*train*.t*"))
 
 
+def is_validation_only(root: Path) -> bool:
+    if (root / "train").exists() or is_image_folder(root):
+        return False
+    return (root / "val").is_dir() or any(root.glob("*val*.t*"))
+
+
 SPEC = Spec(
     name="pretrain",
     help="""Train a classifier from scratch: ImageNet-1K, any folder of images by class, or the embedded digits.
@@ -227,6 +233,7 @@ SPEC = Spec(
             module=f"{FOLDER}.image_folder",
             layout="train/<class>/ and val/<class>/ with the images inside",
             recognise=is_image_folder,
+            validation_only=is_validation_only,
         ),
     },
     evaluation=ClassificationEvaluation,

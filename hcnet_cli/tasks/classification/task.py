@@ -254,6 +254,8 @@ def _on_features(
 ) -> tuple[ClassificationTask, RequestDataset, Collate | None]:
     """What scores the features of the validation images by those of the training images."""
     assert isinstance(data.train, image_folder.ImageFolder)
+    if not len(data.train):
+        raise UserError(f"{on} compares with the training images, and {data.info.path} has none.")
     if not (hasattr(task.model, "forward_features") and hasattr(task.model, "forward_head")):
         raise UserError(
             f"The model has no features for {on}: {type(task.model).__name__} lacks timm's forward_features and "

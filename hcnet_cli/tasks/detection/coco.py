@@ -85,7 +85,7 @@ class CocoDataset(Dataset[dict[str, Any]]):
         rows = np.arange(len(annotations))
         if train:
             rows = rows[annotations.annotated & (annotations.sizes.min(axis=1) >= min_side)]
-            if not len(rows):
+            if len(annotations) and not len(rows):
                 raise UserError(
                     f"{annotations.file} has no image to train on: none has objects and sides of at least {min_side} "
                     "pixels.",
@@ -194,9 +194,11 @@ class CocoSplits(DataSplits):
     annotations: Annotations
 
 
-def open_data(config: spec.Coco, head: spec.MaskRCNN, root: Path, seed: int) -> CocoSplits:
+def open_data(
+    config: spec.Coco, head: spec.MaskRCNN, root: Path, seed: int, validation_only: bool = False
+) -> CocoSplits:
     """Reads both annotation files and makes the data sets; UserError for what is wrong with them."""
-    folder = open_folder(root, config, masks=head.with_masks)
+    folder = open_folder(root, config, masks=head.with_masks, validation_only=validation_only)
     assert folder is not None, "problems are raised"
     train, val = folder.train, folder.val
     # what evaluation cannot do without must not be found after hours of training

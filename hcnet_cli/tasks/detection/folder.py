@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hcnet_cli.console import UserError
-from hcnet_cli.data.folders import LeftOut, dataset_name, reading_folder
+from hcnet_cli.data.folders import LeftOut, Packed, dataset_name, reading_folder
 from hcnet_cli.data.identity import NAMES_NOTE, Identity, Trust, identify
 from hcnet_cli.data.images import check_size
 from hcnet_cli.data.problems import Report, refuse, reported
@@ -71,7 +71,7 @@ def check_same_classes(train: Annotations, val: Annotations) -> None:
 def check_objects(train: Annotations, val: Annotations) -> None:
     """Raises UserError where there is nothing to train on, or nothing to score."""
     for found, purpose in ((train, "to train on"), (val, "to score")):
-        if not len(found.boxes):
+        if len(found) and not len(found.boxes):
             reasons = ", ".join(f"{reason}: {len(ids)}" for reason, ids in found.dropped.items())
             raise UserError(
                 f"{found.file} has no object {purpose}: of its {found.num_annotations} annotations "
@@ -130,17 +130,45 @@ class CocoFolder:
         return [NAMES_NOTE] if self.trust == "names" else []
 
 
+def _no_training(val: Annotations) -> Annotations:
+    """The training part of a folder that has none: the categories of the other part, and no image."""
+    return Annotations(
+        file=val.file,
+        digest="",
+        category_ids=val.category_ids,
+        class_names=val.class_names,
+        image_ids=val.image_ids[:0],
+        file_names=Packed(()),
+        sizes=val.sizes[:0],
+        annotated=val.annotated[:0],
+        first=val.first[:1],
+        boxes=val.boxes[:0],
+        labels=val.labels[:0],
+        ids=val.ids[:0],
+        segments=None if val.segments is None else Packed(()),
+    )
+
+
 def open_folder(
-    root: Path, config: spec.Coco, *, masks: bool, report: Report = refuse, verify: bool = False
+    root: Path,
+    config: spec.Coco,
+    *,
+    masks: bool,
+    report: Report = refuse,
+    verify: bool = False,
+    validation_only: bool = False,
 ) -> CocoFolder | None:
     """Reads both annotation files, reports what is wrong with them and reads the images once, for the digest.
 
-    None if a split cannot be read at all, which is reported too.
+    None if a split cannot be read at all, which is reported too. validation_only: the training part is empty.
     """
     splits: dict[str, tuple[Annotations, Path]] = {}
-    for split in ("train", "val"):
+    for split in ("val",) if validation_only else ("train", "val"):
         with reported(report):
             splits[split] = load_split(root, split, masks=masks, report=report)
+    if validation_only and "val" in splits:
+        val, val_images = splits["val"]
+        splits = {"train": (_no_training(val), val_images), "val": (val, val_images)}
     if len(splits) < 2:
         return None
     (train, train_images), (val, val_images) = splits["train"], splits["val"]

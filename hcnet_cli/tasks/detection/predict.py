@@ -57,14 +57,14 @@ class Predictor:
             image["picture"] = picture
         self.kept.append((image, [{"image_id": number, **one} for one in objects]))  # Ctrl-C: both, or neither
 
-    def finish(self, folder: Path, about: dict[str, Any]) -> Path:
+    def finish(self, folder: Path, about: dict[str, Any]) -> Sequence[Path]:
         categories = [{"id": i, "name": name} for i, name in enumerate(self.class_names, 1)]
         images = [image for image, _ in self.kept]
         objects = [one for _, found in self.kept for one in found]
         annotations = [{"id": i, **one} for i, one in enumerate(objects, 1)]
         content = {"info": about, "images": images, "categories": categories, "annotations": annotations}
         write_text(folder / "predictions.json", json.dumps(content) + "\n")
-        return folder / "predictions.json"
+        return [folder / "predictions.json"]
 
     def draw(self, image: Image.Image, objects: list[dict[str, Any]], title: str) -> Image.Image:
         shown, note = worth_drawing(objects)

@@ -115,6 +115,21 @@ def is_coco(root: Path) -> bool:
     return any(root.glob("annotations/*.json")) or any(root.glob("*/_annotations.coco.json"))
 
 
+def is_validation_only(root: Path) -> bool:
+    """Annotations for validation, and none for training or no folder of training images: COCO's annotation files come
+    together, and its images one part at a time.
+    """
+    parts = {}
+    for split in ("train", "val"):
+        try:
+            _, folders = find_split(root, split)
+        except UserError:
+            parts[split] = False
+        else:
+            parts[split] = any(folder.is_dir() for folder in folders if folder != root)
+    return parts["val"] and not parts["train"]
+
+
 SPEC = Spec(
     name="finetune-det",
     help="""Fine-tune Mask R-CNN for detection and masks: COCO, any COCO-format folder, or the embedded digit-scenes.
@@ -130,6 +145,7 @@ SPEC = Spec(
             layout=LAYOUT,
             recognise=is_coco,
             require=lambda root: find_split(root, "val"),
+            validation_only=is_validation_only,
         ),
     },
     evaluation=DetectionEvaluation,

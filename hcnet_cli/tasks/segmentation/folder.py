@@ -85,12 +85,14 @@ def open_folder(
     max_pixels: int = MAX_PIXELS,
     verify: bool = False,
     report: Report = refuse,
+    validation_only: bool = False,
 ) -> SceneFolder:
     """Pairs images with labels, reads the class names and reads every label once, before training does.
 
     `reduce_zero_label`: pixel value 0 is ignored and 1 .. K are classes 0 .. K - 1 (ADE20K). The number of classes is
     that of the class names if there are any, else `num_classes`, else it follows from the largest label. `scan_cache`
-    is a folder that keeps the result of a scan; unchanged files are not read again.
+    is a folder that keeps the result of a scan; unchanged files are not read again. `validation_only`: there is no
+    training part.
 
     Reported, each with a file's name: images without label and the reverse, sizes that differ, colour or 16-bit labels,
     palette and grey labels mixed, and label values out of range. UserError for what leaves nothing to go on with.
@@ -100,7 +102,7 @@ def open_folder(
         raise UserError(f"There is no folder {root}.")
     images, label_files = {}, {}
     left_out: LeftOut = {}
-    for split in SPLITS:
+    for split in SPLITS[1:] if validation_only else SPLITS:
         with reading_folder(root):
             images[split], label_files[split] = _pairs(root, split, left_out, report)
     names: tuple[str, ...] = ()
@@ -111,6 +113,8 @@ def open_folder(
     scan = LabelScan({}, {})
     if scan_labels:
         scan = labels.scan(images, label_files, None if verify else scan_cache, max_pixels, report)
+    for paths in (images, label_files):
+        paths.setdefault("training", np.array([], dtype=np.str_))
     count = len(names) or num_classes or _count_classes(root, scan.first, reduce_zero_label, ignore_index)
     class_names = names or tuple(f"label {i + reduce_zero_label}" for i in range(count))
     _check_numbers(root, class_names, reduce_zero_label, ignore_index)
@@ -184,7 +188,7 @@ def _problems(
 ) -> list[str]:
     """What makes the scores meaningless or shifts the names of the classes. Splits without any label are reported."""
     found = []
-    for split in SPLITS:
+    for split in scan.pixels:
         present = scan.labelled(split, table, ignore_index)
         if not present:
             report(

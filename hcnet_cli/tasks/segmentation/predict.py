@@ -57,11 +57,11 @@ class Predictor:
                 label.save(temporary, "PNG")
         self.labels[f"labels/{name}"] = file
 
-    def finish(self, folder: Path, about: dict[str, Any]) -> Path:
+    def finish(self, folder: Path, about: dict[str, Any]) -> Sequence[Path]:
         values = {str(i): name for i, name in enumerate(self.task.class_names, self.first)}
         content = {"info": about, "values": values, "labels": self.labels}
         write_text(folder / "classes.json", json.dumps(content, indent=1) + "\n")
-        return folder / "classes.json"
+        return [folder / "labels", folder / "classes.json"]
 
     def draw(self, image: Image.Image, classes: Pixels, title: str) -> Image.Image:
         panels = [

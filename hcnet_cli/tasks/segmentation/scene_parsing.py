@@ -157,7 +157,13 @@ class SceneSplits(DataSplits):
     folder: SceneFolder
 
 
-def _open(config: spec.SceneParsing, root: Path, verify: bool = False, report: Report = refuse) -> SceneFolder:
+def _open(
+    config: spec.SceneParsing,
+    root: Path,
+    verify: bool = False,
+    report: Report = refuse,
+    validation_only: bool = False,
+) -> SceneFolder:
     return open_folder(
         root,
         num_classes=config.num_classes,
@@ -169,12 +175,15 @@ def _open(config: spec.SceneParsing, root: Path, verify: bool = False, report: R
         max_pixels=config.max_pixels,
         verify=verify,
         report=report,
+        validation_only=validation_only,
     )
 
 
-def open_data(config: spec.SceneParsing, head: Part, root: Path, seed: int) -> SceneSplits:
+def open_data(
+    config: spec.SceneParsing, head: Part, root: Path, seed: int, validation_only: bool = False
+) -> SceneSplits:
     """Pairs images with labels, reads every label once, and makes both data sets; UserError for what is wrong."""
-    folder = _open(config, root)
+    folder = _open(config, root, validation_only=validation_only)
     dist.from_main(lambda: check_headers(folder.images["validation"].tolist(), config.max_pixels, folder.digest))
     for problem in folder.problems:
         warn(f"{root}: {problem}")

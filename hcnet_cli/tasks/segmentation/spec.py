@@ -92,6 +92,12 @@ def is_scene_parsing(root: Path) -> bool:
     return any((root / kind / "training").is_dir() for kind in ("images", "annotations"))
 
 
+def is_validation_only(root: Path) -> bool:
+    return not is_scene_parsing(root) and all(
+        (root / kind / "validation").is_dir() for kind in ("images", "annotations")
+    )
+
+
 SPEC = Spec(
     name="finetune-seg",
     help="""Fine-tune UperNet for semantic segmentation: ADE20K, any folder in its layout, or the embedded digit-stuff.
@@ -106,6 +112,7 @@ SPEC = Spec(
             module=f"{FOLDER}.scene_parsing",
             layout="images/{training,validation} and annotations/{training,validation}",
             recognise=is_scene_parsing,
+            validation_only=is_validation_only,
         ),
     },
     evaluation=SceneEvaluation,
