@@ -309,6 +309,8 @@ def training_time(recipe: Recipe, seconds: float, steps: int) -> float:
 
 def check_enough_images(recipe: Recipe, data: DataSplits) -> None:
     """UserError, with the command that fits, for fewer training images than a batch."""
+    if not len(data.train):
+        raise UserError(f"{data.info.path} has no training images.")
     try:
         build.steps(recipe, data)
     except UserError as error:

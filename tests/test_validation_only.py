@@ -12,7 +12,9 @@ import pytest
 from conftest import SMALL_MODEL, Hcnet, only_run
 from small_data import MAKERS, classes
 
-from hcnet_cli import runs
+from hcnet_cli import build, plan, runs
+from hcnet_cli import recipe as rcp
+from hcnet_cli.console import UserError
 from hcnet_cli.inputs import task_of
 
 COMMON = (*SMALL_MODEL, "--batch-size", "2", "--workers", "0", "--init", "none")
@@ -119,3 +121,13 @@ def test_fewer_training_images_than_a_batch_do_not_keep_weights_from_being_score
     done = hcnet(*scored, "--init", only_run(tmp_path / "o"))
     assert done.code == 0, done.err
     assert json.loads((only_run(tmp_path / "e") / "run.json").read_text())["steps_total"] == 0
+
+
+def test_nothing_is_trained_on_a_validation_part(tmp_path: Path) -> None:
+    """As a format of one's own may give it; the readers of this package refuse such a folder themselves."""
+    root = classes(tmp_path / "c")
+    without_training(root)
+    given = [("data.path", str(root), "test")]
+    recipe = rcp.resolve(rcp.recipes_dir() / "pretrain/digits.yaml", given).recipe
+    with pytest.raises(UserError, match="has no training images"):
+        plan.check_enough_images(recipe, build.open_data(recipe, eval_only=True))

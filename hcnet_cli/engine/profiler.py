@@ -167,7 +167,7 @@ def _row(name: str, seconds: float, share: float) -> Row:
 
 def write_trace(trace: profile, path: Path) -> None:
     """A Chrome trace in which the computer's name is the digest that records have, and no temporary file is named."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(written))
         text = written.read_text(encoding="utf-8")
