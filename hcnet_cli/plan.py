@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import statistics
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -61,7 +62,7 @@ def print_plan(
     tried = trial(recipe, data, task, device)
     seconds = tried.seconds
     for name, text in _lines(folder, recipe, data, task, device, tried).items():
-        out.print(f"{name + ':':<15}{text}")
+        _print_fact(f"{name}:", text)
     steps = build.steps(recipe, data)
     remark_on_training(recipe, task, notices=False)
     notice_many_passes(recipe, steps)
@@ -120,6 +121,14 @@ def _lines(
     free = shutil.disk_usage(existing_parent(folder.path)).free
     lines["disk"] = f"at most {disk_need(recipe, task) / 2**20:.0f} MiB for checkpoints, {free / 2**30:.1f} GiB free"
     return lines
+
+
+def _print_fact(name: str, text: str, width: int = 15) -> None:
+    """A line of the plan; on a terminal, text that is too long goes on below its first line."""
+    room = max(20, out.width - width)
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) if out.is_terminal else [text]
+    for number, line in enumerate(lines):
+        out.print(f"{'' if number else name:<{width}}{line}")
 
 
 def _stop_words(folder: RunFolder, recipe: Recipe, task: Task, step_seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from PIL import Image
 
 from hcnet_cli import build, engine, plan, rehearsal, runs, trial
 from hcnet_cli import recipe as rcp
-from hcnet_cli.console import UserError
+from hcnet_cli.console import Terminal, UserError
 from hcnet_cli.tasks import TASKS
 from hcnet_cli.tasks.classification.metric import Accuracy
 from hcnet_cli.tasks.detection.metric import CocoAP
@@ -550,3 +551,19 @@ def test_a_trial_on_a_gpu_leaves_out_what_sync_batch_norm_exchanges(monkeypatch:
         assert torch.equal(model(x), expected)
     with pytest.raises(AssertionError, match="waits"):
         model(x)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "expected"),
+    [
+        (True, "stop:          after a signal a step\n               ends\n"),
+        (False, "stop:          after a signal a step ends\n"),
+    ],
+)
+def test_a_long_line_of_the_plan_goes_on_below_its_text_on_a_terminal(
+    terminal: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = io.StringIO()
+    monkeypatch.setattr(plan, "out", Terminal(file=said, width=36, force_terminal=terminal, soft_wrap=True))
+    plan._print_fact("stop:", "after a signal a step ends")
+    assert said.getvalue() == expected
