@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ from rich.text import Text
 
 from hcnet_cli.console import UserError, counted, duration
 from hcnet_cli.grouping import Run
+from hcnet_cli.last_step import last_entries, logged_step, tail
 from hcnet_cli.runs import RunFolder, RunInfo
 from hcnet_cli.study import slurm
 from hcnet_cli.study.record import linked_run, read_study
@@ -24,7 +22,6 @@ from hcnet_cli.tasks import TASKS
 
 STATES = ("finished", "running", "requeued", "waiting", "interrupted", "failed")
 STYLES = {"finished": "green", "running": "cyan", "failed": "red"}
-TAIL = 4096  # bytes at the end of a log that are read
 Queue = dict[str, tuple[str, str]]
 
 
@@ -138,11 +135,9 @@ def _progress(place: RunFolder, info: RunInfo | None) -> list[str]:
     """How far, how long still, and where."""
     if info is None:
         return ["starting"]
-    step, rate = info.steps_done, info.train_images_per_second
-    for line in _tail(place.log_file).splitlines():
-        with contextlib.suppress(ValueError, AttributeError):
-            entry = json.loads(line)
-            step, rate = max(step, entry.get("step", 0)), entry.get("images_per_second", rate)
+    step, rate = logged_step(place.path, info), info.train_images_per_second
+    for entry in last_entries(place.log_file):
+        rate = entry.get("images_per_second", rate)
     share = f" ({100 * step // info.steps_total} %)" if info.steps_total else ""
     left = f"{duration((info.steps_total - step) * info.batch_size / rate)} left" if rate else ""
     return [f"step {step} of {info.steps_total}{share}", left, f"on {info.node}" if info.node else ""]
@@ -150,14 +145,5 @@ def _progress(place: RunFolder, info: RunInfo | None) -> list[str]:
 
 def _last_error(log: Path) -> str:
     """The last line that a cell's log calls an error; "" if there is none."""
-    found = last_error(_tail(log))[0]
-    return found if f"error: {found}" in _tail(log) else ""
-
-
-def _tail(file: Path) -> str:
-    try:
-        with file.open("rb") as content:
-            content.seek(max(0, os.fstat(content.fileno()).st_size - TAIL))
-            return content.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
+    found = last_error(tail(log))[0]
+    return found if f"error: {found}" in tail(log) else ""
